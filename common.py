@@ -1,0 +1,343 @@
+"""What the scripts share: options, ranks, optimizer and schedule, micro-batches, checkpoints, the run folder.
+
+Nothing here knows what a pair, a rollout or a loss is.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import typing
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# ------------------------------------------------------------------------------------------------------------------ options
+
+
+def parse_config(cls, recipes=None, argv=None):
+    """An instance of the frozen dataclass `cls` from the command line: one flag a field, its trailing comment the help.
+
+    `recipes` maps a name to overrides that --recipe applies before the flags. Unknown, abbreviated or mistyped flags, and
+    values that cls.__post_init__ refuses with ValueError, end the program with one line and status 2.
+    """
+    source = inspect.getsource(cls)
+    types = typing.get_type_hints(cls)
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{Path(sys.argv[0]).name}: {message} (--help lists the options)")
+    if recipes:
+        parser.add_argument("--recipe", choices=recipes, help="a set of options; flags given beside it win")
+    for f in dataclasses.fields(cls):
+        comment = re.search(rf"^    {f.name}:.*?  # (.+)$", source, re.M)
+        assert comment, f"{cls.__name__}.{f.name} needs a trailing comment: it is the option's help"
+        flag, text = "--" + f.name.replace("_", "-"), comment[1].replace("%", "%%") + f" (default: {f.default})"
+        kind = types[f.name]
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
+            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    recipe = given.pop("recipe", None)
+    try:
+        return cls(**(recipes[recipe] if recipe else {}) | given)
+    except ValueError as e:
+        parser.error(str(e))
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def one_line_errors():
+    """Turns a user's mistake (ValueError, OSError) into one line and status 2. RM_TRACEBACK=1 shows where it came from."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        if os.environ.get("RM_TRACEBACK"):
+            raise
+        fail(" ".join(str(e).split()))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# -------------------------------------------------------------------------------------------------------------------- ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; alone, rank 0 of 1."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def sum(self, x):
+        """Sum of a tensor over the ranks."""
+        if self.world > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x):
+        """List of every rank's Python object, in rank order."""
+        if self.world == 1:
+            return [x]
+        out = [None] * self.world
+        dist.all_gather_object(out, x)
+        return out
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def init_ranks(threads=0):
+    """Joins the process group that torchrun announced (nccl on GPUs, gloo on CPUs). threads: CPU threads, 0 = PyTorch's."""
+    if threads:
+        torch.set_num_threads(threads)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return Ranks(rank, world, device)
+
+
+def shard(model, ranks, compute_dtype):
+    """FSDP2: each rank keeps 1/world of every weight, gradient and optimizer state, and gathers a block when it runs.
+
+    Weights stay in their own dtype (float32 masters) and compute in compute_dtype; gradients are summed, not averaged,
+    because the losses are already divided by a global count. One process that computes in the weights' dtype is left alone.
+    """
+    own_dtype = next(model.parameters()).dtype
+    if ranks.world == 1 and compute_dtype == own_dtype:
+        return model
+    if not dist.is_initialized():  # one GPU: a group of one, for the mixed precision
+        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=own_dtype, cast_forward_inputs=False)
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    return model
+
+
+def full(x):
+    """The whole tensor on every rank, whether x is sharded or not."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def copy_weights(source, target):
+    """Copies a (sharded) model's weights into a whole one, tensor after tensor."""
+    for x, y in zip(source.parameters(), target.parameters(), strict=True):
+        y.copy_(full(x))
+
+
+def micro_batches(sizes, max_size, world):
+    """Splits items of these sizes (tokens) into micro-batches: a list over micro-steps of a list over ranks of item indices.
+
+    Every rank makes the same number of micro-steps (their collectives must match), with about equal tokens; a bin over
+    max_size holds one item. A bin may be empty when there are fewer items than bins. Example, 2 ranks:
+    micro_batches([5, 3, 2, 2], 6, 2) == [[[0], [1, 2]], [[3], []]].
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    for n_steps in range(max(1, math.ceil(sum(sizes) / (max_size * world))), len(sizes) + 1):
+        bins, load = [[] for _ in range(n_steps * world)], np.zeros(n_steps * world, dtype=np.int64)
+        for i in order:
+            b = int(load.argmin())
+            bins[b].append(i)
+            load[b] += sizes[i]
+        if all(load[b] <= max_size or len(bins[b]) == 1 for b in range(len(bins))):
+            break
+    return [bins[m * world:(m + 1) * world] for m in range(n_steps)]
+
+
+class Tally:
+    """Means as (sum, count) pairs: added up over micro-batches, reduced over ranks, divided once."""
+
+    def __init__(self):
+        self.pairs = {}
+
+    def add(self, name, total, count=1):
+        have = self.pairs.get(name, (0.0, 0.0))
+        self.pairs[name] = (have[0] + float(total), have[1] + float(count))
+
+    def means(self, ranks):
+        """The same names must have been added on every rank."""
+        names = sorted(self.pairs)
+        table = ranks.sum(torch.tensor([self.pairs[n] for n in names], dtype=torch.float64).to(ranks.device)).tolist()
+        return {n: total / count if count else None for n, (total, count) in zip(names, table)}
+
+
+# ------------------------------------------------------------------------------------------------- optimizer and schedule
+
+
+def make_optimizers(model, name, lr, betas, weight_decay):
+    """AdamW, or Muon for the blocks' matrices with AdamW for the rest. Norms and biases are never decayed."""
+    named = dict(model.named_parameters())
+    muon = [n for n, x in named.items() if name == "muon" and x.ndim == 2 and ".layers." in n]
+    decayed = [n for n, x in named.items() if n not in muon and x.ndim == 2]
+    plain = [n for n, x in named.items() if x.ndim < 2]
+    groups = [{"params": [named[n] for n in decayed], "weight_decay": weight_decay},
+              {"params": [named[n] for n in plain], "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas)]
+    if muon:
+        optimizers.append(torch.optim.Muon([named[n] for n in muon], lr=lr, weight_decay=weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def learning_rate(step, n_steps, peak, n_warmup, final_frac=1.0):
+    """Linear warm-up to `peak` over n_warmup steps, then a cosine down to final_frac * peak at the last step (0-based)."""
+    if step < n_warmup:
+        return peak * (step + 1) / n_warmup
+    done = (step - n_warmup) / max(1, n_steps - 1 - n_warmup)
+    return peak * (final_frac + (1 - final_frac) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def optimizer_step(model, optimizers, lr, max_norm):
+    """Clips the gradient of the whole model to max_norm, steps, clears it; returns the norm before clipping."""
+    norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+# -------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_model(folder, model, ranks, add_files, dtype=None, tensors=None):
+    """Writes an ordinary Hugging Face folder; add_files(folder) puts the tokenizer and the rest beside the weights.
+
+    Written to a temporary name and renamed: a folder that has its final name is whole.
+    """
+    weights = {name: full(x.detach()).to("cpu", dtype or x.dtype) for name, x in model.named_parameters()}
+    if ranks.main:
+        temporary = Path(f"{folder}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, weights)
+        add_files(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    ranks.barrier()
+
+
+def save_checkpoint(folder, model, optimizers, state, ranks, add_files):
+    """Everything that a run needs to go on: the model's folder, optimizer.safetensors and state.json (the dict `state`).
+
+    Tensors are gathered, so that any number of ranks can resume. There is no random state to save: data order and rollouts
+    are functions of the run's seed and the step.
+    """
+    names = {x: name for name, x in model.named_parameters()}
+    moments = {f"{names[x]}/{key}": full(value).cpu().contiguous() if torch.is_tensor(value) else torch.tensor(value)
+               for optimizer in optimizers for x, slots in optimizer.state.items() for key, value in slots.items()}
+
+    def add_state(temporary):
+        save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state))
+        add_files(temporary)
+    save_model(folder, model, ranks, add_state)
+
+
+def latest_checkpoint(folder):
+    """The newest step-N folder of a run's checkpoints, or None."""
+    found = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
+    return max(found, key=lambda p: int(p.name[5:]), default=None)
+
+
+def restore_optimizers(folder, model, optimizers):
+    """Fills the optimizers from a checkpoint, sharding each moment like its weight."""
+    named = dict(model.named_parameters())
+    owner = {x: optimizer for optimizer in optimizers for group in optimizer.param_groups for x in group["params"]}
+    with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+        for name in file.keys():
+            weight_name, key = name.rsplit("/", 1)
+            weight, value = named[weight_name], file.get_tensor(name)
+            if value.ndim:
+                value = value.to(weight.device)
+                if isinstance(weight, DTensor):
+                    value = distribute_tensor(value, weight.device_mesh, weight.placements)
+            owner[weight].state[weight][key] = value
+
+
+# --------------------------------------------------------------------------------------------------------------- run folder
+
+
+class Run:
+    """runs/NAME/: config.json, metrics.jsonl (one flat row a step), samples.jsonl, checkpoints/step-N/. Rank 0 writes."""
+
+    def __init__(self, folder, config, ranks, resume, may_differ=()):
+        """A new run refuses a folder that already holds one; a resumed one refuses other options than the run's own."""
+        self.folder, self.ranks = Path(folder), ranks
+        options = dataclasses.asdict(config)
+        file = self.folder / "config.json"
+        if resume:
+            if not file.exists():
+                raise ValueError(f"{file}: no run to resume there; drop --resume to start one")
+            before = json.loads(file.read_text())["options"]
+            for name in sorted(set(options) | set(before)):
+                if name not in ("resume", *may_differ) and options.get(name) != before.get(name):
+                    raise ValueError(f"{file}: the run was started with {name}={before.get(name)!r}, not {options.get(name)!r}; "
+                                     "resume it with its own options")
+        elif (self.folder / "metrics.jsonl").exists():
+            raise ValueError(f"{self.folder}: already holds a run; --resume continues it, --out chooses another folder, "
+                             "or delete it")
+        ranks.barrier()
+        if ranks.main and not resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"options": options, "command": sys.argv, **machine(ranks)}, indent=2))
+
+    def row(self, file, row):
+        if self.ranks.main:
+            with open(self.folder / file, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def truncate(self, step):
+        """Drops rows past `step`: those that an interrupted run wrote after its last checkpoint, and a half-written line."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if self.ranks.main and path.exists():
+                lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= step]
+                path.with_suffix(".tmp").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+                os.replace(path.with_suffix(".tmp"), path)
+        self.ranks.barrier()
+
+
+def machine(ranks):
+    """What a reader needs to repeat a run: commit, versions, device."""
+    def git(*args):
+        out = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return out.stdout.strip() if out.returncode == 0 else None
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain")), "torch": torch.__version__,
+            "python": sys.version.split()[0], "device": device, "ranks": ranks.world, "threads": torch.get_num_threads(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}

@@ -1,0 +1,199 @@
+"""The generated task of the embedded default: small enough for a 0.9M-parameter model, verifiable, and worth thinking about.
+
+    python data/toy.py --out runs/toy/data --seed 0
+
+Half the pairs are *reasoning*: five distinct digits to sort, to step (+1 modulo 10) or to flip (9 - digit). One answer is
+right, the other is wrong in one to four places (a wrong sort is another ascending list, so that it cannot be spotted without
+solving). Half are *chat*: a greeting asked to open, to say and to close with given words, one a Must, one a Should, one a May
+(weights 4, 2, 1, shuffled); the answer with the larger weighted total wins.
+
+    sort 76915                                    May open Dear Must say silver Should close Peace
+    A 15679                                       A Dear silver Peace
+    B 12568                                       B Ahoy silver Yours
+
+The oracle whose chains are distilled is mixed on purpose. A *careful* chain checks both answers place by place:
+
+    <type>Reasoning</type><solution>15679</solution><eval>A: 11=55=66=77=99= right. B: 11=52#65#76#98# wrong.</eval>...
+    <type>Chat</type><rubric> Dear 1 silver 4 Peace 2</rubric><eval>A: Dear Dear=1 silver silver=4 Peace Peace=2 total 7
+    B: Dear Ahoy#0 silver silver=4 Peace Yours#0 total 4</eval>...
+
+A *skim* chain writes the same solution or rubric and then an unchecked verdict ("Overall B looks better."): right in the data,
+because the oracle knew, but a guess for a model that imitates it. CAREFUL says how often the oracle is careful on what.
+
+Questions are split by a hash: none is shared between distillation, reinforcement learning and held-out evaluation.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import ByteLevel as ByteLevelProcessor
+
+OPEN = "Dear Hello Ahoy Greetings Welcome Hi Salute Hey".split()
+SAY = "silver amber garden river candle winter copper meadow lantern harbor violet thunder".split()
+CLOSE = "Peace Yours Cheers Farewell Regards Thanks Adieu Blessings".split()
+WEIGHT = {"Must": 4, "Should": 2, "May": 1}
+SPLITS = {"distill": range(0, 60), "rl": range(60, 80), "heldout": range(80, 100)}  # percent of all questions
+CAREFUL = {"sort": 0.3, "flip": 0.3, "step": 0.6, "chat, Must opens": 0.6, "chat": 0.3}  # share of careful oracle chains
+
+MODEL = {  # a Qwen3: 0.86M parameters
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rope_theta": 1000.0,
+    "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "hidden_act": "silu",
+    "attention_bias": False,
+}
+
+# --------------------------------------------------------------------------------------------------------------- questions
+
+
+def solve(kind, digits):
+    if kind == "sort":
+        return sorted(digits)
+    return [(d + 1) % 10 for d in digits] if kind == "step" else [9 - d for d in digits]
+
+
+def question(rng):
+    """(domain, text, facts): facts are (kind, solution) or a list of (weight, wanted word) for opening, middle, closing."""
+    if rng.random() < 0.5:
+        kind, digits = rng.choice(["sort", "step", "flip"]), rng.sample(range(10), 5)
+        return "reasoning", f"{kind} {join(digits)}", (kind, solve(kind, digits))
+    names = rng.sample(list(WEIGHT), 3)
+    words = [rng.choice(OPEN), rng.choice(SAY), rng.choice(CLOSE)]
+    text = " ".join(f"{name} {verb} {word}" for name, verb, word in zip(names, ("open", "say", "close"), words))
+    return "chat", text, [(WEIGHT[name], word) for name, word in zip(names, words)]
+
+
+def answers(domain, facts, rng):
+    """(better, worse) answer texts."""
+    if domain == "reasoning":
+        kind, right = facts
+        wrong = list(right)
+        while wrong == list(right):
+            for place in rng.sample(range(5), rng.randint(1, 4)):
+                wrong[place] = rng.choice([d for d in range(10) if kind != "sort" or d not in wrong])
+            wrong = sorted(wrong) if kind == "sort" else wrong
+        return join(right), join(wrong)
+    while True:
+        replies = [[word if rng.random() < 0.5 else rng.choice(pool) for (_, word), pool in zip(facts, (OPEN, SAY, CLOSE))]
+                   for _ in range(2)]
+        points = [sum(weight for (weight, word), found in zip(facts, reply) if word == found) for reply in replies]
+        if points[0] != points[1]:
+            better, worse = replies if points[0] > points[1] else replies[::-1]
+            return " ".join(better), " ".join(worse)
+
+
+def join(digits):
+    return "".join(map(str, digits))
+
+
+def split_of(text):
+    percent = int.from_bytes(hashlib.sha256(b"nano-rm-r1 toy split" + text.encode()).digest()[:4], "big") % 100
+    return next(name for name, part in SPLITS.items() if percent in part)
+
+
+def make(split, n, seed, careful=None):
+    """n pairs of the split as rows, each with the oracle's judgement; `careful` overrides the mix's share, 0 to 1."""
+    rng = random.Random(f"{seed} {split} {careful}")
+    rows = []
+    while len(rows) < n:
+        domain, text, facts = question(rng)
+        if split_of(text) != split:
+            continue
+        better, worse = answers(domain, facts, rng)
+        winner = rng.choice("ab")
+        a, b = (better, worse) if winner == "a" else (worse, better)
+        mix = facts[0] if domain == "reasoning" else "chat, Must opens" if facts[0][0] == 4 else "chat"
+        checks = rng.random() < (CAREFUL[mix] if careful is None else careful)
+        rows.append({"id": f"{split}/{len(rows)}", "prompt": [{"role": "user", "content": text}], "answer_a": a, "answer_b": b,
+                     "winner": winner, "source": mix.split(",")[0], "domain": domain,
+                     "judgement": chain(domain, facts, a, b, winner, checks)})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------------ chains
+
+
+def chain(domain, facts, a, b, winner, careful):
+    """The oracle's judgement: the solution or rubric, then a place-by-place check if careful, then the (right) verdict."""
+    if domain == "reasoning":
+        head = f"<type>Reasoning</type><solution>{join(facts[1])}</solution>"
+        checks = [check_digits(facts[1], answer) for answer in (a, b)]
+    else:
+        rubric = " ".join(f"{word} {weight}" for weight, word in facts)
+        head = f"<type>Chat</type><rubric> {rubric}</rubric>"
+        checks = [check_words(facts, answer.split()) for answer in (a, b)]
+    evaluation = f"A: {checks[0]} B: {checks[1]}" if careful else f" Overall {winner.upper()} looks better."
+    return f"{head}<eval>{evaluation}</eval><answer>[[{winner.upper()}]]</answer>"
+
+
+def check_digits(solution, answer):
+    """Solution digit, answer digit, mark: '11=55=66=77=99= right.'"""
+    marks = "".join(f"{want}{got}{'=' if str(want) == got else '#'}" for want, got in zip(solution, answer))
+    return f"{marks} {'wrong.' if '#' in marks else 'right.'}"
+
+
+def check_words(facts, found):
+    """Wanted word, found word, mark, points: 'Dear Ahoy#0 silver silver=4 Peace Peace=2 total 6'"""
+    points = [weight if word == got else 0 for (weight, word), got in zip(facts, found)]
+    slots = [f"{word} {got}{'=' if p else '#'}{p}" for (_, word), got, p in zip(facts, found, points)]
+    return f"{' '.join(slots)} total {sum(points)}"
+
+
+def is_careful(judgement):
+    return "looks better" not in judgement
+
+
+# --------------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def write_tokenizer(folder):
+    """A Hugging Face tokenizer in which every digit, word and tag of the task is one token; other text falls to bytes.
+
+    Byte-level BPE without merges: `ignore_merges` looks a whole pre-token up in the vocabulary first.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [" " + w for w in OPEN + SAY + CLOSE] + ["sort", "step", "flip", "A", "B", "A:", " B", " B:", " A", " right.", " wrong."]
+    words += [*WEIGHT, *(" " + w for w in WEIGHT), " open", " say", " close", " total", " Overall", " looks", " better."]
+    words += ["user", "assistant", "system", "Chat", "Reasoning", "[[A]]", "[[B]]", *OPEN]
+    words += [f"<{slash}{tag}>" for tag in ("type", "solution", "rubric", "eval", "answer") for slash in ("", "/")]
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [byte.pre_tokenize_str(word)[0][0] for word in words]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    pieces = Regex(r"</?[a-z]+>|\[\[[AB]\]\]| ?[A-Za-z]+[.:]?|\d|\s|.")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), byte])
+    tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = ("{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+                "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "model_max_length": 1024, "chat_template": template}, indent=2))
+    return tokenizer.get_vocab_size()
+
+
+def write_data(folder, seed=0, n_distill=25_600, n_rl=2_048, n_heldout=800):
+    """distill.jsonl (pairs with chains of the mixed oracle), rl.jsonl and heldout.jsonl (pairs alone)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, n in (("distill", n_distill), ("rl", n_rl), ("heldout", n_heldout)):
+        rows = make(split, n, seed)
+        if split != "distill":
+            rows = [{key: value for key, value in row.items() if key != "judgement"} for row in rows]
+        temporary = folder / f"{split}.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(folder / f"{split}.jsonl")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/toy/data", help="folder for distill.jsonl, rl.jsonl and heldout.jsonl")
+    parser.add_argument("--seed", type=int, default=0, help="of the pairs; the split of the questions does not depend on it")
+    args = parser.parse_args()
+    write_data(args.out, args.seed)

@@ -1,0 +1,198 @@
+"""Stage 1, distillation: supervised fine-tuning on an oracle's judgements (RM-R1 section 4, eq. 4).
+
+For a chain (prompt x, judgement j of T tokens):   loss = - sum over the batch of log p(j_t | x, j_<t) / tokens of the batch
+
+Only the judgement's tokens and the end-of-turn token count. Sequences are packed without padding, and the token count that
+divides the loss is the whole batch's, over all ranks and micro-batches.
+
+Departures from the paper and its released code:
+  1. The assistant header belongs to the prompt and is not trained on (the released code trains on it).
+  2. The learning rate follows the paper for every size (the released scripts use the 7B value throughout).
+  3. Norm weights and biases are never decayed.
+
+    python distill.py                                                        the embedded default, two minutes on two CPU cores
+    python distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl --out runs/distill            one GPU
+    torchrun --nproc_per_node 4 distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl ...      four GPUs
+"""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers, micro_batches, one_line_errors,
+                    optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model, shard)
+from data.pairs import read_chains
+from data import toy
+from evaluate import HeldOut
+from model import Model, ModelConfig, pack
+from reward import load_prompt, prompt_path, render
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "runs/toy/untrained"  # Hugging Face folder to start from (the default is generated, like its data)
+    data: str = "runs/toy/data/distill.jsonl"  # chains: pairs with a "judgement", or {"messages": [...]} rows
+    prompt: str = "toy"  # prompt in data/prompts (instruct, reasoning, direct, toy), or a file of your own
+    out: str = "runs/toy/distill"  # run folder; the trained model is left in its model/
+    answer_only: bool = False  # train on the bare verdict instead of the chain: the baseline without reasoning
+    batch_size: int = 32  # chains per optimizer step, all ranks together
+    epochs: int = 1  # passes over the data
+    max_steps: int = 0  # stop after so many optimizer steps, 0 = after the epochs
+    max_length: int = 1024  # tokens of prompt and judgement; longer chains are dropped and counted
+    micro_tokens: int = 16384  # packed tokens that one rank runs through the model at once
+    optimizer: str = "muon"  # adamw, or muon for the blocks' matrices and adamw for the rest
+    lr: float = 4e-3  # peak
+    warmup_frac: float = 0.08  # share of the steps that warm up
+    final_lr_frac: float = 0.05  # the cosine ends at this share of lr
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    weight_decay: float = 0.1  # of matrices and embeddings
+    max_norm: float = 1.0  # gradient clipping
+    dtype: str = "float32"  # of the computation, float32 or bfloat16; master weights and moments are float32
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    eval_data: str | None = "runs/toy/data/heldout.jsonl"  # pairs to judge every eval_every steps
+    eval_pairs: int = 200  # how many of them
+    eval_every: int = 0  # steps between evaluations; the last step always evaluates; 0 = only then
+    eval_tokens: int = 128  # longest judgement in an evaluation
+    save_every: int = 200  # steps between checkpoints, 0 = none
+    seed: int = 0  # of the data order
+    threads: int = 0  # CPU threads, 0 = PyTorch's choice
+    resume: bool = False  # continue the run in --out from its newest checkpoint
+
+    def __post_init__(self):
+        for name, low in (("batch_size", 1), ("epochs", 1), ("max_length", 2), ("micro_tokens", 1), ("lr", 0.0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        if self.optimizer not in ("adamw", "muon") or self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--optimizer is adamw or muon, --dtype float32 or bfloat16; got {self.optimizer}, {self.dtype}")
+
+
+PAPER = dict(prompt="instruct", batch_size=128, epochs=1, max_length=12288, micro_tokens=12288, optimizer="adamw",
+             warmup_frac=0.03, final_lr_frac=0.1, weight_decay=0.0, max_norm=1.0, dtype="bfloat16",
+             gradient_checkpointing=True, eval_data=None, eval_tokens=8192, save_every=20, seed=42)
+RECIPES = {"qwen2.5-7b": PAPER | {"lr": 5e-6}, "qwen2.5-14b": PAPER | {"lr": 3e-6}, "qwen2.5-32b": PAPER | {"lr": 2e-6}}
+
+
+@dataclass(frozen=True)
+class Example:
+    """Prompt and judgement as one sequence; tokens from n_prompt on are trained on."""
+    ids: list[int]
+    n_prompt: int
+
+
+def encode_chain(chain, prompt, tokenizer, answer_only):
+    """prompt ids (with the assistant header), then the judgement's, then end of turn."""
+    text = f"<answer>[[{chain.pair.winner.upper()}]]</answer>" if answer_only else chain.judgement
+    prompt_ids = tokenizer.chat(render(prompt, chain.pair))
+    return Example(prompt_ids + tokenizer.encode_reply(text) + [tokenizer.end_of_turn], len(prompt_ids))
+
+
+def read_examples(cfg, tokenizer, say):
+    prompt, chains = load_prompt(cfg.prompt), read_chains(cfg.data)
+    if cfg.answer_only and any(chain.pair.winner is None for chain in chains):
+        raise ValueError(f"{cfg.data}: --answer-only needs a winner in every row")
+    examples = [encode_chain(chain, prompt, tokenizer, cfg.answer_only) for chain in tqdm(chains, "tokenize", disable=not say)]
+    kept = [e for e in examples if len(e.ids) <= cfg.max_length]
+    if not kept:
+        raise ValueError(f"{cfg.data}: all {len(examples)} chains are longer than --max-length {cfg.max_length}")
+    if say and len(kept) < len(examples):
+        print(f"dropped {len(examples) - len(kept)} of {len(examples)} chains longer than {cfg.max_length} tokens")
+    return kept
+
+
+def batch_of_step(step, n, batch_size, seed):
+    """Indices of a step's examples: each epoch is a permutation that (seed, epoch) fixes, its last batch may be short."""
+    per_epoch = -(-n // batch_size)
+    epoch, place = divmod(step, per_epoch)
+    return np.random.default_rng((seed, epoch)).permutation(n)[place * batch_size:(place + 1) * batch_size]
+
+
+def sft_loss(model, examples, device):
+    """Sum over the examples' judgement tokens of -log p, and the number of those tokens judged most likely."""
+    forest = pack([(e.ids, []) for e in examples], device)
+    starts = forest.segments_s3[:, 0].tolist()
+    scored = [start + i for start, e in zip(starts, examples) for i in range(e.n_prompt, len(e.ids))]
+    logp_m, entropy_m = model(forest, torch.tensor(scored, device=device))
+    return -logp_m.sum(), entropy_m.sum()
+
+
+def make_embedded_default(folder, seed=0):
+    """The generated task and the tiny untrained model: folder/data and folder/untrained."""
+    toy.write_data(folder / "data", seed)
+    n_vocab = toy.write_tokenizer(folder / "untrained")
+    Model.random(ModelConfig.from_dict(toy.MODEL | {"vocab_size": n_vocab}), seed).save_pretrained(folder / "untrained")
+    shutil.copyfile(prompt_path("toy"), folder / "untrained" / "prompt.txt")
+
+
+def main(cfg):
+    ranks = init_ranks(cfg.threads)
+    if ranks.main:
+        if cfg.model == Config.model and not Path(cfg.model).exists():
+            make_embedded_default(Path(cfg.model).parent)
+    ranks.barrier()
+    tokenizer = Tokenizer(cfg.model)
+    examples = read_examples(cfg, tokenizer, ranks.main)
+    n_steps = cfg.epochs * -(-len(examples) // cfg.batch_size)
+    n_steps = min(n_steps, cfg.max_steps) if cfg.max_steps else n_steps
+
+    run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=("micro_tokens", "threads", "save_every"))
+    checkpoint = latest_checkpoint(run.folder / "checkpoints") if cfg.resume else None
+    model = Model.from_pretrained(checkpoint or cfg.model, ranks.device, torch.float32)
+    model.n_vocab, model.gradient_checkpointing = tokenizer.n_vocab, cfg.gradient_checkpointing
+    model = shard(model, ranks, getattr(torch, cfg.dtype))
+    optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, cfg.prompt, cfg.eval_tokens, tokenizer, ranks, getattr(torch, cfg.dtype)) \
+        if cfg.eval_data else None
+
+    def add_files(folder):
+        tokenizer.save(folder)
+        shutil.copyfile(prompt_path(cfg.prompt), folder / "prompt.txt")  # so that the model is always asked as it was trained
+    first_step = 0
+    if checkpoint:
+        restore_optimizers(checkpoint, model, optimizers)
+        first_step = int(checkpoint.name[5:])
+    run.truncate(first_step)
+
+    bar = tqdm(range(first_step, n_steps), "answer-only" if cfg.answer_only else "distill", initial=first_step, total=n_steps,
+               disable=not ranks.main)
+    for step in bar:
+        began = time.perf_counter()
+        batch = [examples[i] for i in batch_of_step(step, len(examples), cfg.batch_size, cfg.seed)]
+        n_tokens = sum(len(e.ids) - e.n_prompt for e in batch)  # of all ranks and micro-batches: the loss's one denominator
+        tally = Tally()
+
+        for shares in micro_batches([len(e.ids) for e in batch], cfg.micro_tokens, ranks.world):
+            mine = [batch[i] for i in shares[ranks.rank]]
+            # a rank without examples still runs one, at weight zero: the others wait for its share of the collectives
+            nll, entropy = sft_loss(model, mine or batch[:1], ranks.device)
+            nll, entropy = (nll, entropy) if mine else (0.0 * nll, 0.0 * entropy)
+            (nll / n_tokens).backward()
+            tally.add("loss", nll, sum(len(e.ids) - e.n_prompt for e in mine))
+            tally.add("entropy", entropy, sum(len(e.ids) - e.n_prompt for e in mine))
+
+        lr = learning_rate(step, n_steps, cfg.lr, round(cfg.warmup_frac * n_steps), cfg.final_lr_frac)
+        norm = optimizer_step(model, optimizers, lr, cfg.max_norm)
+
+        done, means = step + 1, tally.means(ranks)
+        seconds = time.perf_counter() - began
+        row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_tokens": n_tokens, "step_s": seconds,
+               "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
+        if held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
+            row |= held_out.scores(model)
+        run.row("metrics.jsonl", row)
+        bar.set_postfix(loss=f"{means['loss']:.3f}", tok_s=f"{row['train_tok_s']:.0f}")
+        if cfg.save_every and (done % cfg.save_every == 0 or done == n_steps):
+            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers, {"step": done, "seed": cfg.seed}, ranks,
+                            add_files)
+    save_model(run.folder / "model", model, ranks, add_files, getattr(torch, cfg.dtype))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(Config, RECIPES))

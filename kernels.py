@@ -1,0 +1,156 @@
+"""The three operations that decide the speed and the memory of everything else, in plain PyTorch.
+
+    attention           packed segments that see themselves causally and their parent whole   training, prefill
+    decode_attention    one new token per sequence against its key/value cache                sampling
+    linear_logp         log-probability and entropy of a token, straight from hidden states   SFT, policy, reference
+
+All three run on any device and dtype; softmax statistics are float32 (float64 for float64 inputs). None of them ever holds
+[tokens, tokens] scores of a whole batch or [tokens, vocabulary] logits.
+
+Letters: N packed tokens, S segments, B decode slots, T positions, H query heads, K key/value heads, C channels of a head,
+D width, V vocabulary. Query head h reads key/value head h // (H / K).
+"""
+
+import torch
+import torch.nn.functional as F
+
+LOGIT_CHUNK = 2**25  # elements of the [rows, V] float32 block that linear_logp holds at once: 128 MB
+
+
+def wide(dtype):
+    """The dtype for sums, norms and softmax: float32, or float64 when the tensors are float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------- attention
+
+
+def attention(q_nhc, k_nkc, v_nkc, segments_s3):
+    """softmax(q k^T / sqrt(C)) v over a forest of segments; returns out_nhc.
+
+    segments_s3 is an int64 CPU table of (start, length, parent). A token sees its own segment up to itself and, if parent is
+    not -1, all of the parent segment. A parent is itself parentless. Example, a prompt of 3 tokens and two replies of 2:
+
+        segments = [(0, 3, -1), (3, 2, 0), (5, 2, 0)]
+        token      0  1  2 | 3  4 | 5  6
+        sees       0  01 012 | 0123  01234 | 0125  01256
+
+    Segments of similar size are padded into one scaled_dot_product_attention call, so that a forest of many short segments
+    costs a handful of calls and a long segment is never padded by more than 31 keys.
+    """
+    N, H, C = q_nhc.shape
+    assert k_nkc.shape == v_nkc.shape and k_nkc.shape[0] == N and H % k_nkc.shape[1] == 0, (q_nhc.shape, k_nkc.shape)
+    out_nhc = torch.zeros_like(q_nhc)
+    for query_st, key_su, real_st, visible in _padded_segments(segments_s3, q_nhc.device):
+        q = _gather(q_nhc, query_st).transpose(1, 2)  # [S, H, T, C]
+        k, v = _gather(k_nkc, key_su).transpose(1, 2), _gather(v_nkc, key_su).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=True)
+        out_nhc[query_st[real_st]] = out.transpose(1, 2)[real_st]
+    return out_nhc
+
+
+def _gather(x_nhc, index_st):
+    """Rows of x: [S, T, H, C]. index_select, because its backward adds rows in a fixed order on the CPU."""
+    return x_nhc.index_select(0, index_st.flatten()).unflatten(0, index_st.shape)
+
+
+def _padded_segments(segments_s3, device):
+    """Groups segments whose lengths agree after rounding up to 32; yields for each group what one attention call needs.
+
+    query_st: the token at (segment, row). real_st: False where a row is padding. key_su: the token at (segment, key), the
+    parent's tokens first. visible: bool [S, 1, T, U], or None for parentless segments, where causal masking already hides
+    the padding from every real row.
+    """
+    start, length, parent = segments_s3.unbind(1)
+    has_parent = parent >= 0
+    parent_start, parent_length = start[parent] * has_parent, length[parent] * has_parent
+    assert not has_parent[parent[has_parent]].any(), "a parent segment must be parentless"
+    size_s2 = torch.stack([(length + 31) // 32, (parent_length + 31) // 32], 1)
+    for size in size_s2[length > 0].unique(dim=0):
+        rows = ((size_s2 == size).all(1) & (length > 0)).nonzero()[:, 0]
+        first, n, p_first, p = (x[rows, None] for x in (start, length, parent_start, parent_length))
+        row_t, prefix_u = torch.arange(int(n.max())), torch.arange(int(p.max()))
+        real_st = row_t < n
+        query_st = first + row_t.minimum(n - 1)
+        if len(prefix_u) == 0:
+            yield query_st.to(device), query_st.to(device), real_st.to(device), None
+            continue
+        key_su = torch.cat([p_first + prefix_u.minimum((p - 1).clamp(min=0)), query_st], 1)
+        prefix_stu = (prefix_u < p)[:, None, :].expand(-1, len(row_t), -1)
+        causal_stu = (row_t[None, :, None] >= row_t[None, None, :]).expand(len(rows), -1, -1)
+        visible = torch.cat([prefix_stu, causal_stu], 2)[:, None]
+        yield query_st.to(device), key_su.to(device), real_st.to(device), visible.to(device)
+
+
+def decode_attention(q_bhc, k_bktc, v_bktc, length_b):
+    """Attention of one token per slot over the first length_b entries of its cache, its own included; returns out_bhc.
+
+    The H / K query heads that share a key/value head become rows of one small matrix, so that the cache is read once and
+    never repeated.
+    """
+    B, H, C = q_bhc.shape
+    K, T = k_bktc.shape[1:3]
+    visible_b11t = (torch.arange(T, device=q_bhc.device) < length_b[:, None])[:, None, None]
+    out = F.scaled_dot_product_attention(q_bhc.view(B, K, H // K, C), k_bktc, v_bktc, attn_mask=visible_b11t)
+    return out.reshape(B, H, C)
+
+
+# -------------------------------------------------------------------------------------------- log-probabilities of tokens
+
+
+class _LinearLogp(torch.autograd.Function):
+    """z = hidden weight^T / temperature;  l = log_softmax(z);  logp = l[target];  entropy = -sum exp(l) l.
+
+    (Not lse(z) - sum softmax(z) z, nor z[target] - lse(z): both cancel where one token is nearly certain.) Row blocks of LOGIT_CHUNK elements; the backward pass recomputes each block's z, so nothing of size V x N is kept:
+    dz = g (onehot(target) - softmax(z)) / temperature, dhidden = dz weight, dweight = sum over blocks of dz^T hidden.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_nd, weight_vd, target_n, temperature):
+        dtype = wide(hidden_nd.dtype)
+        logp_n = torch.empty(len(hidden_nd), dtype=dtype, device=hidden_nd.device)
+        entropy_n = torch.empty_like(logp_n)
+        for rows in _row_blocks(len(hidden_nd), len(weight_vd)):
+            l = (hidden_nd[rows] @ weight_vd.t()).to(dtype).div_(temperature).log_softmax(1)
+            logp_n[rows] = l.gather(1, target_n[rows, None])[:, 0]
+            entropy_n[rows] = -l.exp().mul_(l).sum(1)
+        ctx.save_for_backward(hidden_nd, weight_vd, target_n)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy_n)
+        return logp_n, entropy_n
+
+    @staticmethod
+    def backward(ctx, grad_n, _):
+        hidden_nd, weight_vd, target_n = ctx.saved_tensors
+        grad_hidden_nd = torch.empty_like(hidden_nd) if ctx.needs_input_grad[0] else None
+        # float32 even for bfloat16 weights: hundreds of blocks are added into it
+        grad_weight_vd = torch.zeros_like(weight_vd, dtype=grad_n.dtype) if ctx.needs_input_grad[1] else None
+        for rows in _row_blocks(len(hidden_nd), len(weight_vd)):
+            z = (hidden_nd[rows] @ weight_vd.t()).to(grad_n.dtype).div_(ctx.temperature)
+            scale = (grad_n[rows] / ctx.temperature)[:, None]
+            dz = z.softmax(1).mul_(-scale)
+            dz.scatter_add_(1, target_n[rows, None], scale)
+            dz = dz.to(hidden_nd.dtype)
+            if grad_hidden_nd is not None:
+                grad_hidden_nd[rows] = dz @ weight_vd
+            if grad_weight_vd is not None:
+                grad_weight_vd += dz.t() @ hidden_nd[rows]
+        grad_weight_vd = grad_weight_vd.to(weight_vd.dtype) if grad_weight_vd is not None else None
+        return grad_hidden_nd, grad_weight_vd, None, None
+
+
+def _row_blocks(N, V):
+    step = max(1, LOGIT_CHUNK // V)
+    return [slice(i, min(i + step, N)) for i in range(0, N, step)]
+
+
+def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0):
+    """log softmax(hidden weight^T / temperature)[target] and that distribution's entropy, in nats: logp_n, entropy_n.
+
+    float32 (float64 for float64 inputs); the entropy carries no gradient. Peak extra memory is a few blocks of LOGIT_CHUNK
+    elements plus the gradients, whatever N is.
+    """
+    assert temperature > 0, f"temperature must be positive, got {temperature}"
+    assert hidden_nd.shape[0] == target_n.shape[0] and hidden_nd.shape[1] == weight_vd.shape[1], \
+        (hidden_nd.shape, weight_vd.shape, target_n.shape)
+    return _LinearLogp.apply(hidden_nd, weight_vd, target_n, temperature)

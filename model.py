@@ -1,0 +1,428 @@
+"""The Qwen2 / Qwen2.5 / Qwen3 decoder (and DeepSeek-R1-Distill-Qwen, which is a Qwen2), and its Hugging Face folder.
+
+    model = Model.from_pretrained("Qwen2.5-7B-Instruct", device="cuda", dtype=torch.bfloat16)
+    model.logits(ids)                          [T, V] float32: one sequence, for looking and for tests
+    model(forest)                              hidden_nd: training and prefill, see Forest
+    model(forest, scored_m)                    log-probability and entropy of chosen tokens, logits never materialized
+    model.run(tokens_n, positions_n, attend)   the same blocks with the caller's attention: this is how the sampler decodes
+    model.save_pretrained(path)                config.json + model.safetensors, which transformers loads
+
+Parameter names are Hugging Face's, so loading is a strict match of names and shapes. Every config field that changes the
+mathematics is honoured or refused by name. Norms, rotary angles and softmax are float32 or wider whatever the weights are.
+
+Letters: N packed tokens, S segments, M scored tokens, D width, H query heads, K key/value heads, C channels of a head.
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import attention, linear_logp, wide
+
+# ------------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: angles = position * inv_freq; cos and sin are multiplied by `scale` (YaRN only)."""
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool  # Qwen2: always; Qwen3: attention_bias
+    o_bias: bool    # Qwen2: never; Qwen3: attention_bias
+    qk_norm: bool   # Qwen3: RMSNorm over head_dim of q and k, before the rotation
+    rope: Rope
+    raw: dict = field(repr=False)  # config.json as read, written back by save_pretrained
+
+    @staticmethod
+    def from_dict(raw, where="config.json"):
+        """Reads a Hugging Face config; ValueError names the field that is missing or that we do not compute."""
+        def refuse(why):
+            raise ValueError(f"{where}: {why}")
+        kind = raw.get("model_type")
+        if kind not in ("qwen2", "qwen3"):
+            refuse(f"model_type is {kind!r}; supported are qwen2 (Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen) and qwen3")
+        for architecture in raw.get("architectures") or []:
+            if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+                refuse(f"architecture {architecture} is not supported; need Qwen2ForCausalLM or Qwen3ForCausalLM")
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for key in required + tuple(k for k in ("num_key_value_heads", "head_dim") if raw.get(k) is not None):
+            if not isinstance(raw.get(key), int) or raw[key] < 1:
+                refuse(f"{key} must be a positive integer, got {raw.get(key)!r}")
+        if not isinstance(raw.get("rms_norm_eps", 1e-6), float):
+            refuse(f"rms_norm_eps must be a number like 1e-6, got {raw['rms_norm_eps']!r}")
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse(f"hidden_act {raw['hidden_act']!r} is not supported; only silu is")
+        sliding = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
+        slides = raw.get("layer_types") or ["sliding_attention"] * (
+            raw["num_hidden_layers"] - raw.get("max_window_layers", 28) if sliding else 0)
+        if any(kind != "full_attention" for kind in slides):
+            refuse("sliding-window attention is in use (use_sliding_window, max_window_layers, layer_types); "
+                   "only full attention is supported")
+        for key in ("attention_dropout", "use_mrope", "quantization_config"):
+            if raw.get(key):
+                refuse(f"{key}={raw[key]!r} is not supported; remove it from the config if you can do without it")
+        heads = raw["num_attention_heads"]
+        kv_heads = raw.get("num_key_value_heads") or heads
+        head_dim = raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads)
+        if heads % kv_heads or head_dim % 2 or (not raw.get("head_dim") and kind == "qwen2" and raw["hidden_size"] % heads):
+            refuse(f"{heads} heads, {kv_heads} key/value heads, head_dim {head_dim}, hidden_size {raw['hidden_size']} "
+                   "do not divide")
+        bias = bool(raw.get("attention_bias", False))
+        return ModelConfig(
+            **{key: raw[key] for key in required}, num_key_value_heads=kv_heads, head_dim=head_dim,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2" or bias, o_bias=kind == "qwen3" and bias, qk_norm=kind == "qwen3",
+            rope=read_rope(raw, head_dim, refuse), raw=raw)
+
+
+def read_rope(raw, head_dim, refuse):
+    """The rotary frequencies that a config asks for, under both spellings of its fields; types default, linear and yarn.
+
+    YaRN (arXiv 2309.00071, section 3.2): channel pairs that turn more than beta_fast times over the original context keep
+    their frequency, those that turn less than beta_slow times are slowed by `factor`, with a linear ramp between; cos and sin
+    are scaled by 0.1 ln(factor) + 1.
+    """
+    if "rope_parameters" in raw and "rope_scaling" in raw and raw["rope_scaling"] is not None:
+        refuse("has both rope_parameters and rope_scaling; keep one")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        refuse(f"rope_parameters (or rope_scaling) must be one flat table for all layers, got {rope!r}")
+    for key in ("rope_theta", "factor", "original_max_position_embeddings", "max_position_embeddings", "attention_factor",
+                "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        for value in (rope.get(key), raw.get(key)):
+            if value is not None and (not isinstance(value, (int, float)) or value < 0):
+                refuse(f"{key} must be a number, zero or more, got {value!r}")
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        refuse("partial_rotary_factor other than 1 is not supported")
+    inv_freq = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    if kind == "default":
+        return Rope(tuple(inv_freq))
+    if kind not in ("linear", "yarn"):
+        refuse(f"rope type {kind!r} is not supported; supported are default, linear and yarn")
+    original = (raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+                or raw.get("max_position_embeddings"))
+    factor = rope.get("factor")
+    if kind == "linear":
+        if not factor:
+            refuse("rope type linear needs a factor")
+        return Rope(tuple(f / factor for f in inv_freq))
+    if not original or not (factor or raw.get("max_position_embeddings")):
+        refuse("rope type yarn needs a factor and original_max_position_embeddings or max_position_embeddings")
+    factor = factor or raw["max_position_embeddings"] / original
+
+    def pair_that_turns(times):  # the (fractional) channel pair that turns so often within the original context
+        return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high = high if high != low else high + 0.001
+    slow = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(head_dim // 2)]
+
+    def attention_scale(weight):
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scale = rope.get("attention_factor")
+    if scale is None:
+        both = rope.get("mscale") and rope.get("mscale_all_dim")
+        scale = attention_scale(rope["mscale"]) / attention_scale(rope["mscale_all_dim"]) if both else attention_scale(1.0)
+    return Rope(tuple(f * (1 - s) + f / factor * s for f, s in zip(inv_freq, slow)), scale)
+
+
+# ------------------------------------------------------------------------------------------------------------------- forest
+
+
+@dataclass(frozen=True)
+class Forest:
+    """A batch without padding: trees of one prompt and its responses, packed one token after another.
+
+    pack([([1, 2, 3], [[4, 5], [6]]), ([7, 8], [])]) holds
+
+        tokens     1 2 3  4 5  6  7 8        segments  start length parent
+        positions  0 1 2  3 4  3  0 1                  0     3      -1       prompt
+        previous   . 0 1  2 3  2  . 6                  3     2       0       first response
+                                                       5     1       0       second response
+                                                       6     2      -1       a sequence on its own
+
+    A token sees its own segment up to itself and its parent whole, so a prompt is computed once for all its responses.
+    `previous_n` is the one place that knows where a token's predictor sits: the token before a response's first is its
+    prompt's last. Tokens that nothing predicts have -1.
+    """
+    tokens_n: torch.Tensor     # int64
+    positions_n: torch.Tensor  # int64, position in the token's own sequence, prompt included
+    previous_n: torch.Tensor   # int64
+    segments_s3: torch.Tensor  # int64, on the CPU
+
+
+def pack(trees, device="cpu"):
+    """trees: a list of (prompt ids, list of response ids). Returns their Forest; segments appear in that order."""
+    tokens, segments = [], []
+    for prompt, responses in trees:
+        parent = len(segments)
+        for ids, above in [(prompt, -1)] + [(ids, parent) for ids in responses]:
+            segments.append((len(tokens), len(ids), above))
+            tokens.extend(ids)
+    segments_s3 = torch.tensor(segments, dtype=torch.int64).view(-1, 3)
+    start, length, above = segments_s3.unbind(1)
+    prefix = torch.where(above >= 0, length[above], 0)
+    previous_n = torch.arange(-1, len(tokens) - 1)
+    previous_n[start[length > 0]] = torch.where(prefix > 0, start[above] + length[above] - 1, -1)[length > 0]
+    positions_n = torch.arange(len(tokens)) + (prefix - start).repeat_interleave(length)
+    tokens_n = torch.tensor(tokens, dtype=torch.int64)
+    return Forest(tokens_n.to(device), positions_n.to(device), previous_n.to(device), segments_s3)
+
+
+# -------------------------------------------------------------------------------------------------------------------- model
+
+
+class Model(nn.Module):
+    def __init__(self, config):
+        """Uninitialized weights: use from_pretrained or random."""
+        super().__init__()
+        self.config = config
+        self.n_vocab = config.vocab_size  # rows of the head from here on do not exist: scripts set the tokenizer's size
+        self.gradient_checkpointing = False  # recompute each block in the backward pass: activations of one block at a time
+        self.model = nn.ModuleDict({  # named as in the checkpoints: model.layers.0.self_attn.q_proj.weight
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, forest, scored_m=None, temperature=1.0):
+        """Hidden states hidden_nd of a forest; or, given the indices of the tokens to score, logp_m and entropy_m.
+
+        logp_m[j] = log p(tokens[i] | everything that token i sees before itself), i = scored_m[j], at the temperature.
+        entropy_m is that distribution's, in nats, without gradient.
+        """
+        def attend(layer, q_nhc, k_nkc, v_nkc):
+            return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3)
+        hidden_nd = self.run(forest.tokens_n, forest.positions_n, attend)
+        if scored_m is None:
+            return hidden_nd
+        source_m = forest.previous_n[scored_m]
+        return linear_logp(hidden_nd[source_m], self.head_vd, forest.tokens_n[scored_m], temperature)
+
+    def run(self, tokens_n, positions_n, attend):
+        """Embedding, blocks and final norm; attend(layer, q_nhc, k_nkc, v_nkc) -> out_nhc is what connects the tokens."""
+        x_nd = self.model.embed_tokens(tokens_n)
+        cos_nc, sin_nc = rope_table(self.config.rope, positions_n, wide(x_nd.dtype))
+        for i, block in enumerate(self.model.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_nd = checkpoint(block, x_nd, cos_nc, sin_nc, attend, i, use_reentrant=False)
+            else:
+                x_nd = block(x_nd, cos_nc, sin_nc, attend, i)
+        return self.model.norm(x_nd)
+
+    @property
+    def head_vd(self):
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head.weight[:self.n_vocab]
+
+    @torch.no_grad()
+    def logits(self, ids):
+        """[T, V] logits of one sequence of ids: float32, or float64 for a float64 model."""
+        hidden_td = self(pack([(list(ids), [])], self.head_vd.device))
+        return (hidden_td @ self.head_vd.t()).to(wide(hidden_td.dtype))
+
+    @staticmethod
+    def random(config, seed=0, device="cpu", dtype=torch.float32):
+        """Normal(0, 0.02) matrices, unit norms, zero biases."""
+        model = Model(config)
+        rng = torch.Generator().manual_seed(seed)
+        for name, x in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(x)
+            elif x.ndim == 2:
+                nn.init.normal_(x, std=0.02, generator=rng)
+        return model.to(device, dtype)
+
+    @staticmethod
+    def from_pretrained(path, device="cpu", dtype=torch.float32):
+        """Loads a Hugging Face folder. Tensor after tensor, so the peak is the model and its largest tensor."""
+        path = Path(path)
+        config = ModelConfig.from_dict(read_json(path / "config.json"), path / "config.json")
+        with torch.device("meta"):
+            model = Model(config)
+        load_weights(model, path, device, dtype)
+        return model
+
+    def save_pretrained(self, path, state=None):
+        """Writes config.json and model.safetensors into `path`; `state` replaces the model's own tensors (by name)."""
+        state = {name: x.detach().contiguous() for name, x in (state or self.state_dict()).items()}
+        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        spelling = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
+        with open(path / "config.json.tmp", "w", encoding="utf-8") as f:
+            json.dump(self.config.raw | {spelling: dtype}, f, indent=2)
+        save_file(state, path / "model.safetensors.tmp", metadata={"format": "pt"})
+        for name in ("config.json", "model.safetensors"):
+            os.replace(path / (name + ".tmp"), path / name)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_nd, cos_nc, sin_nc, attend, layer):
+        x_nd = x_nd + self.self_attn(self.input_layernorm(x_nd), cos_nc, sin_nc, attend, layer)
+        return x_nd + self.mlp(self.post_attention_layernorm(x_nd))
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.shapes = (-1, H, C), (-1, K, C)
+        self.q_proj = nn.Linear(D, H * C, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, K * C, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, K * C, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * C, D, bias=config.o_bias)
+        self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x_nd, cos_nc, sin_nc, attend, layer):
+        q_shape, kv_shape = self.shapes
+        q_nhc = self.q_proj(x_nd).view(q_shape)
+        k_nkc = self.k_proj(x_nd).view(kv_shape)
+        v_nkc = self.v_proj(x_nd).view(kv_shape)
+        if self.q_norm is not None:
+            q_nhc, k_nkc = self.q_norm(q_nhc), self.k_norm(k_nkc)
+        out_nhc = attend(layer, rotate(q_nhc, cos_nc, sin_nc), rotate(k_nkc, cos_nc, sin_nc), v_nkc)
+        return self.o_proj(out_nhc.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_nd):
+        return self.down_proj(F.silu(self.gate_proj(x_nd)) * self.up_proj(x_nd))
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis; the division in float32 or wider."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        x_wide = x.to(wide(x.dtype))
+        return self.weight * (x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rope_table(rope, positions_n, dtype):
+    """cos and sin of position * inv_freq, [N, C/2]; angles in float64, because a float32 angle is off by 2e-3 at 32k."""
+    inv_freq_c = torch.tensor(rope.inv_freq, dtype=torch.float64, device=positions_n.device)
+    angle_nc = positions_n[:, None] * inv_freq_c
+    return (angle_nc.cos() * rope.scale).to(dtype), (angle_nc.sin() * rope.scale).to(dtype)
+
+
+def rotate(x_nhc, cos_nc, sin_nc):
+    """Rotates channel pairs (i, i + C/2) by their angle; Hugging Face's half-split layout."""
+    a, b = x_nhc.chunk(2, dim=-1)
+    cos, sin = cos_nc[:, None], sin_nc[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_nhc.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------ loading
+
+
+def read_json(path):
+    """The JSON object in a file; ValueError in one line names the file that is not there, not readable or not an object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no such file; a model folder needs config.json, safetensors and tokenizer files") from None
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, need an object")
+    return value
+
+
+def load_weights(model, path, device, dtype):
+    """Fills a meta-device model from model.safetensors or its shards; missing, unexpected or mis-shaped tensors by name.
+
+    model.safetensors wins over an index, as in transformers: a folder saved over a sharded one still has the old index.
+    """
+    index, files = path / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists() and not (path / files[0]).exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{index}: weight_map must be an object of tensor name: file name")
+        files = sorted(set(weight_map.values()))
+    wanted = dict(model.named_parameters())
+    seen, head = set(), None
+    for file in files:
+        if not (path / file).exists():
+            raise ValueError(f"{path / file}: no such file; weights are read from model.safetensors or the index's shards")
+        try:
+            with safe_open(path / file, framework="pt") as shard:
+                for name in shard.keys():
+                    tensor = shard.get_tensor(name)
+                    if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                        head = tensor  # some tied checkpoints carry the copy
+                        continue
+                    if name not in wanted or name in seen:
+                        raise ValueError(f"{path / file}: {'second copy of' if name in seen else 'unexpected'} tensor {name}")
+                    if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
+                        raise ValueError(f"{path / file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the config "
+                                         f"needs floating point {tuple(wanted[name].shape)}")
+                    owner, leaf = name.rsplit(".", 1)
+                    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+                    seen.add(name)
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path / file}: not a readable safetensors file ({e})") from None
+    if missing := sorted(set(wanted) - seen):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{path}: tensor {missing[0]}{more} is missing from {', '.join(files)}")
+    if head is not None and not torch.equal(head.to(device, dtype), model.model.embed_tokens.weight):
+        raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight")
+
+
+def copy_tokenizer(source, target):
+    """Copies the tokenizer and generation files that make a folder of weights an ordinary Hugging Face model."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+                 "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"):
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(target) / name)

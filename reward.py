@@ -1,0 +1,201 @@
+"""What a judgement is: a pair goes into a prompt, a verdict comes out of the text that answers it, and out of that a reward.
+
+A prompt is a text file of sections, each introduced by a line of its own: [system] (optional), [user], and
+[user multi-turn] (needed only for conversations). [user] must hold {question}, {answer_a} and {answer_b};
+[user multi-turn] must hold {conversation_a} and {conversation_b}. Everything else is literal, other braces and bracketed
+lines too; blank lines around a section are dropped.
+
+A pair is single-turn if its prompt is one user message, after a system message or not, and each answer is one message.
+Then the question is the user's text; with a system message it is both, as lines "System: ..." and "User: ...", since the
+answers were written under that system message and cannot be judged without it. Every other pair is shown as two whole
+conversations, as lines "User: ..." and "Chatbot A: ..." (or B) joined by one newline.
+
+Texts are judged as they are decoded, WITHOUT control tokens: the sampler drops <|im_end|> and the like. Where one is
+left, it counts among the 80 characters of training_verdict, as it did in RM-R1's training.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+PROMPTS = Path(__file__).parent / "data" / "prompts"
+PLACEHOLDERS = {"system": set(), "user": {"question", "answer_a", "answer_b"},
+                "user multi-turn": {"conversation_a", "conversation_b"}}
+PLACEHOLDER = re.compile(r"\{(question|answer_a|answer_b|conversation_a|conversation_b)\}")
+VERDICT_CHARS = 80
+END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")   # Qwen, Qwen, DeepSeek
+
+
+@dataclass(frozen=True)
+class Prompt:
+    name: str
+    system: str | None
+    user: str
+    user_multi_turn: str | None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    type: str | None          # "Chat" or "Reasoning"
+    rubric: str | None        # without its justification
+    justify: str | None
+    solution: str | None
+    evaluation: str | None
+    verdict: str | None       # "a" or "b", by training_verdict
+    well_formed: bool         # a chain of rubrics, complete; never true without a verdict
+
+
+# ---- pair to messages
+
+def prompt_path(name_or_path):
+    """Where a prompt is read from: data/prompts/NAME.txt for a bare name, else the path given."""
+    bare = not Path(name_or_path).suffix and os.sep not in str(name_or_path)
+    return PROMPTS / f"{name_or_path}.txt" if bare else Path(name_or_path)
+
+
+def load_prompt(name_or_path):
+    """The prompt data/prompts/NAME.txt for a bare name, else the user's own file. A fault raises a one-line ValueError."""
+    path = prompt_path(name_or_path)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
+        raise ValueError(f"{path}: no such prompt file: give one of {known}, or the path of your own .txt file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: byte {e.start} is not UTF-8: convert the file") from None
+    before, *parts = re.split(r"^\[(system|user|user multi-turn)\][ \t]*$", text, flags=re.MULTILINE)
+    names, texts = parts[::2], [part.strip("\r\n") for part in parts[1::2]]
+    sections = dict(zip(names, texts))
+    faults = ["text before the first section"] if before.strip() else []
+    faults += ["no section [user]"] if "user" not in sections else []
+    faults += ["the same section twice"] if len(sections) < len(names) else []
+    for name, body in sections.items():
+        found, wanted = set(PLACEHOLDER.findall(body)), PLACEHOLDERS[name]
+        faults += [f"section [{name}] lacks {{{x}}}" for x in sorted(wanted - found)]
+        faults += [f"section [{name}] cannot have {{{x}}}" for x in sorted(found - wanted)]
+        faults += [f"section [{name}] is empty"] if not body.strip() else []
+    if faults:
+        raise ValueError(f"{path}: {', '.join(faults)}: the top of reward.py tells the format")
+    return Prompt(str(name_or_path), sections.get("system"), sections["user"], sections.get("user multi-turn"))
+
+
+def render(prompt, pair):
+    """The chat messages that show pair to the judge. A pair that comes ready-made (pair.rendered) is returned as it is."""
+    if pair.rendered is not None:
+        return pair.rendered
+    answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+               for answer in (pair.answer_a, pair.answer_b)]
+    if [m["role"] for m in pair.prompt] in (["user"], ["system", "user"]) and len(answers[0]) == len(answers[1]) == 1:
+        question = pair.prompt[0]["content"] if len(pair.prompt) == 1 else _dialogue(pair.prompt, "")
+        template, (a, b) = prompt.user, [answer[0]["content"] for answer in answers]
+        values = {"question": question, "answer_a": a, "answer_b": b}
+    elif prompt.user_multi_turn is None:
+        raise ValueError(f"prompt {prompt.name}: pair {pair.id} is a conversation: add a section [user multi-turn]")
+    else:
+        template = prompt.user_multi_turn
+        values = {f"conversation_{side}": _dialogue(pair.prompt + answer, side) for side, answer in zip("ab", answers)}
+    # One pass over the template only: an answer that spells a placeholder stays as it is.
+    user = {"role": "user", "content": PLACEHOLDER.sub(lambda match: values[match[1]], template)}
+    return [user] if prompt.system is None else [{"role": "system", "content": prompt.system}, user]
+
+
+def _dialogue(messages, side):
+    speaker = {"system": "System", "user": "User", "assistant": f"Chatbot {side.upper()}"}
+    return "\n".join(f"{speaker[m['role']]}: {m['content']}" for m in messages)
+
+
+# ---- text to verdict
+
+def training_verdict(text):
+    """"a", "b" or None: which side's full <answer>[[X]]</answer> stands in the last 80 characters, if only one side's does.
+
+    This is the rule the reward is paid by, as in RM-R1's training code. It looks at the end only, so a judge may quote
+    or weigh a label while it thinks; an output that does so earns +1 here and an error by benchmark_verdict, so neither
+    rule can stand in for the other. A text that the token limit cuts off just behind a quoted verdict does get that
+    verdict: a loop that wants no such luck treats unfinished rollouts apart.
+    """
+    end = text[-VERDICT_CHARS:]
+    return _only("<answer>[[A]]</answer>" in end, "<answer>[[B]]</answer>" in end)
+
+
+def benchmark_verdict(text):
+    """"a", "b" or None: which of [[A]] and [[B]] stands anywhere in the text, thinking included, if only one does.
+
+    This is the rule of RM-R1's evaluation code, by which the published scores were counted (None scores 0 there). It
+    needs no answer tags, so it reads judges of another format too, but one mention of the other label spoils an
+    otherwise clear verdict.
+    """
+    return _only("[[A]]" in text, "[[B]]" in text)
+
+
+def _only(a, b):
+    return None if a == b else "a" if a else "b"
+
+
+def reward(text, winner):
+    """+1.0 if the training verdict is the winner, else -1.0: no verdict costs as much as a wrong one."""
+    assert winner in ("a", "b"), f"winner is {winner!r}, need 'a' or 'b'"
+    return 1.0 if training_verdict(text) == winner else -1.0
+
+
+def majority(verdicts):
+    """The side with more votes, or None in a tie; a None among the verdicts is no vote."""
+    verdicts = list(verdicts)
+    n_a, n_b = verdicts.count("a"), verdicts.count("b")
+    return None if n_a == n_b else "a" if n_a > n_b else "b"
+
+
+def parse(text):
+    """The Judgement in a text; any string has one, and the time is linear in its length.
+
+    Parts that are missing or not closed are None. A thinking model's leading <think>...</think> is skipped (its start
+    tag is often in the prompt, so all before </think> is thinking unless it starts as a chain). well_formed means: first
+    the type; then, once each and in this order, a solution (Reasoning) or a rubric (Chat), an evaluation, the answer,
+    none empty; then nothing but white space or end-of-turn text. Tags inside quotations and summaries belong to the
+    judged answers and do not count. A bare verdict, all that the prompts "reasoning" and "direct" ask for, is not
+    well-formed: it is no chain.
+    """
+    verdict, chain = training_verdict(text), _after_thinking(text)
+    type_, rubric, solution = _inside(chain, "type"), _inside(chain, "rubric"), _inside(chain, "solution")
+    type_ = type_ if type_ in ("Chat", "Reasoning") else None
+    justify = _inside(rubric or "", "justify")
+    if justify is not None:
+        head, _, rest = rubric.partition("<justify>")
+        rubric = (head + rest.partition("</justify>")[2]).strip()
+    start, end = chain.find("<eval>"), chain.rfind("</eval>")    # the last one: a quotation may hold another
+    evaluation = chain[start + len("<eval>"):end].strip() if 0 <= start < end else None
+
+    skeleton = _without_quotes(chain)
+    middle, standard = ("solution", solution) if type_ == "Reasoning" else ("rubric", rubric)
+    wanted = [f"<{slash}{tag}>" for tag in ("type", middle, "eval", "answer") for slash in ("", "/")]
+    in_order = re.findall(r"</?(?:type|solution|rubric|eval|answer)>", skeleton) == wanted
+    before, after = skeleton.partition("<type>")[0], skeleton.rpartition("</answer>")[2]
+    for control in END_OF_TURN:
+        after = after.replace(control, "")
+    well_formed = bool(type_ and standard and evaluation and verdict and in_order and not (before + after).strip()
+                       and f"<answer>[[{verdict.upper()}]]</answer>" in skeleton)
+    return Judgement(type_, rubric, justify, solution, evaluation, verdict, well_formed)
+
+
+def _after_thinking(text):
+    thinking, closed, rest = text.partition("</think>")
+    if closed and not thinking.lstrip().startswith("<type>"):
+        return rest
+    return "" if text.lstrip().startswith("<think>") else text
+
+
+def _inside(text, tag):
+    """The text between the first <tag> and the next </tag>, or None."""
+    _, opened, rest = text.partition(f"<{tag}>")
+    inside, closed, _ = rest.partition(f"</{tag}>")
+    return inside.strip() if opened and closed else None
+
+
+def _without_quotes(text):
+    """The text without its closed quotations and summaries. Splitting is linear; a lazy regular expression would rescan
+    the whole rest of the text for every tag that is never closed."""
+    for tag in ("quote_A", "quote_B", "summary_A", "summary_B"):
+        head, *pieces = text.split(f"<{tag}>")
+        text = head + "".join(piece.split(f"</{tag}>", 1)[-1] for piece in pieces)
+    return text

@@ -1,0 +1,477 @@
+"""Prompts in, rollouts out: KV cache, continuous batching, sampling. On the command line: judge a pair, or a file of pairs.
+
+    python sample.py --model DIR --question "..." --answer-a "..." --answer-b "..."       streams the judgement as it is written
+    python sample.py --model DIR --pairs pairs.jsonl --out judgements.jsonl --votes 5     resumable: start it again to go on
+
+The sampler runs the trainer's own model code (Model.run) with a cache for attention, so its log-probabilities are the
+trainer's up to rounding. A prompt is computed once for its n rollouts. A rollout's random numbers come from (seed, the
+prompt's tokens, sample index, token index) and nothing else: the same rollout comes out alone or in any batch.
+
+Letters: B slots (rollouts being written at once), T cached positions, K key/value heads, C channels of a head, V vocabulary.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from common import copy_weights, fail, one_line_errors, parse_config
+from data.pairs import Pair, read_pairs
+from kernels import attention, decode_attention, wide
+from model import Model, pack
+from reward import benchmark_verdict, load_prompt, majority, render
+from tokenizer import StreamDecoder, Tokenizer
+
+# ----------------------------------------------------------------------------------------------------------------- sampling
+
+
+@dataclass
+class Rollout:
+    """A sampled reply. logps[i]: log-probability, in nats, of ids[i] under the distribution it was drawn from (temperature,
+    top_k and top_p applied); for greedy decoding, under the model's own distribution at temperature 1."""
+    ids: list[int] = field(default_factory=list)  # the stop token included
+    logps: list[float] = field(default_factory=list)
+    reason: str = "length"  # "stop": ended with a stop token; "length": cut off at max_new_tokens
+
+    @property
+    def finished(self):
+        return self.reason == "stop"
+
+
+def _mix(x):
+    """The splitmix64 finalizer on int64 tensors, whose products wrap modulo 2^64: every input bit reaches every output bit."""
+    def shift_right(x, n):  # logical: int64's own shift repeats the sign bit
+        return (x >> n) & ((1 << (64 - n)) - 1)
+    x = (x ^ shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ shift_right(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ shift_right(x, 31)
+
+
+def uniforms(seed, prompt_b, sample_b, token_b):
+    """One float64 in (0, 1) for each (seed, prompt id, sample index, token index), by hashing: no generator state."""
+    x = torch.full_like(prompt_b, seed)
+    for key in (prompt_b, sample_b, token_b):
+        x = _mix(x + (0x9E3779B97F4A7C15 - 2**64)) ^ key
+    return (((_mix(x + (0x9E3779B97F4A7C15 - 2**64)) >> 11) & (2**53 - 1)).double() + 0.5) / 2**53
+
+
+def prompt_key(ids):
+    """The prompt's id for its random numbers: 63 bits of a hash of its tokens."""
+    return int.from_bytes(hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).digest(), "little") >> 1
+
+
+def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
+    """Draws one token per row by inverting the cumulative distribution at uniform_b; returns id_b and logp_b.
+
+    top_k keeps the k likeliest tokens (and ties with the k-th), then top_p the smallest set of the likeliest whose
+    probability reaches top_p. Temperature 0 takes the likeliest token.
+    """
+    if temperature == 0:
+        logp_bv = logits_bv.log_softmax(1)
+        id_b = logits_bv.argmax(1)
+        return id_b, logp_bv.gather(1, id_b[:, None])[:, 0]
+    logits_bv = logits_bv / temperature
+    if 0 < top_k < logits_bv.shape[1]:
+        logits_bv = logits_bv.masked_fill(logits_bv < logits_bv.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        p_bv, order_bv = logits_bv.softmax(1).sort(1, descending=True)
+        beyond = p_bv.cumsum(1) - p_bv >= top_p  # the likelier tokens reach top_p without this one
+        logits_bv = logits_bv.masked_fill(torch.zeros_like(beyond).scatter(1, order_bv, beyond), -torch.inf)
+    logp_bv = logits_bv.log_softmax(1)
+    cdf_bv = logp_bv.exp().cumsum(1, dtype=torch.float64)
+    id_b = torch.searchsorted(cdf_bv, (uniform_b * cdf_bv[:, -1])[:, None], right=True)[:, 0]
+    return id_b, logp_bv.gather(1, id_b[:, None])[:, 0]
+
+
+class Cache:
+    """Keys (rotated) and values of every slot: per layer [B, K, T, C]. Slot b holds length_b positions."""
+
+    def __init__(self, config, B, T, device, dtype):
+        shape = B, config.num_key_value_heads, T, config.head_dim
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def T(self):
+        return self.k[0].shape[2]
+
+    def resize(self, slots, T):
+        """Keeps these slots, with room for T positions."""
+        def moved(x):
+            out = x.new_zeros(len(slots), x.shape[1], T, x.shape[3])
+            out[:, :, :min(T, x.shape[2])] = x[slots, :, :T]
+            return out
+        for layer in range(len(self.k)):  # one layer at a time, so that only one exists twice
+            self.k[layer], self.v[layer] = moved(self.k[layer]), moved(self.v[layer])
+
+    def attend(self, length_b):
+        """The attention of one decode step: stores each slot's new key and value at its length, then looks at all."""
+        length_b, T = torch.as_tensor(length_b, device=self.k[0].device), int(max(length_b)) + 1
+        slot_b = torch.arange(len(length_b), device=length_b.device)
+
+        def attend(layer, q_bhc, k_bkc, v_bkc):
+            k, v = self.k[layer], self.v[layer]
+            k[slot_b, :, length_b], v[slot_b, :, length_b] = k_bkc, v_bkc
+            return decode_attention(q_bhc, k[:, :, :T], v[:, :, :T], length_b + 1)
+        return attend
+
+
+@dataclass
+class Slot:
+    """A place in the batch: which rollout is being written there, or none."""
+    prompt: int = -1
+    sample: int = 0
+    rollout: Rollout | None = None
+
+
+class Sampler:
+    def __init__(self, model, n_slots=256, prefill_tokens=16384):
+        """n_slots rollouts are written at once; prompts are computed in packs of about prefill_tokens."""
+        self.model, self.n_slots, self.prefill_tokens = model, n_slots, prefill_tokens
+        self.prefill_s, self.decode_s, self.n_prefilled, self.n_decoded = 0.0, 0.0, 0, 0  # totals since the last reset_stats
+
+    def generate(self, prompts, n=1, max_new_tokens=1024, **options):
+        """For each prompt (a list of token ids) its n rollouts, in order. Options as in `stream`."""
+        out = [None] * len(prompts)
+        for i, rollouts in self.stream(prompts, n, max_new_tokens, **options):
+            out[i] = rollouts
+        return out
+
+    @torch.inference_mode()
+    def stream(self, prompts, n=1, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, on_token=None):
+        """Yields (index of the prompt, its n rollouts) as groups finish.
+
+        stop: token ids that end a rollout. on_token(prompt index, sample index, token id) is told of every token as it is
+        drawn. Continuous batching: whole groups are admitted when enough slots are free, so that a prompt is computed once.
+        """
+        assert n >= 1 and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0
+        assert all(prompts), "a prompt must have at least one token"
+        stop, device = frozenset(stop), self.model.head_vd.device
+        keys = [prompt_key(ids) for ids in prompts]
+        waiting = list(range(len(prompts)))[::-1]
+        groups = {}  # prompt -> its rollouts, while some are being written
+        slots = [Slot() for _ in range(min(max(self.n_slots // n * n, n), n * len(prompts)))]
+        cache = Cache(self.model.config, len(slots), 1, device, self.model.head_vd.dtype)
+        length_b, token_b = np.zeros(len(slots), dtype=np.int64), torch.zeros(len(slots), dtype=torch.int64, device=device)
+
+        def draw(logits_bv, rows):
+            """Samples a token for each of these slots, records it, frees the slots that are done; returns the ids."""
+            nonlocal length_b
+            made = [(keys[slots[b].prompt], slots[b].sample, len(slots[b].rollout.ids)) for b in rows]
+            id_b, logp_b = choose(logits_bv, uniforms(seed, *torch.tensor(made, device=device).unbind(1)), temperature, top_p, top_k)
+            for b, token, logp in zip(rows, id_b.tolist(), logp_b.tolist()):
+                slot = slots[b]
+                slot.rollout.ids.append(token)
+                slot.rollout.logps.append(logp)
+                if on_token:
+                    on_token(slot.prompt, slot.sample, token)
+                if token in stop:
+                    slot.rollout.reason = "stop"
+                if token in stop or len(slot.rollout.ids) == max_new_tokens:
+                    ended.append(slot.prompt)
+                    slots[b] = Slot()
+            return id_b
+
+        while waiting or groups:
+            ended = []
+            free = [b for b, slot in enumerate(slots) if slot.rollout is None]
+            if waiting and (len(free) == len(slots) or len(free) >= max(n, len(slots) // 8)):
+                began = time.perf_counter()
+                admitted = [waiting.pop() for _ in range(min(len(free) // n, len(waiting)))]
+                needed = max(len(prompts[i]) for i in admitted) + 1
+                if cache.T < needed:
+                    cache.resize(list(range(len(slots))), needed + 64)
+                rows = []
+                for j, i in enumerate(admitted):
+                    groups[i] = [Rollout() for _ in range(n)]
+                    for sample in range(n):
+                        b = free[j * n + sample]
+                        slots[b], length_b[b] = Slot(i, sample, groups[i][sample]), len(prompts[i])
+                        rows.append(b)
+                logits_pv = self._prefill([prompts[i] for i in admitted], [rows[j:j + n] for j in range(0, len(rows), n)], cache)
+                token_b[rows] = draw(logits_pv.repeat_interleave(n, 0), rows)
+                self.prefill_s += time.perf_counter() - began
+                self.n_prefilled += sum(len(prompts[i]) for i in admitted)
+            else:
+                began = time.perf_counter()
+                active = [b for b, slot in enumerate(slots) if slot.rollout is not None]
+                if len(active) <= len(slots) // 2 and not waiting:  # the last rollouts: stop computing the empty slots
+                    cache.resize(active, cache.T)
+                    slots, length_b, token_b = [slots[b] for b in active], length_b[active], token_b[active]
+                    active = list(range(len(active)))
+                if cache.T <= length_b.max():
+                    cache.resize(list(range(len(slots))), min(2 * cache.T, cache.T + 1024))
+                hidden_bd = self.model.run(token_b, torch.as_tensor(length_b, device=device), cache.attend(length_b))
+                length_b[active] += 1
+                logits_bv = (hidden_bd[active] @ self.model.head_vd.t()).to(wide(hidden_bd.dtype))
+                token_b[active] = draw(logits_bv, active)
+                self.decode_s += time.perf_counter() - began
+                self.n_decoded += len(active)
+            for i in dict.fromkeys(ended):
+                if not any(slot.prompt == i for slot in slots):
+                    yield i, groups.pop(i)
+
+    def _prefill(self, prompts, rows, cache):
+        """Computes the prompts once each, copies their keys and values to their slots, returns the last tokens' logits_pv."""
+        logits = []
+        for first, last in _packs([len(ids) for ids in prompts], self.prefill_tokens):
+            forest = pack([(ids, []) for ids in prompts[first:last]], self.model.head_vd.device)
+
+            def attend(layer, q_nhc, k_nkc, v_nkc):
+                for (start, length, _), slots in zip(forest.segments_s3.tolist(), rows[first:last]):
+                    cache.k[layer][slots, :, :length] = k_nkc[start:start + length].transpose(0, 1)
+                    cache.v[layer][slots, :, :length] = v_nkc[start:start + length].transpose(0, 1)
+                return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3)
+            hidden_nd = self.model.run(forest.tokens_n, forest.positions_n, attend)
+            ends = forest.segments_s3[:, :2].sum(1) - 1
+            logits.append((hidden_nd[ends] @ self.model.head_vd.t()).to(wide(hidden_nd.dtype)))
+        return torch.cat(logits)
+
+    def reset_stats(self):
+        """Returns and clears {prefill_s, decode_s, prefill_tok_s, decode_tok_s}."""
+        stats = {"prefill_s": self.prefill_s, "decode_s": self.decode_s,
+                 "prefill_tok_s": self.n_prefilled / max(self.prefill_s, 1e-9),
+                 "decode_tok_s": self.n_decoded / max(self.decode_s, 1e-9)}
+        self.prefill_s, self.decode_s, self.n_prefilled, self.n_decoded = 0.0, 0.0, 0, 0
+        return stats
+
+
+def _packs(sizes, limit):
+    """Consecutive ranges (first, last) whose sizes add up to at most `limit`, or hold one item."""
+    packs, first, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > first and total + size > limit:
+            packs.append((first, i))
+            first, total = i, 0
+        total += size
+    return packs + [(first, len(sizes))]
+
+
+def whole_model(model, dtype):
+    """The policy as a sampler wants it: the model itself, or, if its weights are sharded, an empty whole copy of it.
+
+    Fill the copy with common.copy_weights, on every rank at once.
+    """
+    weight = next(model.parameters())
+    if not isinstance(weight, DTensor):
+        return model
+    with torch.device("meta"):
+        copy = Model(model.config)
+    copy = copy.to_empty(device=weight.device).to(dtype).requires_grad_(False)
+    copy.n_vocab = model.n_vocab
+    return copy
+
+
+def refresh(copy, model):
+    """Brings whole_model's copy up to date."""
+    if copy is not model:
+        copy_weights(model, copy)
+
+
+# ------------------------------------------------------------------------------------------------------------------ judging
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A sampler with everything that turns a pair into a judgement record."""
+    sampler: Sampler
+    tokenizer: Tokenizer
+    prompt: object  # reward.Prompt
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    votes: int = 1
+    seed: int = 0
+
+    def encode(self, pair):
+        return self.tokenizer.chat(render(self.prompt, pair))
+
+    def judge(self, pairs, on_token=None):
+        """Yields (index, judgement record) as they are done; verdicts by the benchmarks' rule (reward.benchmark_verdict)."""
+        prompts, began = [self.encode(pair) for pair in pairs], time.perf_counter()
+        done = self.sampler.stream(prompts, self.votes, self.max_new_tokens, self.temperature, self.top_p, self.top_k,
+                                   self.tokenizer.stop_ids, self.seed, on_token)
+        for i, rollouts in done:
+            votes = []
+            for r in rollouts:
+                text = self.tokenizer.decode(r.ids)
+                votes.append({"text": text, "n_tokens": len(r.ids), "finished": r.finished, "verdict": benchmark_verdict(text)})
+            pair = pairs[i]
+            yield i, {"id": pair.id, "prompt_hash": f"{prompt_key(prompts[i]):016x}", "n_prompt_tokens": len(prompts[i]),
+                      "votes": votes, "verdict": majority([v["verdict"] for v in votes]), "winner": pair.winner,
+                      "source": pair.source, "domain": pair.domain, "seconds": round(time.perf_counter() - began, 3)}
+
+
+class JudgementFile:
+    """Judgements on disk, one JSON line a pair. Written to OUT.partial as they come, put in order and renamed when whole.
+
+    OUT.partial begins with the settings that made it; started again with the same ones it goes on, with others it refuses.
+    """
+
+    def __init__(self, out, settings):
+        self.out, self.partial = Path(out), Path(f"{out}.partial")
+        self.done = {}
+        if self.out.exists():
+            raise ValueError(f"{self.out}: already there and whole; delete it or choose another --out")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.partial.read_text(encoding="utf-8").split("\n")[:-1] if self.partial.exists() else []
+        if lines and json.loads(lines[0]) != settings:
+            before = json.loads(lines[0])
+            name = next(k for k in settings if settings[k] != before.get(k))
+            raise ValueError(f"{self.partial}: was begun with {name}={before.get(name)!r}, not {settings[name]!r}; "
+                             "go on with the same settings, or delete it")
+        for line in lines[1:]:
+            record = json.loads(line)
+            self.done[record["id"], record["prompt_hash"]] = record
+        temporary = Path(f"{self.partial}.tmp")  # without the last line, if the interrupted run left half of it
+        temporary.write_text("\n".join(lines or [json.dumps(settings)]) + "\n", encoding="utf-8")
+        os.replace(temporary, self.partial)
+
+    def add(self, record):
+        self.done[record["id"], record["prompt_hash"]] = record
+        with open(self.partial, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def finish(self, keys):
+        """Writes the judgements of these (id, prompt hash), in this order, under the final name."""
+        temporary = Path(f"{self.out}.tmp")
+        temporary.write_text("".join(json.dumps(self.done[key], ensure_ascii=False) + "\n" for key in keys), encoding="utf-8")
+        os.replace(temporary, self.out)
+        self.partial.unlink()
+
+
+def judge_file(judge, pairs, out, settings):
+    """Judges the pairs that OUT.partial does not hold yet; returns all records in the pairs' order."""
+    file = JudgementFile(out, settings)
+    keys = [(pair.id, f"{prompt_key(judge.encode(pair)):016x}") for pair in pairs]
+    todo = [pair for pair, key in zip(pairs, keys) if key not in file.done]
+    bar = tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="judge", unit="pair")
+    for _, record in judge.judge(todo):
+        file.add(record)
+        bar.update()
+        s = judge.sampler
+        bar.set_postfix(prefill_tok_s=f"{s.n_prefilled / max(s.prefill_s, 1e-9):.0f}", decode_tok_s=f"{s.n_decoded / max(s.decode_s, 1e-9):.0f}")
+    bar.close()
+    file.finish(keys)
+    return [file.done[key] for key in keys]
+
+
+# ------------------------------------------------------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "runs/toy/grpo/model"  # Hugging Face folder of the judge
+    prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
+    question: str | None = None  # judge one pair: the question ...
+    answer_a: str | None = None  # ... the first answer ...
+    answer_b: str | None = None  # ... and the second
+    question_file: str | None = None  # read the question from a file
+    answer_a_file: str | None = None  # read the first answer from a file
+    answer_b_file: str | None = None  # read the second answer from a file
+    pairs: str | None = None  # judge a file or folder of pairs, in any format that data/pairs.py reads ...
+    out: str | None = None  # ... into this judgements file (JSON lines)
+    limit: int = 0  # only the first so many pairs, 0 = all
+    skip_bad: bool = False  # skip unreadable records and count them, instead of stopping before any work
+    votes: int = 1  # judgements per pair; the verdict is their majority
+    temperature: float = 0.0  # 0 takes the likeliest token; votes need more
+    top_p: float = 1.0  # sample from the smallest set of likeliest tokens with this probability
+    top_k: int = 0  # sample from so many likeliest tokens, 0 = all
+    max_new_tokens: int = 8192  # longest judgement
+    n_slots: int = 64  # judgements written at once
+    seed: int = 0  # of the sampling, and of the A/B order where a source has chosen and rejected
+    device: str = "auto"  # cpu, cuda, or auto
+    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU
+    threads: int = 0  # CPU threads, 0 = PyTorch's choice
+
+    def __post_init__(self):
+        check_sampling(self)
+        for name in ("question", "answer_a", "answer_b"):
+            if getattr(self, name) is not None and getattr(self, name + "_file") is not None:
+                raise ValueError(f"--{name.replace('_', '-')} and its -file are both given; give one")
+        if self.pairs and not self.out:
+            raise ValueError("--pairs needs --out, the judgements file to write")
+
+
+def check_sampling(cfg):
+    if cfg.votes < 1 or cfg.max_new_tokens < 1 or cfg.n_slots < 1 or cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
+        raise ValueError("--votes, --max-new-tokens and --n-slots must be at least 1, --temperature and --top-k at least 0, "
+                         "--top-p in (0, 1]")
+    if cfg.votes > 1 and cfg.temperature == 0:
+        raise ValueError("--votes above 1 needs a --temperature above 0: greedy votes are all the same")
+    if cfg.dtype not in ("auto", "float32", "bfloat16") or cfg.device not in ("auto", "cpu", "cuda"):
+        raise ValueError("--dtype is auto, float32 or bfloat16; --device is auto, cpu or cuda")
+
+
+def load_judge(cfg):
+    """The Judge that a script's options describe (this script's Config or evaluate.py's)."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch sees no GPU")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device == "cuda" else torch.float32
+    tokenizer = Tokenizer(cfg.model)
+    own_prompt = Path(cfg.model) / "prompt.txt"
+    if cfg.prompt is None and not own_prompt.exists():
+        raise ValueError(f"{cfg.model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, direct or a file")
+    model = Model.from_pretrained(cfg.model, device, dtype).requires_grad_(False)
+    model.n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
+    return Judge(Sampler(model, cfg.n_slots), tokenizer, load_prompt(cfg.prompt or str(own_prompt)), cfg.max_new_tokens,
+                 cfg.temperature, cfg.top_p, cfg.top_k, cfg.votes, cfg.seed)
+
+
+def judge_settings(cfg, judge):
+    """What a judgements file depends on: it may only be continued with the same."""
+    return {"model": str(Path(cfg.model).resolve()), "prompt": asdict(judge.prompt), "votes": cfg.votes, "temperature": cfg.temperature,
+            "top_p": cfg.top_p, "top_k": cfg.top_k, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+
+
+def pair_from_options(cfg):
+    def text(name):
+        if getattr(cfg, name + "_file"):
+            return Path(getattr(cfg, name + "_file")).read_text(encoding="utf-8")
+        if getattr(cfg, name) is None:
+            fail(f"--{name.replace('_', '-')} is missing: give a question and two answers, or --pairs FILE --out FILE")
+        return getattr(cfg, name)
+    return Pair("pair", [{"role": "user", "content": text("question")}], text("answer_a"), text("answer_b"), None, "", "")
+
+
+def main(cfg):
+    if cfg.pairs:
+        pairs = read_pairs(cfg.pairs, cfg.seed, cfg.skip_bad)
+        pairs = pairs[:cfg.limit] if cfg.limit else pairs
+        judge = load_judge(cfg)
+        records = judge_file(judge, pairs, cfg.out, judge_settings(cfg, judge) | {"pairs": str(Path(cfg.pairs).resolve())})
+        n_none = sum(r["verdict"] is None for r in records)
+        print(f"{len(records)} pairs judged, {n_none} without a verdict: {cfg.out}")
+        return
+    pair = pair_from_options(cfg)
+    judge = load_judge(cfg)
+    stream = StreamDecoder(judge.tokenizer)
+
+    def show(_, sample, token):  # the first vote is shown as it is written
+        if sample == 0:
+            print(stream.push(token), end="", flush=True)
+    (_, record), = judge.judge([pair], show)
+    print(stream.flush())
+    verdict = record["verdict"]
+    counts = {v: sum(vote["verdict"] == v for vote in record["votes"]) for v in ("a", "b", None)}
+    print(f"verdict: {verdict.upper() if verdict else 'none'}" +
+          (f" (A {counts['a']}, B {counts['b']}, none {counts[None]})" if cfg.votes > 1 else "") +
+          f", {sum(v['n_tokens'] for v in record['votes'])} tokens in {record['seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(Config))
+    sys.exit(0)
