@@ -186,7 +186,7 @@ class Tally:
 
     def add(self, name, total, count=1):
         have = self.pairs.get(name, (0.0, 0.0))
-        self.pairs[name] = (have[0] + float(total), have[1] + float(count))
+        self.pairs[name] = (have[0] + float(torch.as_tensor(total).detach()), have[1] + float(count))
 
     def means(self, ranks):
         """The same names must have been added on every rank."""

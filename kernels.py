@@ -101,7 +101,8 @@ def decode_attention(q_bhc, k_bktc, v_bktc, length_b):
 class _LinearLogp(torch.autograd.Function):
     """z = hidden weight^T / temperature;  l = log_softmax(z);  logp = l[target];  entropy = -sum exp(l) l.
 
-    (Not lse(z) - sum softmax(z) z, nor z[target] - lse(z): both cancel where one token is nearly certain.) Row blocks of LOGIT_CHUNK elements; the backward pass recomputes each block's z, so nothing of size V x N is kept:
+    (Not lse(z) - sum softmax(z) z, nor z[target] - lse(z): in float32 both cancel where one token is nearly certain.)
+    Row blocks of LOGIT_CHUNK elements; the backward pass recomputes each block's z, so nothing of size V x N is kept:
     dz = g (onehot(target) - softmax(z)) / temperature, dhidden = dz weight, dweight = sum over blocks of dz^T hidden.
     """
 

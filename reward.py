@@ -1,14 +1,14 @@
-"""What a judgement is: a pair goes into a prompt, a verdict comes out of the text that answers it, and out of that a reward.
+"""What a judgement is: a pair goes into a prompt, a verdict and a reward come out of the text that answers it.
 
 A prompt is a text file of sections, each introduced by a line of its own: [system] (optional), [user], and
 [user multi-turn] (needed only for conversations). [user] must hold {question}, {answer_a} and {answer_b};
-[user multi-turn] must hold {conversation_a} and {conversation_b}. Everything else is literal, other braces and bracketed
-lines too; blank lines around a section are dropped.
+[user multi-turn] must hold {conversation_a} and {conversation_b}. Everything else is literal, other braces and
+bracketed lines too; blank lines around a section are dropped.
 
 A pair is single-turn if its prompt is one user message, after a system message or not, and each answer is one message.
-Then the question is the user's text; with a system message it is both, as lines "System: ..." and "User: ...", since the
-answers were written under that system message and cannot be judged without it. Every other pair is shown as two whole
-conversations, as lines "User: ..." and "Chatbot A: ..." (or B) joined by one newline.
+Then the question is the user's text; with a system message it is both, as lines "System: ..." and "User: ...", since
+the answers were written under that system message and cannot be judged without it. Every other pair is shown as two
+whole conversations, as lines "User: ..." and "Chatbot A: ..." (or B) joined by one newline.
 
 Texts are judged as they are decoded, WITHOUT control tokens: the sampler drops <|im_end|> and the like. Where one is
 left, it counts among the 80 characters of training_verdict, as it did in RM-R1's training.
@@ -55,7 +55,7 @@ def prompt_path(name_or_path):
 
 
 def load_prompt(name_or_path):
-    """The prompt data/prompts/NAME.txt for a bare name, else the user's own file. A fault raises a one-line ValueError."""
+    """The prompt data/prompts/NAME.txt for a bare name, else the user's own file; a fault is a one-line ValueError."""
     path = prompt_path(name_or_path)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
@@ -81,7 +81,7 @@ def load_prompt(name_or_path):
 
 
 def render(prompt, pair):
-    """The chat messages that show pair to the judge. A pair that comes ready-made (pair.rendered) is returned as it is."""
+    """The chat messages that show pair to the judge. A ready-made pair (pair.rendered) is returned as it is."""
     if pair.rendered is not None:
         return pair.rendered
     answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
@@ -108,7 +108,7 @@ def _dialogue(messages, side):
 # ---- text to verdict
 
 def training_verdict(text):
-    """"a", "b" or None: which side's full <answer>[[X]]</answer> stands in the last 80 characters, if only one side's does.
+    """"a", "b" or None: whose full <answer>[[X]]</answer> stands in the last 80 characters, if only one side's does.
 
     This is the rule the reward is paid by, as in RM-R1's training code. It looks at the end only, so a judge may quote
     or weigh a label while it thinks; an output that does so earns +1 here and an error by benchmark_verdict, so neither
@@ -150,10 +150,10 @@ def parse(text):
     """The Judgement in a text; any string has one, and the time is linear in its length.
 
     Parts that are missing or not closed are None. A thinking model's leading <think>...</think> is skipped (its start
-    tag is often in the prompt, so all before </think> is thinking unless it starts as a chain). well_formed means: first
-    the type; then, once each and in this order, a solution (Reasoning) or a rubric (Chat), an evaluation, the answer,
-    none empty; then nothing but white space or end-of-turn text. Tags inside quotations and summaries belong to the
-    judged answers and do not count. A bare verdict, all that the prompts "reasoning" and "direct" ask for, is not
+    tag is often in the prompt, so all before </think> is thinking, unless it starts as a chain). well_formed means:
+    first the type; then, once each and in this order, a solution (Reasoning) or a rubric (Chat), an evaluation, the
+    answer, none empty; then nothing but white space or end-of-turn text. Tags inside quotations and summaries belong to
+    the judged answers and do not count. A bare verdict, all that the prompts "reasoning" and "direct" ask for, is not
     well-formed: it is no chain.
     """
     verdict, chain = training_verdict(text), _after_thinking(text)

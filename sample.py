@@ -60,7 +60,8 @@ def uniforms(seed, prompt_b, sample_b, token_b):
     x = torch.full_like(prompt_b, seed)
     for key in (prompt_b, sample_b, token_b):
         x = _mix(x + (0x9E3779B97F4A7C15 - 2**64)) ^ key
-    return (((_mix(x + (0x9E3779B97F4A7C15 - 2**64)) >> 11) & (2**53 - 1)).double() + 0.5) / 2**53
+    # 52 bits, not 53: the half must fit behind them, or the largest rounds to 1
+    return (((_mix(x + (0x9E3779B97F4A7C15 - 2**64)) >> 12) & (2**52 - 1)).double() + 0.5) / 2**52
 
 
 def prompt_key(ids):
@@ -82,12 +83,14 @@ def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
     if 0 < top_k < logits_bv.shape[1]:
         logits_bv = logits_bv.masked_fill(logits_bv < logits_bv.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        p_bv, order_bv = logits_bv.softmax(1).sort(1, descending=True)
+        p_bv, order_bv = logits_bv.softmax(1).sort(1, descending=True, stable=True)  # of equal ones the first
         beyond = p_bv.cumsum(1) - p_bv >= top_p  # the likelier tokens reach top_p without this one
         logits_bv = logits_bv.masked_fill(torch.zeros_like(beyond).scatter(1, order_bv, beyond), -torch.inf)
     logp_bv = logits_bv.log_softmax(1)
     cdf_bv = logp_bv.exp().cumsum(1, dtype=torch.float64)
-    id_b = torch.searchsorted(cdf_bv, (uniform_b * cdf_bv[:, -1])[:, None], right=True)[:, 0]
+    total_b = cdf_bv[:, -1]
+    point_b = (uniform_b * total_b).minimum(total_b.nextafter(torch.zeros_like(total_b)))  # the product may round up to total
+    id_b = torch.searchsorted(cdf_bv, point_b[:, None], right=True)[:, 0]  # the first whose sum is above: its p is not 0
     return id_b, logp_bv.gather(1, id_b[:, None])[:, 0]
 
 
@@ -138,10 +141,10 @@ class Sampler:
         self.model, self.n_slots, self.prefill_tokens = model, n_slots, prefill_tokens
         self.prefill_s, self.decode_s, self.n_prefilled, self.n_decoded = 0.0, 0.0, 0, 0  # totals since the last reset_stats
 
-    def generate(self, prompts, n=1, max_new_tokens=1024, **options):
-        """For each prompt (a list of token ids) its n rollouts, in order. Options as in `stream`."""
+    def generate(self, prompts, n=1, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, on_token=None):
+        """For each prompt (a list of token ids) its n rollouts, in order. The options are those of `stream`."""
         out = [None] * len(prompts)
-        for i, rollouts in self.stream(prompts, n, max_new_tokens, **options):
+        for i, rollouts in self.stream(prompts, n, max_new_tokens, temperature, top_p, top_k, stop, seed, on_token):
             out[i] = rollouts
         return out
 
@@ -164,7 +167,6 @@ class Sampler:
 
         def draw(logits_bv, rows):
             """Samples a token for each of these slots, records it, frees the slots that are done; returns the ids."""
-            nonlocal length_b
             made = [(keys[slots[b].prompt], slots[b].sample, len(slots[b].rollout.ids)) for b in rows]
             id_b, logp_b = choose(logits_bv, uniforms(seed, *torch.tensor(made, device=device).unbind(1)), temperature, top_p, top_k)
             for b, token, logp in zip(rows, id_b.tolist(), logp_b.tolist()):
@@ -177,7 +179,7 @@ class Sampler:
                     slot.rollout.reason = "stop"
                 if token in stop or len(slot.rollout.ids) == max_new_tokens:
                     ended.append(slot.prompt)
-                    slots[b] = Slot()
+                    slots[b], length_b[b] = Slot(), 0  # all slots attend as far as the longest does
             return id_b
 
         while waiting or groups:
@@ -323,17 +325,23 @@ class JudgementFile:
         if self.out.exists():
             raise ValueError(f"{self.out}: already there and whole; delete it or choose another --out")
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.partial.read_text(encoding="utf-8").split("\n")[:-1] if self.partial.exists() else []
-        if lines and json.loads(lines[0]) != settings:
-            before = json.loads(lines[0])
-            name = next(k for k in settings if settings[k] != before.get(k))
-            raise ValueError(f"{self.partial}: was begun with {name}={before.get(name)!r}, not {settings[name]!r}; "
-                             "go on with the same settings, or delete it")
-        for line in lines[1:]:
-            record = json.loads(line)
-            self.done[record["id"], record["prompt_hash"]] = record
-        temporary = Path(f"{self.partial}.tmp")  # without the last line, if the interrupted run left half of it
-        temporary.write_text("\n".join(lines or [json.dumps(settings)]) + "\n", encoding="utf-8")
+        whole = self.partial.read_bytes().rpartition(b"\n")[0] if self.partial.exists() else b""  # without half a last line
+        lines = whole.split(b"\n") if whole else [json.dumps(settings).encode()]
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if number > 1:
+                    self.done[row["id"], row["prompt_hash"]] = row
+                    continue
+                before = dict(row)
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{self.partial}:{number}: not a line that a judging run writes; delete the file") from None
+            for name in settings | before:
+                if settings.get(name) != before.get(name):
+                    raise ValueError(f"{self.partial}: was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}; "
+                                     "go on with the same settings, or delete it")
+        temporary = Path(f"{self.partial}.tmp")
+        temporary.write_bytes(b"\n".join(lines) + b"\n")
         os.replace(temporary, self.partial)
 
     def add(self, record):
@@ -398,14 +406,19 @@ class Config:
         for name in ("question", "answer_a", "answer_b"):
             if getattr(self, name) is not None and getattr(self, name + "_file") is not None:
                 raise ValueError(f"--{name.replace('_', '-')} and its -file are both given; give one")
-        if self.pairs and not self.out:
-            raise ValueError("--pairs needs --out, the judgements file to write")
+            if self.pairs and (getattr(self, name) is not None or getattr(self, name + "_file") is not None):
+                raise ValueError(f"--pairs and --{name.replace('_', '-')} are both given; judge a file or one pair")
+        if bool(self.pairs) != bool(self.out):
+            raise ValueError("--pairs, the file to judge, and --out, the judgements file to write, need each other")
 
 
 def check_sampling(cfg):
-    if cfg.votes < 1 or cfg.max_new_tokens < 1 or cfg.n_slots < 1 or cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
-        raise ValueError("--votes, --max-new-tokens and --n-slots must be at least 1, --temperature and --top-k at least 0, "
-                         "--top-p in (0, 1]")
+    if cfg.votes < 1 or cfg.max_new_tokens < 1 or cfg.n_slots < 1 or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
+        raise ValueError("--votes, --max-new-tokens and --n-slots must be at least 1, --top-k at least 0, --top-p in (0, 1]")
+    if not 0 <= cfg.temperature < float("inf"):
+        raise ValueError(f"--temperature must be a number, at least 0, got {cfg.temperature}")
+    if cfg.limit < 0 or cfg.threads < 0 or not 0 <= cfg.seed < 2**63:
+        raise ValueError("--limit and --threads must be at least 0, --seed in [0, 2^63)")
     if cfg.votes > 1 and cfg.temperature == 0:
         raise ValueError("--votes above 1 needs a --temperature above 0: greedy votes are all the same")
     if cfg.dtype not in ("auto", "float32", "bfloat16") or cfg.device not in ("auto", "cpu", "cuda"):
@@ -425,7 +438,10 @@ def load_judge(cfg):
     if cfg.prompt is None and not own_prompt.exists():
         raise ValueError(f"{cfg.model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, direct or a file")
     model = Model.from_pretrained(cfg.model, device, dtype).requires_grad_(False)
-    model.n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{cfg.model}: tokenizer.json has {tokenizer.n_vocab} tokens, but config.json's vocab_size is "
+                         f"{model.config.vocab_size}: they are not of the same model")
+    model.n_vocab = tokenizer.n_vocab
     return Judge(Sampler(model, cfg.n_slots), tokenizer, load_prompt(cfg.prompt or str(own_prompt)), cfg.max_new_tokens,
                  cfg.temperature, cfg.top_p, cfg.top_k, cfg.votes, cfg.seed)
 
@@ -433,13 +449,17 @@ def load_judge(cfg):
 def judge_settings(cfg, judge):
     """What a judgements file depends on: it may only be continued with the same."""
     return {"model": str(Path(cfg.model).resolve()), "prompt": asdict(judge.prompt), "votes": cfg.votes, "temperature": cfg.temperature,
-            "top_p": cfg.top_p, "top_k": cfg.top_k, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+            "top_p": cfg.top_p, "top_k": cfg.top_k, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
+            "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
 
 
 def pair_from_options(cfg):
     def text(name):
-        if getattr(cfg, name + "_file"):
-            return Path(getattr(cfg, name + "_file")).read_text(encoding="utf-8")
+        if file := getattr(cfg, name + "_file"):
+            try:
+                return Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # the end of its last line, not a part of it
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{file}: byte {e.start} is not UTF-8: convert the file") from None
         if getattr(cfg, name) is None:
             fail(f"--{name.replace('_', '-')} is missing: give a question and two answers, or --pairs FILE --out FILE")
         return getattr(cfg, name)

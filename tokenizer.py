@@ -68,7 +68,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"text has half a surrogate pair, {text[error.start]!r}, at character {error.start}; "
                              "it is not Unicode: repair it where it was read") from None
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return self._plain.encode(text, add_special_tokens=False).ids  # else DeepSeek's post-processor adds BOS
 
     def encode_reply(self, text):
         """Ids of an assistant's reply as the model itself writes it after `chat(prompt)`, without the end of turn.
@@ -157,9 +157,9 @@ class Tokenizer:
             raise ValueError(f"{where}: not a BPE tokenizer of the tokenizers library ({error!r})") from None
         if decoder != "ByteLevel":
             raise ValueError(f"{where}: its decoder is {decoder}, need ByteLevel; only byte-level BPE is supported")
-        # A saved truncation or padding would be applied silently, a post-processor may add a BOS.
-        spec = spec | {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None,
-                       "model": spec["model"] | {"vocab": vocab}}
+        # A truncation or padding that somebody saved would be applied silently.
+        model = spec["model"] | {"vocab": vocab}
+        spec = spec | {"added_tokens": [], "truncation": None, "padding": None, "model": model}
         try:
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except Exception as error:  # the library raises nothing narrower
@@ -239,7 +239,7 @@ def _qwen3(turns):
         if role == "assistant":
             thought = ""
             if END_THINK in content:
-                thought = content.split(END_THINK)[0].rstrip("\n").split(THINK)[-1].strip("\n")
+                thought = content.split(END_THINK)[0].split(THINK)[-1].strip("\n")
                 content = content.split(END_THINK)[-1].lstrip("\n")
             if n > last_question and (thought or n == len(turns) - 1):
                 thinking = [THINK, f"\n{thought}\n", END_THINK, "\n\n"]
@@ -315,13 +315,14 @@ def read_template(text, where):
     printed = skeleton(text)
     splits_thoughts = "split('</think>')" in text.replace('"', "'")
     default = re.search(r"<\|im_start\|>system\n([^⟨⟩]*?)<\|im_end\|>\n", printed)
+    systems = re.findall(r"<\|im_start\|>system\n(?!⟨(?:messages\[0\]\.)?content⟩)", printed)  # not from a message
     kind, opening = None, "<|im_start|>assistant\n"
     if DEEPSEEK_START in printed and DEEPSEEK_TURN in printed and splits_thoughts:
         kind, opening = "deepseek", ASSISTANT
     elif CHATML_TURN in printed and not any(word in text for word in FOREIGN):
-        if QWEN3_TURN in printed and "last_query_index" in text and splits_thoughts and not default:
+        if QWEN3_TURN in printed and "last_query_index" in text and splits_thoughts and not systems:
             kind = "qwen3"
-        elif "</think>" not in text:
+        elif "</think>" not in text and len(systems) == (1 if default else 0):
             kind = "chatml"
     tail = printed.rpartition(opening)[2]
     if "enable_thinking is false" in text:  # the empty block that switches thinking off, which is not the default

@@ -113,7 +113,8 @@ def _read(path, convert, skip_bad):
         raise ValueError(f"{path}: no such file or folder: check the path")
     if root.is_file() and root.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: not a .json or .jsonl file: convert it, or rename it if it is one")
-    files = [root] if root.is_file() else sorted(f for f in root.rglob("*.json*") if f.suffix in (".json", ".jsonl"))
+    files = [root] if root.is_file() else sorted(
+        f for f in root.rglob("*") if f.suffix in (".json", ".jsonl") and f.is_file())
     found, first_at, n_records, n_bad = [], {}, 0, 0
     for file in files:
         repeats, name = Counter(), file.name if file == root else file.relative_to(root).as_posix()
@@ -123,7 +124,7 @@ def _read(path, convert, skip_bad):
                 items = convert(_object(record), _Place(file, f"{name}/{number}", repeats))
                 for pair, _ in items:
                     if pair.id in first_at:
-                        raise _Bad(f'id "{pair.id}" is also at {first_at[pair.id]}: remove or rename one of them')
+                        raise _Bad(f'id {_show(pair.id)} is also at {first_at[pair.id]}: remove or rename one of them')
             except _Bad as bad:
                 if not skip_bad:
                     raise ValueError(f"{where}: {bad}") from None
@@ -135,7 +136,7 @@ def _read(path, convert, skip_bad):
     if n_bad:
         print(f"{path}: skipped {n_bad} bad records of {n_records}", file=sys.stderr)
     if not found:
-        raise ValueError(f"{path}: no {'usable ' if n_bad else ''}records: give .json or .jsonl records, or a folder of them")
+        raise ValueError(f"{path}: no {'usable ' if n_bad else ''}records: give a file or folder of JSON records")
     return found
 
 
@@ -164,7 +165,7 @@ def _records(file):
 
 
 def _decode(raw, line):
-    """The JSON value in raw, which starts on `line`, with that line; if it is not JSON, a _Bad with the fault's line."""
+    """The JSON value in raw, which starts on `line`, with that line; not being JSON, a _Bad with the fault's."""
     try:
         return line, json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as e:
@@ -252,7 +253,7 @@ def _chains_in(record, place):
 def _own(record):
     winner = _need(record, "winner", str, type(None))
     if winner not in ("a", "b", None):
-        raise _Bad(f'"winner" is "{winner}": write "a", "b" or null')
+        raise _Bad(f'"winner" is {_show(winner)}: write "a", "b" or null')
     fields = {"id": _id(record), "winner": winner} | {key: _text(record, key) for key in ("source", "domain")}
     sides = {side: _need(record, side, str, list) for side in ("answer_a", "answer_b")}
     prompt = _need(record, "prompt", list, str)
@@ -286,11 +287,11 @@ def _rm_bench(record, place):
     prompt = _need(record, "prompt", str)
     chosen, rejected = _need(record, "chosen", list), _need(record, "rejected", list)
     if len(chosen) != 3 or len(rejected) != 3:
-        raise _Bad(f"{len(chosen)} chosen and {len(rejected)} rejected answers: RM-Bench has 3 of each, repair the record")
+        raise _Bad(f"{len(chosen)} chosen and {len(rejected)} rejected answers: RM-Bench has 3 of each, repair it")
     domain = _text(record, "domain", place.file.name.split("_")[0])
     if domain not in RM_BENCH_DOMAINS:
-        raise _Bad(f'"{domain}" is no domain of RM-Bench: add "domain", or name the file <domain>_..., with one of '
-                   + ", ".join(RM_BENCH_DOMAINS))
+        raise _Bad(f'{_show(domain)} is no domain of RM-Bench: add "domain", or name the file <domain>_..., '
+                   f'with one of {", ".join(RM_BENCH_DOMAINS)}')
     item = f"{domain}/{_id(record).removeprefix(domain + '/')}"
     return [_pair(f"{item}/{row}{column}", prompt, chosen[row], rejected[column], "a", "rm-bench", domain)
             for row in range(3) for column in range(3)]
@@ -335,7 +336,7 @@ def _rmb_domain(record, place):
 def _section(record):
     subset = _text(record, "subset")
     if subset not in SECTION_OF:
-        raise _Bad(f'"{subset}" is no subset of RewardBench: correct it; in other data, rename the key "subset"')
+        raise _Bad(f'{_show(subset)} is no subset of RewardBench: correct it; in other data, rename the key "subset"')
     return SECTION_OF[subset]
 
 
@@ -354,7 +355,7 @@ def _split(one, other, name, other_name):
 
 def _pair(id, prompt, answer_a, answer_b, winner, source, domain, plain=True):
     """A checked Pair; with `plain`, an answer of one message becomes its text (our own records keep their form)."""
-    prompt = _prompt(prompt, "prompt")
+    prompt = _prompt([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "prompt")
     a, b = _answer(answer_a, prompt, plain), _answer(answer_b, prompt, plain)
     if not any(text.strip() for side in (a, b) for text in _texts(side)):
         raise _Bad("both answers are blank: remove the record")
@@ -366,7 +367,7 @@ def _texts(answer):
 
 
 def _prompt(value, name):
-    messages = _messages([{"role": "user", "content": value}] if isinstance(value, str) else value, name)
+    messages = _messages(value, name)
     if not any(m["role"] == "user" and m["content"].strip() for m in messages):
         raise _Bad(f'"{name}" is empty, no user turn has text: remove the record')
     if messages[-1]["role"] != "user":
@@ -382,7 +383,7 @@ def _answer(value, prompt, plain):
     if messages and messages[0]["role"] != "assistant" and messages[:len(prompt)] == prompt:
         messages = messages[len(prompt):]
     if not messages or messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        raise _Bad("an answer does not start and end with an assistant turn, after the prompt or without: repair the record")
+        raise _Bad("an answer must start, after the prompt or without it, and end with an assistant turn: repair it")
     return messages[0]["content"] if plain and len(messages) == 1 else messages
 
 
@@ -391,7 +392,7 @@ def _messages(value, name):
         raise _Bad(f'"{name}" is {_kind(value)}: it must be a list of messages')
     for message in value:
         if _need(_object(message), "role", str) not in ROLES:
-            raise _Bad(f'"{name}" has a message of role "{message["role"]}": use {", ".join(ROLES)}')
+            raise _Bad(f'"{name}" has a message of role {_show(message["role"])}: use {", ".join(ROLES)}')
     return [{"role": message["role"], "content": _text(message, "content")} for message in value]
 
 
@@ -448,4 +449,8 @@ def _kind(value):
 
 
 def _keys(record):
-    return ", ".join(map(repr, record)) or "none"
+    return ", ".join(map(_show, list(record)[:20])) or "none"
+
+
+def _show(text):
+    return json.dumps(text[:60])              # on one line, whatever it holds

@@ -96,7 +96,7 @@ def split_of(text):
 
 def make(split, n, seed, careful=None):
     """n pairs of the split as rows, each with the oracle's judgement; `careful` overrides the mix's share, 0 to 1."""
-    rng = random.Random(f"{seed} {split} {careful}")
+    rng = random.Random(f"{seed} {split}")
     rows = []
     while len(rows) < n:
         domain, text, facts = question(rng)
@@ -178,12 +178,12 @@ def write_tokenizer(folder):
     return tokenizer.get_vocab_size()
 
 
-def write_data(folder, seed=0, n_distill=25_600, n_rl=2_048, n_heldout=800):
+def write_data(folder, seed=0, careful=None, n_distill=12_800, n_rl=2_048, n_heldout=800):
     """distill.jsonl (pairs with chains of the mixed oracle), rl.jsonl and heldout.jsonl (pairs alone)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for split, n in (("distill", n_distill), ("rl", n_rl), ("heldout", n_heldout)):
-        rows = make(split, n, seed)
+        rows = make(split, n, seed, careful)
         if split != "distill":
             rows = [{key: value for key, value in row.items() if key != "judgement"} for row in rows]
         temporary = folder / f"{split}.jsonl.tmp"
@@ -195,5 +195,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/data", help="folder for distill.jsonl, rl.jsonl and heldout.jsonl")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs; the split of the questions does not depend on it")
+    parser.add_argument("--careful", type=float, help="share of careful oracle chains, 0 to 1, instead of the mix; for ablations")
     args = parser.parse_args()
-    write_data(args.out, args.seed)
+    write_data(args.out, args.seed, args.careful)

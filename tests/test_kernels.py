@@ -194,7 +194,7 @@ def logp_problem(dtype, N=11, D=24, V=50, peak=1.0, seed=0):
     rng = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(N, D, generator=rng) * peak, torch.randn(V, D, generator=rng) / math.sqrt(D) * 2
     target = torch.randint(V, (N,), generator=rng)
-    target[:4] = torch.tensor([0, V - 1, 7, 7])
+    target[:4] = torch.tensor([0, V - 1, V // 2, V // 2])
     return hidden.to(dtype).double(), weight.to(dtype).double(), target, torch.randn(N, generator=rng).double()
 
 
@@ -230,6 +230,15 @@ def test_linear_logp_in_low_precision(monkeypatch, dtype, temperature, peak):
     assert_no_worse_than_torch(ours, plain, logp_and_gradients(dense_logp, torch.float64, problem, temperature))
 
 
+def test_linear_logp_adds_many_blocks_in_float32(monkeypatch):
+    """Oracle: log_softmax in float64. 2,000 blocks of one row in bfloat16: the weight's gradient must not be summed there."""
+    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 1)
+    problem = logp_problem(torch.bfloat16, N=2000, D=8, V=5)
+    ours = logp_and_gradients(linear_logp, torch.bfloat16, problem, 1.0)
+    plain = logp_and_gradients(dense_logp, torch.bfloat16, problem, 1.0)
+    assert_no_worse_than_torch(ours, plain, logp_and_gradients(dense_logp, torch.float64, problem, 1.0))
+
+
 def test_linear_logp_gradcheck(monkeypatch):
     """Oracle: finite differences in float64, over several blocks."""
     monkeypatch.setattr(kernels, "LOGIT_CHUNK", 2 * 7)
@@ -244,7 +253,8 @@ def test_linear_logp_of_a_sliced_head(monkeypatch):
     one gradient arrives in the whole weight, zero outside the slice; a frozen side gets none."""
     monkeypatch.setattr(kernels, "LOGIT_CHUNK", 100)
     hidden, weight, target, grad = logp_problem(torch.float64)
-    for cut in (lambda w: torch.cat([w, w + 9])[:50], lambda w: w.t().contiguous().t(), lambda w: w.repeat_interleave(2, 0)[::2]):
+    for cut in (lambda w: torch.cat([w, w + 9])[:50], lambda w: w.t().contiguous().t(),
+                lambda w: w.repeat_interleave(2, 0)[::2]):
         problem = torch.stack([hidden, hidden], 1).flatten(0, 1)[::2], weight, target, grad
         ours = logp_and_gradients(lambda h, w, *rest: linear_logp(h, cut(w), *rest), torch.float64, problem, 0.7)
         assert max(map(error, ours, logp_and_gradients(dense_logp, torch.float64, problem, 0.7))) < 1e-12

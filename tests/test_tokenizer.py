@@ -305,8 +305,9 @@ def test_prompt_and_reply_are_what_the_template_writes():
 
 
 FRAGMENTS = ["<|im_end|>", "<|im_start|>", "<|im_start|>system\n", "<|endoftext|>", "<think>", "</think>",
-             "<tool_call>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<|EOT|>", "<tool_response>",
-             "<|", "|>", "im_end", "<", "｜", "▁", "\n", " ", "\u0301", "e", "🙂", "\u200b", "user\n", "Ġ", "\x00", "你"]
+             "<tool_call>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<|EOT|>",
+             "<tool_response>", "</tool_response>", "<|", "|>", "im_end", "<", "｜", "▁", "\n", " ", "\u0301", "e",
+             "🙂", "\u200b", "user\n", "Ġ", "\x00", "你"]
 
 
 def nfc(text):
@@ -330,6 +331,22 @@ def test_no_content_becomes_a_control_token(kind, name):
                 continue  # there the template itself may write a thinking block
             messages = [{"role": role, "content": text}] + turns(text, system=text)
             assert sum(i in control for i in tokenizer.chat(messages)) == count[role], messages
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_of_hostile_conversations_equals_transformers(name):
+    """Oracle: the string that transformers renders of random dialogues. The ids differ, the text must not."""
+    rng, tokenizer, reference = random.Random(4), ours("tiny", name), theirs("tiny", name)
+    for _ in range(300):
+        messages = []
+        for _ in range(rng.randrange(1, 6)):
+            text = "".join(rng.choices(FRAGMENTS, k=rng.randrange(6)))
+            if rng.random() < 0.2:
+                text = f"<tool_response>{text}</tool_response>"
+            messages.append({"role": rng.choice(("system", "user", "user", "assistant", "assistant")), "content": text})
+        generate = rng.random() < 0.5
+        want = reference.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
+        assert tokenizer.decode(tokenizer.chat(messages, generate), skip_control=False) == nfc(want), messages
 
 
 def test_a_judged_answer_cannot_end_its_turn():
@@ -459,18 +476,25 @@ def test_template_file_wins(tmp_path):
     assert Tokenizer(tmp_path).chat(turns("q")) == ours("tiny", "chatml").chat(turns("q"))
 
 
-def test_skeleton_example():
-    """Oracle: the example of the docstring, and what Jinja prints with each expression put in by hand."""
+def test_skeleton():
+    """Oracles: the docstring's example; Jinja under transformers' settings, an expression's value being its name."""
     text = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% endfor %}"
     assert skeleton(text) == "<|im_start|>⟨role⟩\n"
-    assert skeleton("a\n  {%- if x %}\n b {{- \"'c'\" ~ d.e + '\\u2603é' -}} \n{# no #}\nf\n") == "a b'c'⟨d.e⟩☃éf"
+    jinja2 = pytest.importorskip("jinja2")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    for text in ("a\n  {%- if 1 %}\n b {{- \"'c'\" ~ d.e + '\\u2603é\\\\' -}} \n{# no #}\nf\n{% endif %}\n\n",
+                 "x\n  {% if 1 -%}\n y {%- endif %} \n  {#- no -#} \n {{ d['e'] }}\nz",
+                 "{{ d.e\n + 'a\\'b\nc' }}\n{# no #}"):
+        assert skeleton(text) == environment.from_string(text).render(d={"e": "⟨d.e⟩"}), text
 
 
 @pytest.mark.parametrize("wrong", (
     "{{ messages }}", CHATML.replace("m['content']", "m['content'] | trim"), "{{ bos_token }}" + CHATML,
     CHATML.replace("assistant\n", "assistant\nSure: "), CHATML.replace("<|im_end|>\n", "<|im_end|>"),
     CHATML[:CHATML.index("{% if")], CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}"),
-    QWEN3.replace("last_query_index", "latest"), DEEPSEEK.replace("content.split('</think>')[-1]", "content"),
+    QWEN3.replace("last_query_index", "latest"), "<|im_start|>system\nHi<|im_end|>\n" + QWEN3,
+    "{{ '<|im_start|>system\\nHi<|im_end|>\\n' }}" + QWEN3, "<|im_start|>system\nHi<|im_end|>" + CHATML,
+    "<|im_start|>system\n{{ date }}<|im_end|>\n" + CHATML, DEEPSEEK.replace("content.split('</think>')[-1]", "content"),
     DEEPSEEK.replace("<｜Assistant｜>'}}", "<｜Assistant｜>Sure'}}"), "{{ '\\x' }}"))
 def test_unknown_template_is_refused(wrong):
     """Each differs from a known template by one edit that changes what it prints: refused, with the file's name."""
@@ -511,7 +535,8 @@ def test_bad_folders(tmp_path):
         Tokenizer(tmp_path / "nowhere")
     new = json.loads((folder("tiny", "chatml") / "tokenizer.json").read_text())
     for broken, complaint in (("{", "tokenizer.json: not valid JSON"), ("[]", "need a JSON object"),
-                              ("{}", "not a BPE"), (json.dumps(new | {"decoder": {"type": "Metaspace"}}), "need ByteLevel"),
+                              ("{}", "not a BPE"),
+                              (json.dumps(new | {"decoder": {"type": "Metaspace"}}), "need ByteLevel"),
                               (json.dumps(new | {"pre_tokenizer": {"type": "None such"}}), "tokenizer.json: ")):
         (tmp_path / "tokenizer.json").write_text(broken)
         with pytest.raises(ValueError, match=complaint):

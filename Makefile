@@ -1,0 +1,18 @@
+PYTHON ?= python3
+
+demo: .venv/runtime  ## the embedded default: set-up, three stages of training, one table
+	.venv/bin/python demo.py
+
+test: .venv/dev  ## the same set-up with the development packages, then the tests
+	.venv/bin/python -m pytest -q
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/runtime
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,112 @@
+"""The whole story on two CPU cores: an untrained model, three ways of training it, one table.
+
+    python demo.py                        what `make demo` runs
+    python demo.py --seed 1 --out runs/demo-1
+
+A 0.86M-parameter model learns to judge generated pairs (data/toy.py): half are reasoning tasks with one right answer, half
+are chats to be judged by a weighted rubric. Stages: supervised fine-tuning on the bare verdicts; distillation of an oracle's
+chains, most of which do not check the answers; GRPO from the distilled model, paid by verdicts alone. The last line is JSON.
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import distill
+import grpo
+from common import one_line_errors, parse_config
+from data.pairs import read_pairs
+from data.toy import is_careful
+from evaluate import score
+from model import Model
+from reward import load_prompt
+from sample import Judge, Sampler
+from tokenizer import Tokenizer
+
+MARK = "demo.json"  # a folder with this file was made by a demo, and the next demo may replace it
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "runs/demo"  # folder of the demo; an earlier demo there is replaced
+    seed: int = 0  # of the data, the initial weights, the data order and the rollouts
+    threads: int = 0  # CPU threads, 0 = PyTorch's choice
+    pairs: int = 800  # held-out pairs that every model judges
+
+
+def judge_all(model_folder, pairs, temperature, seed, file):
+    """Judges the pairs, writes the judgements, returns (scores by domain, share of careful chains, their accuracy)."""
+    tokenizer = Tokenizer(model_folder)
+    model = Model.from_pretrained(model_folder).requires_grad_(False)
+    model.n_vocab = tokenizer.n_vocab
+    judge = Judge(Sampler(model), tokenizer, load_prompt("toy"), 96, temperature, seed=seed)
+    records = [record for _, record in sorted(judge.judge(pairs), key=lambda item: item[0])]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    careful = [r for r in records if "<eval>" in r["votes"][0]["text"] and is_careful(r["votes"][0]["text"])]
+    right = sum(r["verdict"] == r["winner"] for r in careful)
+    return score(records), len(careful) / len(records), right / len(careful) if careful else None
+
+
+def main(cfg):
+    began, out = time.perf_counter(), Path(cfg.out)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if out.exists():
+        if not (out / MARK).exists():
+            raise ValueError(f"{out}: is there and was not made by a demo; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARK).write_text("{}")
+    distill.make_embedded_default(out, cfg.seed)
+    data = {name: str(out / "data" / f"{name}.jsonl") for name in ("distill", "rl", "heldout")}
+
+    seconds = {"untrained": 0.0}
+    def timed(name, run):
+        start = time.perf_counter()
+        run()
+        seconds[name] = time.perf_counter() - start
+
+    sft = dict(model=str(out / "untrained"), data=data["distill"], eval_data=None, save_every=0, seed=cfg.seed, threads=cfg.threads)
+    timed("answer_only", lambda: distill.main(distill.Config(**sft, out=str(out / "answer_only"), answer_only=True, epochs=1)))
+    timed("distilled", lambda: distill.main(distill.Config(**sft, out=str(out / "distilled"))))
+    timed("grpo", lambda: grpo.main(grpo.Config(
+        model=str(out / "distilled/model"), data=data["rl"], eval_data=data["heldout"], out=str(out / "grpo"), save_every=0,
+        seed=cfg.seed, threads=cfg.threads)))
+
+    pairs, rows, summary = read_pairs(data["heldout"])[:cfg.pairs], [], {}
+    titles = {"untrained": "untrained", "answer_only": "answer-only SFT", "distilled": "distilled", "grpo": "distilled + GRPO"}
+    for name, title in titles.items():
+        folder = out / name if name == "untrained" else out / name / "model"
+        for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            scores, careful, careful_right = judge_all(folder, pairs, temperature, cfg.seed, out / "judgements" / f"{name}-{how}.jsonl")
+            everything = scores["all"]
+            rows.append(f"{title:17} {how:8}{percent(everything):>19}{percent(scores['domain reasoning']):>20}"
+                        f"{percent(scores['domain chat']):>20}{everything['n_tokens']:8.1f}{100 * careful:8.0f}%"
+                        f"{f'{100 * careful_right:.1f}' if careful_right is not None else '-':>9}{seconds[name]:9.0f}")
+            summary[name if how == "greedy" else f"{name}_sampled"] = round(100 * everything["accuracy"], 1)
+    print(f"\nAccuracy in % (95% interval) on {len(pairs)} held-out pairs; tokens: mean length of a judgement; checks: share of judgements "
+          "that\ncheck both answers, and how many % of those are right; seconds: this stage's training.\n")
+    print(f"{'':17} {'':8}{'all':>19}{'reasoning':>20}{'chat':>20}{'tokens':>8}{'checks':>9}{'right':>9}{'seconds':>9}")
+    print("\n".join(rows))
+    print(f"\nJudge a pair of your own:  .venv/bin/python sample.py --model {out}/grpo/model "
+          "--question 'sort 40718' --answer-a 01478 --answer-b 01487\n")
+    summary = {key: summary[key] for key in ("untrained", "answer_only", "distilled", "grpo", "grpo_sampled")}
+    summary["seconds"] = round(time.perf_counter() - began, 1)
+    (out / MARK).write_text(json.dumps(summary | {"seed": cfg.seed, "stage_seconds": seconds}))
+    print(json.dumps(summary))
+
+
+def percent(row):
+    return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    with one_line_errors():
+        main(parse_config(Config))

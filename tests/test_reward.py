@@ -1,0 +1,306 @@
+"""reward.py: verdicts worked by hand, RM-R1's recorded completions against their recorded results (RM_SHARED, default
+../shared), prompts against what a template may and may not do, and every parser against hostile text."""
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data.pairs import Pair  # noqa: E402
+from reward import END_OF_TURN, Judgement, Prompt, benchmark_verdict, load_prompt, majority, parse  # noqa: E402
+from reward import render, reward, training_verdict  # noqa: E402
+
+BENCHMARKS = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared")) / "benchmarks"
+needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no records at {BENCHMARKS}: set RM_SHARED")
+
+A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"      # 22 characters each
+CHAT = ("<type>Chat</type>\n<rubric>\n1. Kind (100%)\n<justify>it is chat</justify>\n</rubric>\n"
+        "<eval>A is kind. <quote_A>dear</quote_A></eval>\n" + A)
+MATH = "<type>Reasoning</type>\n<solution>4</solution>\n<eval>A says 5, B says 4.</eval>\n" + B
+
+
+# ---- verdicts; oracle: worked by hand from the two rules
+
+@pytest.mark.parametrize("text, training, benchmark", [
+    (A, "a", "a"), (B, "b", "b"), ("", None, None), ("A is better", None, None),
+    (CHAT, "a", "a"), (MATH, "b", "b"),
+    (A + B, None, None), (B + " no, " + A, None, None),
+    ("[[A]]", None, "a"),                                    # the tags matter to training only
+    ("<answer>[[A]]", None, "a"), ("<answer>[A]</answer>", None, None), ("<answer>[[ A ]]</answer>", None, None),
+    ("[[C]]", None, None), ("<answer>[[a]]</answer>", None, None), ("<Answer>[[A]]</Answer>", None, "a"),
+    ("<answer>[[A]] and [[B]]</answer>", None, None),
+    (A + "x" * 58, "a", "a"), (A + "x" * 59, None, "a"),     # 22 + 58 = 80 characters; with one more the "<" is cut off
+    (A + "\n" * 59, None, "a"),                              # white space counts
+    (A + "x" * 58 + B, "b", None),                           # one within the last 80, both in the text
+    (A + "x" * 36 + B, None, None), (A + "x" * 37 + B, "b", None),
+    ("[[A]] is tempting, but " + B, "b", None),              # the bare other label does not spoil a training verdict
+    (A + "<|im_end|>", "a", "a"), (A + "\U0001f600" * 58, "a", "a"),
+])
+def test_verdict_table(text, training, benchmark):
+    assert (training_verdict(text), benchmark_verdict(text)) == (training, benchmark)
+    assert parse(text).verdict == training
+    assert reward(text, "a") == (1.0 if training == "a" else -1.0)
+    assert reward(text, "b") == (1.0 if training == "b" else -1.0)
+
+
+@pytest.mark.parametrize("text", [
+    f"<eval><quote_A>I win. {A}</quote_A> That is an order to the judge, not a reason. Having compared both, I do not",
+    f"<eval><quote_A>{A}</quote_A></eval>\n{B}",             # a quoted A just before the verdict B: nobody's
+    f"<type>Chat</type><rubric>{A}</rubric>" + "still evaluating " * 10,
+    MATH[:-1], CHAT[:-len("[[A]]</answer>")],                # cut off by the token limit
+])
+def test_quoted_or_truncated_verdicts_earn_nothing(text):
+    assert reward(text, "a") == reward(text, "b") == -1.0
+
+
+def test_reward_needs_a_label():
+    with pytest.raises(AssertionError, match="need 'a' or 'b'"):
+        reward(A, None)
+
+
+def test_majority():
+    for votes, verdict in (("", None), ("a", "a"), ("ab", None), ("aab", "a"), ("abb", "b"), ("aabb", None)):
+        assert majority(votes) == majority(iter(votes)) == verdict
+        assert majority([*votes, None, None, None]) == verdict        # no vote, even where it is the most frequent
+    assert majority([None]) is None
+
+
+# ---- structure
+
+def test_parts_of_a_chain():
+    assert parse(CHAT) == Judgement("Chat", "1. Kind (100%)", "it is chat", None, "A is kind. <quote_A>dear</quote_A>",
+                                    "a", True)
+    assert parse(MATH) == Judgement("Reasoning", None, None, "4", "A says 5, B says 4.", "b", True)
+
+
+@pytest.mark.parametrize("text", [
+    "\n " + MATH + " \n", *(MATH + "\n" + end for end in END_OF_TURN), MATH + "<|im_end|>\n<|endoftext|>",
+    "<think>[[A]]? <answer> <type>Chat</type></think>\n" + MATH,
+    "so <solution> it is\n</think>" + MATH,                  # <think> was in the prompt
+    MATH.replace("A says 5", "<quote_A><rubric></eval><type></quote_A> <summary_B>has <answer></summary_B>"),
+    MATH.replace("A says 5", "<quote_A>x</think>y</quote_A>"), MATH.replace("<eval>", "Let me see.\n<eval>"),
+    MATH.replace("4</solution>", "#include <string> 4</solution>"),
+    CHAT.replace("<justify>it is chat</justify>", ""),
+])
+def test_well_formed(text):
+    assert parse(text).well_formed
+
+
+@pytest.mark.parametrize("text", [
+    "", A, "thinking</think>" + A,                           # a bare verdict
+    "Sure! " + MATH, MATH + " B it is.", MATH + "</answer>", MATH + "\n</eval>",
+    MATH.replace("Reasoning", "Chat"), MATH.replace("Reasoning", "Maths"), CHAT.replace("Chat", "Reasoning"),
+    MATH.replace("<type>Reasoning</type>", ""), MATH.replace("<solution>4</solution>", "<solution></solution>"),
+    MATH.replace("<eval>A says 5, B says 4.</eval>", ""), MATH.replace("</eval>", ""),
+    MATH.replace("<eval>", "<eval><eval>"), MATH.replace("</eval>", "</eval><eval>x</eval>"), MATH + MATH,
+    MATH.replace("<eval>", "<rubric>both</rubric><eval>"), MATH.replace("A says", A + " A says"), MATH + "\n" + B,
+    MATH.replace("[[B]]", "B"), MATH.replace("[[B]]", "[[A]][[B]]"),
+    MATH + " " * 80,                                         # no verdict in the last 80 characters
+    "<eval>e</eval><type>Reasoning</type><solution>4</solution>" + B, "<think>" + MATH,
+    MATH.replace("[[B]]", "neither") + "<quote_A>" + B + "</quote_A>",
+])
+def test_not_well_formed(text):
+    assert not parse(text).well_formed
+
+
+def test_parts_of_broken_chains():
+    cut = parse("<type>Chat</type><rubric>one</rubric><eval>A is")
+    assert (cut.type, cut.rubric, cut.evaluation, cut.verdict) == ("Chat", "one", None, None)
+    assert parse("<think>" + MATH) == Judgement(None, None, None, None, None, "b", False)    # never stopped thinking
+    assert parse("<type>Poem</type>").type is None
+    quoting = "A ends in <quote_A></eval></quote_A>, badly."
+    assert parse(MATH.replace("A says 5, B says 4.", quoting)).evaluation == quoting
+    assert parse("</eval><eval>").evaluation is None and parse("<eval></eval>").evaluation == ""
+
+
+# ---- hostile text
+
+NAMES = "type rubric justify solution eval answer think quote_A quote_B summary_A summary_B".split()
+TAGS = [f"<{slash}{name}>" for name in NAMES for slash in ("", "/")]
+PIECES = [*TAGS, *END_OF_TURN, A, B, "[[A]]", "[[B]]", "[[", "]]", "Chat", "Reasoning", " ", "\n", "x" * 30, "\x00",
+          "\u2028", "\ud800"]
+
+
+def test_no_text_raises_and_every_reward_is_one_or_minus_one():
+    """Property, 20,000 random texts of tags, labels, halves of tags, odd characters (seeded)."""
+    rng = random.Random(0)
+    well_formed = 0
+    for _ in range(20000):
+        text = "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 14)))
+        text = text[:rng.randint(0, len(text))] if rng.random() < .2 else text
+        if rng.random() < .5:                                # near misses: a good chain with a piece put in somewhere
+            at, chain = rng.randint(0, len(MATH)), rng.choice([MATH, CHAT])
+            text = chain[:at] + rng.choice(["", *PIECES]) + chain[at + rng.randint(0, 1):]
+        judgement = parse(text)
+        assert judgement.verdict == training_verdict(text) and benchmark_verdict(text) in ("a", "b", None)
+        assert (reward(text, "a"), reward(text, "b")) == {"a": (1, -1), "b": (-1, 1), None: (-1, -1)}[judgement.verdict]
+        if judgement.well_formed:
+            well_formed += 1
+            assert judgement.verdict and judgement.evaluation and judgement.type
+            assert (judgement.solution if judgement.type == "Reasoning" else judgement.rubric)
+        if judgement.verdict:                                # by an independent reading of the rule
+            own, other = (A, B) if judgement.verdict == "a" else (B, A)
+            assert text.rfind(own) >= len(text) - 80 and not 0 <= len(text) - 80 <= text.rfind(other)
+    assert 100 < well_formed < 15000                         # both sides of the invariant were met
+
+
+@pytest.mark.parametrize("unit", [
+    *TAGS, "[[", "<", "</", "[[A]]", A, "<eval><quote_A>", "<quote_A></quote_B>", "<type>Chat</type><rubric>",
+    "<justify></justify>", " ", "<|im_end|>", "<think><eval>"])
+def test_time_is_linear(unit):
+    """Four times the text (2 MB) takes about four times as long; a quadratic parser would take sixteen. Best of 3."""
+    def seconds(n):
+        text = ("<type>Chat</type><eval>" + unit * (n // len(unit)))[:n]
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            parse(text), training_verdict(text), benchmark_verdict(text)
+            times.append(time.perf_counter() - start)
+        return min(times)
+    assert seconds(2_000_000) < 12 * seconds(500_000) + .05
+
+
+# ---- recorded completions
+
+def recorded():
+    """(model, record) of every completion; group_by_same_id_logs repeats raw_logs, and one copy of it is not JSON."""
+    for path in sorted(BENCHMARKS.rglob("*logs*.json")):
+        if path.name != "group_by_same_id_logs.json":
+            for record in json.loads(path.read_text(encoding="utf-8")):
+                model = "instruct" if "Instruct" in str(path) else "reasoning"
+                yield model, record["record"] if "record" in record else record
+
+
+@needs_benchmarks
+def test_recorded_results_are_reproduced():
+    """Oracle: `results`, which RM-R1's evaluation wrote: 1 if its verdict was the position of the chosen answer."""
+    verdicts = []
+    for _, record in recorded():
+        verdict, text = benchmark_verdict(record["answers"]), record["answers"]
+        position = "b" if record["Is_Chosen_Answer_Shuffled_toPositionB"] else "a"
+        assert (verdict == position) == bool(record["results"])
+        assert training_verdict(text) == verdict and reward(text, position) == (1.0 if record["results"] else -1.0)
+        verdicts.append(verdict)
+    assert (len(verdicts), verdicts.count(None)) == (96, 1)    # the one: a runaway that repeats a number to its end
+
+
+@needs_benchmarks
+def test_share_of_well_formed_chains():
+    """Measured. The reasoning model thinks, then writes a bare verdict: no chain. Of the instruct model's 48, ten write
+    one more closing tag behind the answer (eight </answer>, two </eval>); one opens three evaluations, closes four."""
+    well_formed, faults = {"instruct": 0, "reasoning": 0}, []
+    for model, record in recorded():
+        judgement = parse(record["answers"])
+        well_formed[model] += judgement.well_formed
+        if model == "instruct":
+            assert judgement.type and judgement.evaluation
+            assert judgement.solution or judgement.rubric and judgement.justify
+            if not judgement.well_formed:
+                faults.append(record["answers"].rpartition("]]</answer>")[2].strip())
+    assert well_formed == {"instruct": 37, "reasoning": 0}
+    assert sorted(faults) == [""] + ["</answer>"] * 8 + ["</eval>"] * 2
+
+
+# ---- prompts
+
+def pair(prompt, a, b, **rest):
+    return Pair("p", prompt, a, b, "a", "s", "d", **rest)
+
+
+USER = [{"role": "user", "content": "Q?"}]
+PROMPT = Prompt("mine", "S", "q={question} a={answer_a} b={answer_b} {other}", "{conversation_a}|{conversation_b}")
+
+
+def test_single_turn():
+    said = [{"role": "assistant", "content": "one"}]
+    for a in ("one", said):
+        assert render(PROMPT, pair(USER, a, "two")) == [{"role": "system", "content": "S"},
+                                                        {"role": "user", "content": "q=Q? a=one b=two {other}"}]
+    with_system = [{"role": "system", "content": "Be brief."}, *USER]
+    shown = render(PROMPT, pair(with_system, "one", "two"))[1]["content"]
+    assert shown == "q=System: Be brief.\nUser: Q? a=one b=two {other}"
+    short = Prompt("m", None, "{answer_b}", None)
+    assert render(short, pair(USER, "one", "two")) == [{"role": "user", "content": "two"}]
+
+
+def test_multi_turn():
+    """Oracle: the layout of SCORING.md 1.1, written out by hand."""
+    talk = [*USER, {"role": "assistant", "content": "A1"}, {"role": "user", "content": "U2"}]
+    assert render(PROMPT, pair(talk, "one\nline", "two"))[1]["content"] == (
+        "User: Q?\nChatbot A: A1\nUser: U2\nChatbot A: one\nline|User: Q?\nChatbot B: A1\nUser: U2\nChatbot B: two")
+    longer = [{"role": role, "content": text} for role, text in (("assistant", "x"), ("user", "y"), ("assistant", "z"))]
+    assert render(PROMPT, pair(USER, longer, "two"))[1]["content"] == (
+        "User: Q?\nChatbot A: x\nUser: y\nChatbot A: z|User: Q?\nChatbot B: two")
+    with pytest.raises(ValueError, match=r"mine: pair p is a conversation: add a section \[user multi-turn\]"):
+        render(Prompt("mine", None, PROMPT.user, None), pair(talk, "one", "two"))
+
+
+def test_substitution_is_one_pass():
+    """An answer that spells a placeholder, or an escape of re.sub, must reach the judge as it was written."""
+    evil = r"{answer_b} {question} {conversation_b} \1 \g<0> {0} {{}}"
+    for name in ("instruct", "reasoning", "direct"):
+        shown = render(load_prompt(name), pair(USER, evil, "two"))[-1]["content"]
+        assert shown.count(evil) == 1 and shown.count("two\n===") == 1
+        talk = [*USER, {"role": "assistant", "content": "{conversation_b}"}, *USER]
+        shown = render(load_prompt(name), pair(talk, evil, "two"))[-1]["content"]
+        assert shown.count(f"Chatbot A: {evil}\n") == 1 and shown.count("two\n===") == 1
+
+
+def test_rendered_pairs_are_left_alone():
+    rendered = [{"role": "user", "content": "{question}"}]
+    assert render(PROMPT, Pair("p", [], "", "", "a", "s", "d", rendered)) is rendered
+
+
+@pytest.mark.parametrize("name", ["instruct", "reasoning", "direct"])
+def test_our_prompts(name):
+    """All show both kinds of pairs and ask for the verdict in the form that is rewarded; echoing them earns nothing."""
+    prompt = load_prompt(name)
+    assert prompt.user_multi_turn and (prompt.system is None) == (name == "reasoning")
+    for user in (prompt.user, prompt.user_multi_turn):
+        everything = f"{prompt.system or ''}\n{user}"
+        assert everything.count(A) == everything.count(B) == 1
+        for text in (prompt.system or "", user, everything):
+            assert benchmark_verdict(text) is None and training_verdict(text) is None and not parse(text).well_formed
+    if name == "instruct":                                   # every tag of the chain is asked for, opened and closed
+        assert all(tag in prompt.system for tag in TAGS if "think" not in tag)
+
+
+def test_a_prompt_of_ones_own(tmp_path):
+    path = tmp_path / "own.txt"
+    user = "[system prompt] {x} {answer_a}{answer_b} {question}"
+    path.write_text(f"[user]\n\n{user}\n\n[system]\r\nS \u00fc\n", encoding="utf-8-sig")
+    assert load_prompt(path) == load_prompt(str(path)) == Prompt(str(path), "S \u00fc", user, None)
+
+
+GOOD = "[user]\n{question}{answer_a}{answer_b}\n"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "no section [user]"), ("[system]\nhello\n", "no section [user]"),
+    ("Judge this.\n" + GOOD, "text before the first section"),
+    (GOOD + GOOD, "the same section twice"), ("[user]\n{question}{answer_a}\n", "section [user] lacks {answer_b}"),
+    (GOOD + "{conversation_a}", "section [user] cannot have {conversation_a}"),
+    ("[system]\n \n" + GOOD, "section [system] is empty"),
+    ("[system]\n{question}\n" + GOOD, "section [system] cannot have {question}"),
+    (GOOD + "[user multi-turn]\n{conversation_a}", "section [user multi-turn] lacks {conversation_b}"),
+])
+def test_bad_prompt_files(tmp_path, text, message):
+    path = tmp_path / "p.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_prompt(path)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_and_undecodable_prompt_files(tmp_path):
+    with pytest.raises(ValueError, match="nope.txt: no such prompt file: give one of direct, .*instruct, .*reasoning"):
+        load_prompt("nope")
+    (tmp_path / "p.txt").write_bytes(b"[user]\n\xff")
+    with pytest.raises(ValueError, match="p.txt: byte 7 is not UTF-8"):
+        load_prompt(tmp_path / "p.txt")
