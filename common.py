@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def parse_config(cls, recipes=None, argv=None):
     """An instance of the frozen dataclass `cls` from the command line: one flag a field, its trailing comment the help.
 
+    An empty value of an option that may be None is None: --eval-data "" evaluates on nothing.
     `recipes` maps a name to overrides that --recipe applies before the flags. Unknown, abbreviated or mistyped flags, and
     values that cls.__post_init__ refuses with ValueError, end the program with one line and status 2.
     """
@@ -54,6 +55,7 @@ def parse_config(cls, recipes=None, argv=None):
             parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
     given = vars(parser.parse_args(argv))
     recipe = given.pop("recipe", None)
+    given = {name: value if value != "" or type(None) not in typing.get_args(types[name]) else None for name, value in given.items()}
     try:
         return cls(**(recipes[recipe] if recipe else {}) | given)
     except ValueError as e:
@@ -61,7 +63,7 @@ def parse_config(cls, recipes=None, argv=None):
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)  # a quoted value may hold line breaks
     raise SystemExit(2)
 
 
@@ -73,7 +75,7 @@ def one_line_errors():
     except (ValueError, OSError) as e:
         if os.environ.get("RM_TRACEBACK"):
             raise
-        fail(" ".join(str(e).split()))
+        fail(str(e))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -164,10 +166,11 @@ def micro_batches(sizes, max_size, world):
 
     Every rank makes the same number of micro-steps (their collectives must match), with about equal tokens; a bin over
     max_size holds one item. A bin may be empty when there are fewer items than bins. Example, 2 ranks:
-    micro_batches([5, 3, 2, 2], 6, 2) == [[[0], [1, 2]], [[3], []]].
+    micro_batches([9, 3, 2], 6, 2) == [[[0], [1]], [[2], []]].
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    for n_steps in range(max(1, math.ceil(sum(sizes) / (max_size * world))), len(sizes) + 1):
+    fewest = min(len(sizes), math.ceil(sum(sizes) / (max_size * world)))  # the first: long items alone can exceed the second
+    for n_steps in range(fewest, len(sizes) + 1):
         bins, load = [[] for _ in range(n_steps * world)], np.zeros(n_steps * world, dtype=np.int64)
         for i in order:
             b = int(load.argmin())
@@ -305,7 +308,7 @@ class Run:
                 raise ValueError(f"{file}: no run to resume there; drop --resume to start one")
             before = json.loads(file.read_text())["options"]
             for name in sorted(set(options) | set(before)):
-                if name not in ("resume", *may_differ) and options.get(name) != before.get(name):
+                if name not in ("resume", "out", *may_differ) and options.get(name) != before.get(name):
                     raise ValueError(f"{file}: the run was started with {name}={before.get(name)!r}, not {options.get(name)!r}; "
                                      "resume it with its own options")
         elif (self.folder / "metrics.jsonl").exists():

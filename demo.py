@@ -3,9 +3,10 @@
     python demo.py                        what `make demo` runs
     python demo.py --seed 1 --out runs/demo-1
 
-A 0.86M-parameter model learns to judge generated pairs (data/toy.py): half are reasoning tasks with one right answer, half
-are chats to be judged by a weighted rubric. Stages: supervised fine-tuning on the bare verdicts; distillation of an oracle's
-chains, most of which do not check the answers; GRPO from the distilled model, paid by verdicts alone. The last line is JSON.
+A 0.86M-parameter model learns to judge generated pairs (data/toy.py): half are reasoning tasks with one right answer,
+half are chats to be judged by a weighted rubric. Stages: supervised fine-tuning on the bare verdicts; distillation of
+an oracle's chains, most of which do not check the answers; GRPO from the distilled model, paid by verdicts alone. The
+last line is JSON.
 """
 
 import json
@@ -20,14 +21,16 @@ import torch
 import distill
 import grpo
 from common import one_line_errors, parse_config
+from data import toy
 from data.pairs import read_pairs
-from data.toy import is_careful
 from evaluate import score
 from model import Model
 from reward import load_prompt
 from sample import Judge, Sampler
 from tokenizer import Tokenizer
 
+TITLES = {"untrained": "untrained", "answer_only": "answer-only SFT", "distilled": "distilled",
+          "grpo": "distilled + GRPO"}
 MARK = "demo.json"  # a folder with this file was made by a demo, and the next demo may replace it
 
 
@@ -40,7 +43,8 @@ class Config:
 
 
 def judge_all(model_folder, pairs, temperature, seed, file):
-    """Judges the pairs, writes the judgements, returns (scores by domain, share of careful chains, their accuracy)."""
+    """Judges the pairs, writes the judgements; returns the scores by domain, and the shares of judgements that begin
+    with the right solution or rubric and that check both answers."""
     tokenizer = Tokenizer(model_folder)
     model = Model.from_pretrained(model_folder).requires_grad_(False)
     model.n_vocab = tokenizer.n_vocab
@@ -48,9 +52,9 @@ def judge_all(model_folder, pairs, temperature, seed, file):
     records = [record for _, record in sorted(judge.judge(pairs), key=lambda item: item[0])]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    careful = [r for r in records if "<eval>" in r["votes"][0]["text"] and is_careful(r["votes"][0]["text"])]
-    right = sum(r["verdict"] == r["winner"] for r in careful)
-    return score(records), len(careful) / len(records), right / len(careful) if careful else None
+    texts = [record["votes"][0]["text"] for record in records]
+    grounded = sum(toy.is_grounded(pair.prompt[0]["content"], text) for pair, text in zip(pairs, texts))
+    return score(records), grounded / len(texts), sum(map(toy.is_careful, texts)) / len(texts)
 
 
 def main(cfg):
@@ -72,27 +76,29 @@ def main(cfg):
         run()
         seconds[name] = time.perf_counter() - start
 
-    sft = dict(model=str(out / "untrained"), data=data["distill"], eval_data=None, save_every=0, seed=cfg.seed, threads=cfg.threads)
-    timed("answer_only", lambda: distill.main(distill.Config(**sft, out=str(out / "answer_only"), answer_only=True, epochs=1)))
+    common = dict(save_every=0, seed=cfg.seed, threads=cfg.threads)
+    sft = dict(model=str(out / "untrained"), data=data["distill"], eval_data=None, **common)
+    timed("answer_only", lambda: distill.main(distill.Config(**sft, out=str(out / "answer_only"), answer_only=True)))
     timed("distilled", lambda: distill.main(distill.Config(**sft, out=str(out / "distilled"))))
     timed("grpo", lambda: grpo.main(grpo.Config(
-        model=str(out / "distilled/model"), data=data["rl"], eval_data=data["heldout"], out=str(out / "grpo"), save_every=0,
-        seed=cfg.seed, threads=cfg.threads)))
+        model=str(out / "distilled/model"), data=data["rl"], eval_data=data["heldout"], out=str(out / "grpo"),
+        **common)))
 
     pairs, rows, summary = read_pairs(data["heldout"])[:cfg.pairs], [], {}
-    titles = {"untrained": "untrained", "answer_only": "answer-only SFT", "distilled": "distilled", "grpo": "distilled + GRPO"}
-    for name, title in titles.items():
+    for name, title in TITLES.items():
         folder = out / name if name == "untrained" else out / name / "model"
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            scores, careful, careful_right = judge_all(folder, pairs, temperature, cfg.seed, out / "judgements" / f"{name}-{how}.jsonl")
+            file = out / "judgements" / f"{name}-{how}.jsonl"
+            scores, grounded, careful = judge_all(folder, pairs, temperature, cfg.seed, file)
             everything = scores["all"]
             rows.append(f"{title:17} {how:8}{percent(everything):>19}{percent(scores['domain reasoning']):>20}"
-                        f"{percent(scores['domain chat']):>20}{everything['n_tokens']:8.1f}{100 * careful:8.0f}%"
-                        f"{f'{100 * careful_right:.1f}' if careful_right is not None else '-':>9}{seconds[name]:9.0f}")
+                        f"{percent(scores['domain chat']):>20}{everything['n_tokens']:8.1f}{100 * grounded:9.1f}"
+                        f"{100 * careful:9.1f}{seconds[name]:9.0f}")
             summary[name if how == "greedy" else f"{name}_sampled"] = round(100 * everything["accuracy"], 1)
-    print(f"\nAccuracy in % (95% interval) on {len(pairs)} held-out pairs; tokens: mean length of a judgement; checks: share of judgements "
-          "that\ncheck both answers, and how many % of those are right; seconds: this stage's training.\n")
-    print(f"{'':17} {'':8}{'all':>19}{'reasoning':>20}{'chat':>20}{'tokens':>8}{'checks':>9}{'right':>9}{'seconds':>9}")
+    print(f"\nAccuracy in % (95% interval) on {len(pairs)} held-out pairs. tokens: mean judgement length. solves: % of "
+          "judgements\nthat begin with the right solution or the right weights. checks: % that check both answers. "
+          "seconds: training of the stage.\n")
+    print(f"{'':26}{'all':>19}{'reasoning':>20}{'chat':>20}{'tokens':>8}{'solves':>9}{'checks':>9}{'seconds':>9}")
     print("\n".join(rows))
     print(f"\nJudge a pair of your own:  .venv/bin/python sample.py --model {out}/grpo/model "
           "--question 'sort 40718' --answer-a 01478 --answer-b 01487\n")

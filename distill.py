@@ -66,7 +66,8 @@ class Config:
     resume: bool = False  # continue the run in --out from its newest checkpoint
 
     def __post_init__(self):
-        for name, low in (("batch_size", 1), ("epochs", 1), ("max_length", 2), ("micro_tokens", 1), ("lr", 0.0)):
+        for name, low in (("batch_size", 1), ("epochs", 1), ("max_length", 2), ("micro_tokens", 1), ("lr", 0.0),
+                          ("max_steps", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
         if self.optimizer not in ("adamw", "muon") or self.dtype not in ("float32", "bfloat16"):
@@ -114,7 +115,7 @@ def batch_of_step(step, n, batch_size, seed):
 
 
 def sft_loss(model, examples, device):
-    """Sum over the examples' judgement tokens of -log p, and the number of those tokens judged most likely."""
+    """Sums over the examples' judgement tokens: of -log p, and of the entropy in nats."""
     forest = pack([(e.ids, []) for e in examples], device)
     starts = forest.segments_s3[:, 0].tolist()
     scored = [start + i for start, e in zip(starts, examples) for i in range(e.n_prompt, len(e.ids))]

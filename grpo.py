@@ -50,8 +50,8 @@ class Config:
     data: str = "runs/toy/data/rl.jsonl"  # labelled pairs, in any format that data/pairs.py reads
     prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
     out: str = "runs/toy/grpo"  # run folder; the trained model is left in its model/
-    n_prompts: int = 32  # pairs per step, all ranks together (P)
-    mini_prompts: int = 16  # pairs per optimizer step; n_prompts / mini_prompts updates follow each rollout
+    n_prompts: int = 64  # pairs per step, all ranks together (P)
+    mini_prompts: int = 32  # pairs per optimizer step; n_prompts / mini_prompts updates follow each rollout
     group_size: int = 7  # judgements per pair (G)
     steps: int = 40  # rollout steps; 0 = one pass over the data
     temperature: float = 1.0  # of the rollouts, and of every log-probability
@@ -60,8 +60,9 @@ class Config:
     clip: float = 0.2  # e in (5)
     kl_coef: float = 1e-3  # beta in (5)
     skip_zero_spread: bool = True  # leave groups with equal rewards out of the update (see departure 5)
-    lr: float = 1e-4  # AdamW, constant after the warm-up
+    lr: float = 1.5e-4  # AdamW, after the warm-up
     warmup_steps: int = 3  # rollout steps of linear warm-up
+    final_lr_frac: float = 0.05  # a cosine ends at this share of lr; 1 = constant, as in the paper
     beta1: float = 0.9  # AdamW
     beta2: float = 0.99  # AdamW
     weight_decay: float = 0.0  # of matrices and embeddings
@@ -80,7 +81,8 @@ class Config:
     resume: bool = False  # continue the run in --out from its newest checkpoint
 
     def __post_init__(self):
-        for name, low in (("mini_prompts", 1), ("group_size", 2), ("max_new_tokens", 1), ("micro_tokens", 1), ("n_slots", 1)):
+        for name, low in (("mini_prompts", 1), ("group_size", 2), ("max_new_tokens", 1), ("micro_tokens", 1), ("n_slots", 1),
+                          ("n_prompts", 1), ("steps", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
         if self.n_prompts % self.mini_prompts:
@@ -90,7 +92,7 @@ class Config:
 
 
 PAPER = dict(n_prompts=1024, mini_prompts=128, group_size=7, steps=0, temperature=1.0, max_prompt_tokens=4096, max_new_tokens=8192,
-             clip=0.2, kl_coef=1e-3, skip_zero_spread=False, warmup_steps=0, beta1=0.9, beta2=0.999, weight_decay=0.01, max_norm=1.0,
+             clip=0.2, kl_coef=1e-3, skip_zero_spread=False, warmup_steps=0, final_lr_frac=1.0, beta1=0.9, beta2=0.999, weight_decay=0.01, max_norm=1.0,
              dtype="bfloat16", gradient_checkpointing=True, micro_tokens=12288, eval_data=None, save_every=10, seed=1)
 RECIPES = {
     "qwen2.5-7b": PAPER | {"lr": 1e-6}, "qwen2.5-14b": PAPER | {"lr": 7e-7}, "qwen2.5-32b": PAPER | {"lr": 5e-7},
@@ -243,7 +245,9 @@ def main(cfg):
         rollout_s = time.perf_counter() - began
 
         began, tally, norms, mismatch_max, n_trained = time.perf_counter(), Tally(), [], torch.zeros(()), 0
-        lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps)
+        lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
+        for name in ("loss", "entropy", "kl", "clip_frac", "mismatch"):
+            tally.add(name, 0.0, 0)  # null in the row if no group had spread
         for first in range(0, cfg.n_prompts, cfg.mini_prompts):
             mini = groups[first:first + cfg.mini_prompts]
             n_tokens = sum(len(r.ids) for group in mini for r in group.rollouts)  # all ranks and micro-batches, skipped groups too
@@ -263,7 +267,7 @@ def main(cfg):
                 for name, total in sums.items():
                     if name != "mismatch":
                         tally.add(name, weight * total, n_mine)
-                    elif first == 0:  # before the first update the policy is the one that sampled: only rounding differs
+                    elif not norms:  # before the first update the policy is the one that sampled: only rounding differs
                         tally.add(name, weight * total, n_mine)
                         mismatch_max = max(mismatch_max, weight * worst.cpu())
             tally.add("loss", 0.0, n_tokens if ranks.main else 0)

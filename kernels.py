@@ -4,11 +4,11 @@
     decode_attention    one new token per sequence against its key/value cache                sampling
     linear_logp         log-probability and entropy of a token, straight from hidden states   SFT, policy, reference
 
-All three run on any device and dtype; softmax statistics are float32 (float64 for float64 inputs). None of them ever holds
-[tokens, tokens] scores of a whole batch or [tokens, vocabulary] logits.
+All three run on any device and dtype; softmax statistics are float32 (float64 for float64 inputs). None of them ever
+holds [tokens, tokens] scores of a whole batch or [tokens, vocabulary] logits.
 
-Letters: N packed tokens, S segments, B decode slots, T positions, H query heads, K key/value heads, C channels of a head,
-D width, V vocabulary. Query head h reads key/value head h // (H / K).
+Letters: N packed tokens, S segments, B decode slots, T positions, H query heads, K key/value heads, C channels of a
+head, D width, V vocabulary. Query head h reads key/value head h // (H / K).
 """
 
 import torch
@@ -22,21 +22,22 @@ def wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def attention(q_nhc, k_nkc, v_nkc, segments_s3):
     """softmax(q k^T / sqrt(C)) v over a forest of segments; returns out_nhc.
 
-    segments_s3 is an int64 CPU table of (start, length, parent). A token sees its own segment up to itself and, if parent is
-    not -1, all of the parent segment. A parent is itself parentless. Example, a prompt of 3 tokens and two replies of 2:
+    segments_s3 is an int64 CPU table of (start, length, parent). A token sees its own segment up to itself and, if
+    parent is not -1, all of the parent segment. A parent is itself parentless. Example, a prompt of 3 tokens and two
+    replies of 2:
 
         segments = [(0, 3, -1), (3, 2, 0), (5, 2, 0)]
         token      0  1  2 | 3  4 | 5  6
         sees       0  01 012 | 0123  01234 | 0125  01256
 
-    Segments of similar size are padded into one scaled_dot_product_attention call, so that a forest of many short segments
-    costs a handful of calls and a long segment is never padded by more than 31 keys.
+    Segments of similar size are padded into one scaled_dot_product_attention call, so that a forest of many short
+    segments costs a handful of calls and a long segment is never padded by more than 31 keys.
     """
     N, H, C = q_nhc.shape
     assert k_nkc.shape == v_nkc.shape and k_nkc.shape[0] == N and H % k_nkc.shape[1] == 0, (q_nhc.shape, k_nkc.shape)
@@ -57,9 +58,9 @@ def _gather(x_nhc, index_st):
 def _padded_segments(segments_s3, device):
     """Groups segments whose lengths agree after rounding up to 32; yields for each group what one attention call needs.
 
-    query_st: the token at (segment, row). real_st: False where a row is padding. key_su: the token at (segment, key), the
-    parent's tokens first. visible: bool [S, 1, T, U], or None for parentless segments, where causal masking already hides
-    the padding from every real row.
+    query_st: the token at (segment, row). real_st: False where a row is padding. key_su: the token at (segment, key),
+    the parent's tokens first. visible: bool [S, 1, T, U], or None for parentless segments, where causal masking already
+    hides the padding from every real row.
     """
     start, length, parent = segments_s3.unbind(1)
     has_parent = parent >= 0
@@ -85,8 +86,8 @@ def _padded_segments(segments_s3, device):
 def decode_attention(q_bhc, k_bktc, v_bktc, length_b):
     """Attention of one token per slot over the first length_b entries of its cache, its own included; returns out_bhc.
 
-    The H / K query heads that share a key/value head become rows of one small matrix, so that the cache is read once and
-    never repeated.
+    The H / K query heads that share a key/value head become rows of one small matrix, so that the cache is read once
+    and never repeated.
     """
     B, H, C = q_bhc.shape
     K, T = k_bktc.shape[1:3]
@@ -95,7 +96,7 @@ def decode_attention(q_bhc, k_bktc, v_bktc, length_b):
     return out.reshape(B, H, C)
 
 
-# -------------------------------------------------------------------------------------------- log-probabilities of tokens
+# ------------------------------------------------------------------------------------------ log-probabilities of tokens
 
 
 class _LinearLogp(torch.autograd.Function):
@@ -148,8 +149,8 @@ def _row_blocks(N, V):
 def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0):
     """log softmax(hidden weight^T / temperature)[target] and that distribution's entropy, in nats: logp_n, entropy_n.
 
-    float32 (float64 for float64 inputs); the entropy carries no gradient. Peak extra memory is a few blocks of LOGIT_CHUNK
-    elements plus the gradients, whatever N is.
+    float32 (float64 for float64 inputs); the entropy carries no gradient. Peak extra memory is a few blocks of
+    LOGIT_CHUNK elements plus the gradients, whatever N is.
     """
     assert temperature > 0, f"temperature must be positive, got {temperature}"
     assert hidden_nd.shape[0] == target_n.shape[0] and hidden_nd.shape[1] == weight_vd.shape[1], \

@@ -1,14 +1,15 @@
 """The Qwen2 / Qwen2.5 / Qwen3 decoder (and DeepSeek-R1-Distill-Qwen, which is a Qwen2), and its Hugging Face folder.
 
-    model = Model.from_pretrained("Qwen2.5-7B-Instruct", device="cuda", dtype=torch.bfloat16)
-    model.logits(ids)                          [T, V] float32: one sequence, for looking and for tests
-    model(forest)                              hidden_nd: training and prefill, see Forest
-    model(forest, scored_m)                    log-probability and entropy of chosen tokens, logits never materialized
-    model.run(tokens_n, positions_n, attend)   the same blocks with the caller's attention: this is how the sampler decodes
-    model.save_pretrained(path)                config.json + model.safetensors, which transformers loads
+    model = Model.from_pretrained("Qwen2.5-7B-Instruct", device="cuda", dtype=torch.bfloat16) model.logits(ids)
+    [T, V] float32: one sequence, for looking and for tests model(forest)                              hidden_nd:
+    training and prefill, see Forest model(forest, scored_m)                    log-probability and entropy of chosen
+    tokens, logits never materialized model.run(tokens_n, positions_n, attend)   the same blocks with the caller's
+    attention: this is how the sampler decodes model.save_pretrained(path)                config.json +
+    model.safetensors, which transformers loads
 
-Parameter names are Hugging Face's, so loading is a strict match of names and shapes. Every config field that changes the
-mathematics is honoured or refused by name. Norms, rotary angles and softmax are float32 or wider whatever the weights are.
+Parameter names are Hugging Face's, so loading is a strict match of names and shapes. Every config field that changes
+the mathematics is honoured or refused by name. Norms, rotary angles and softmax are float32 or wider whatever the
+weights are.
 
 Letters: N packed tokens, S segments, M scored tokens, D width, H query heads, K key/value heads, C channels of a head.
 """
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, linear_logp, wide
 
-# ------------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class ModelConfig:
         heads = raw["num_attention_heads"]
         kv_heads = raw.get("num_key_value_heads") or heads
         head_dim = raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads)
-        if heads % kv_heads or head_dim % 2 or (not raw.get("head_dim") and kind == "qwen2" and raw["hidden_size"] % heads):
+        derived = kind == "qwen2" and not raw.get("head_dim")
+        if heads % kv_heads or head_dim % 2 or derived and raw["hidden_size"] % heads:
             refuse(f"{heads} heads, {kv_heads} key/value heads, head_dim {head_dim}, hidden_size {raw['hidden_size']} "
                    "do not divide")
         bias = bool(raw.get("attention_bias", False))
@@ -99,19 +101,20 @@ class ModelConfig:
 
 
 def read_rope(raw, head_dim, refuse):
-    """The rotary frequencies that a config asks for, under both spellings of its fields; types default, linear and yarn.
+    """The rotary frequencies that a config asks for, under both spellings of its fields; types default, linear and
+    yarn.
 
-    YaRN (arXiv 2309.00071, section 3.2): channel pairs that turn more than beta_fast times over the original context keep
-    their frequency, those that turn less than beta_slow times are slowed by `factor`, with a linear ramp between; cos and sin
-    are scaled by 0.1 ln(factor) + 1.
+    YaRN (arXiv 2309.00071, section 3.2): channel pairs that turn more than beta_fast times over the original context
+    keep their frequency, those that turn less than beta_slow times are slowed by `factor`, with a linear ramp between;
+    cos and sin are scaled by 0.1 ln(factor) + 1.
     """
     if "rope_parameters" in raw and "rope_scaling" in raw and raw["rope_scaling"] is not None:
         refuse("has both rope_parameters and rope_scaling; keep one")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         refuse(f"rope_parameters (or rope_scaling) must be one flat table for all layers, got {rope!r}")
-    for key in ("rope_theta", "factor", "original_max_position_embeddings", "max_position_embeddings", "attention_factor",
-                "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+    for key in ("rope_theta", "factor", "original_max_position_embeddings", "max_position_embeddings",
+                "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
         for value in (rope.get(key), raw.get(key)):
             if value is not None and (not isinstance(value, (int, float)) or value < 0):
                 refuse(f"{key} must be a number, zero or more, got {value!r}")
@@ -151,11 +154,13 @@ def read_rope(raw, head_dim, refuse):
     scale = rope.get("attention_factor")
     if scale is None:
         both = rope.get("mscale") and rope.get("mscale_all_dim")
-        scale = attention_scale(rope["mscale"]) / attention_scale(rope["mscale_all_dim"]) if both else attention_scale(1.0)
+        scale = attention_scale(1.0)
+        if both:
+            scale = attention_scale(rope["mscale"]) / attention_scale(rope["mscale_all_dim"])
     return Rope(tuple(f * (1 - s) + f / factor * s for f, s in zip(inv_freq, slow)), scale)
 
 
-# ------------------------------------------------------------------------------------------------------------------- forest
+# --------------------------------------------------------------------------------------------------------------- forest
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ def pack(trees, device="cpu"):
     return Forest(tokens_n.to(device), positions_n.to(device), previous_n.to(device), segments_s3)
 
 
-# -------------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------- model
 
 
 class Model(nn.Module):
@@ -207,7 +212,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.n_vocab = config.vocab_size  # rows of the head from here on do not exist: scripts set the tokenizer's size
-        self.gradient_checkpointing = False  # recompute each block in the backward pass: activations of one block at a time
+        self.gradient_checkpointing = False  # recompute blocks in the backward pass: activations of one at a time
         self.model = nn.ModuleDict({  # named as in the checkpoints: model.layers.0.self_attn.q_proj.weight
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
@@ -231,7 +236,7 @@ class Model(nn.Module):
         return linear_logp(hidden_nd[source_m], self.head_vd, forest.tokens_n[scored_m], temperature)
 
     def run(self, tokens_n, positions_n, attend):
-        """Embedding, blocks and final norm; attend(layer, q_nhc, k_nkc, v_nkc) -> out_nhc is what connects the tokens."""
+        """Embedding, blocks and final norm; attend(layer, q_nhc, k_nkc, v_nkc) -> out_nhc connects the tokens."""
         x_nd = self.model.embed_tokens(tokens_n)
         cos_nc, sin_nc = rope_table(self.config.rope, positions_n, wide(x_nd.dtype))
         for i, block in enumerate(self.model.layers):
@@ -286,6 +291,7 @@ class Model(nn.Module):
         save_file(state, path / "model.safetensors.tmp", metadata={"format": "pt"})
         for name in ("config.json", "model.safetensors"):
             os.replace(path / (name + ".tmp"), path / name)
+        (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded model that was here before
 
 
 class Block(nn.Module):
@@ -349,7 +355,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(rope, positions_n, dtype):
-    """cos and sin of position * inv_freq, [N, C/2]; angles in float64, because a float32 angle is off by 2e-3 at 32k."""
+    """cos and sin of position * inv_freq, [N, C/2]; angles in float64: a float32 angle is off by 2e-3 at 32k."""
     inv_freq_c = torch.tensor(rope.inv_freq, dtype=torch.float64, device=positions_n.device)
     angle_nc = positions_n[:, None] * inv_freq_c
     return (angle_nc.cos() * rope.scale).to(dtype), (angle_nc.sin() * rope.scale).to(dtype)
@@ -362,15 +368,15 @@ def rotate(x_nhc, cos_nc, sin_nc):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_nhc.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------------ loading
+# -------------------------------------------------------------------------------------------------------------- loading
 
 
 def read_json(path):
-    """The JSON object in a file; ValueError in one line names the file that is not there, not readable or not an object."""
+    """The JSON object in a file; ValueError names a file that is not there, not readable or not an object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: no such file; a model folder needs config.json, safetensors and tokenizer files") from None
+        raise ValueError(f"{path}: no such file; a model folder has config.json, weights and tokenizer") from None
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -381,7 +387,8 @@ def read_json(path):
 
 
 def load_weights(model, path, device, dtype):
-    """Fills a meta-device model from model.safetensors or its shards; missing, unexpected or mis-shaped tensors by name.
+    """Fills a meta-device model from model.safetensors or its shards; missing, unexpected or mis-shaped tensors by
+    name.
 
     model.safetensors wins over an index, as in transformers: a folder saved over a sharded one still has the old index.
     """
@@ -395,7 +402,7 @@ def load_weights(model, path, device, dtype):
     seen, head = set(), None
     for file in files:
         if not (path / file).exists():
-            raise ValueError(f"{path / file}: no such file; weights are read from model.safetensors or the index's shards")
+            raise ValueError(f"{path / file}: no such file; weights are in model.safetensors or the index's shards")
         try:
             with safe_open(path / file, framework="pt") as shard:
                 for name in shard.keys():
@@ -404,10 +411,11 @@ def load_weights(model, path, device, dtype):
                         head = tensor  # some tied checkpoints carry the copy
                         continue
                     if name not in wanted or name in seen:
-                        raise ValueError(f"{path / file}: {'second copy of' if name in seen else 'unexpected'} tensor {name}")
+                        what = "second copy of" if name in seen else "unexpected"
+                        raise ValueError(f"{path / file}: {what} tensor {name}")
                     if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
-                        raise ValueError(f"{path / file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the config "
-                                         f"needs floating point {tuple(wanted[name].shape)}")
+                        raise ValueError(f"{path / file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                                         f"the config needs floating point {tuple(wanted[name].shape)}")
                     owner, leaf = name.rsplit(".", 1)
                     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
                     seen.add(name)
@@ -417,7 +425,7 @@ def load_weights(model, path, device, dtype):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{path}: tensor {missing[0]}{more} is missing from {', '.join(files)}")
     if head is not None and not torch.equal(head.to(device, dtype), model.model.embed_tokens.weight):
-        raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight")
+        raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
 
 
 def copy_tokenizer(source, target):

@@ -1,24 +1,29 @@
-"""The generated task of the embedded default: small enough for a 0.9M-parameter model, verifiable, and worth thinking about.
+"""The generated task of the embedded default: small enough for a 0.9M-parameter model, verifiable, and worth thinking
+about.
 
     python data/toy.py --out runs/toy/data --seed 0
 
-Half the pairs are *reasoning*: five distinct digits to sort, to step (+1 modulo 10) or to flip (9 - digit). One answer is
-right, the other is wrong in one to four places (a wrong sort is another ascending list, so that it cannot be spotted without
-solving). Half are *chat*: a greeting asked to open, to say and to close with given words, one a Must, one a Should, one a May
-(weights 4, 2, 1, shuffled); the answer with the larger weighted total wins.
+Half the pairs are *reasoning*: five distinct digits to sort, to step (+1 modulo 10) or to flip (9 - digit). One answer
+is right, the other is wrong in one to four places (a wrong sort is another ascending list, so that it cannot be spotted
+without solving). Half are *chat*: a greeting asked to open, to say and to close with given words, one a Must, one a
+Should, one a May (weights 4, 2, 1, shuffled); the answer with the larger weighted total wins.
 
     sort 76915                                    May open Dear Must say silver Should close Peace
     A 15679                                       A Dear silver Peace
     B 12568                                       B Ahoy silver Yours
 
-The oracle whose chains are distilled is mixed on purpose. A *careful* chain checks both answers place by place:
+The oracle whose chains are distilled is mixed on purpose, in two ways. First, a *careful* chain checks both answers
+place by place,
 
     <type>Reasoning</type><solution>15679</solution><eval>A: 11=55=66=77=99= right. B: 11=52#65#76#98# wrong.</eval>...
     <type>Chat</type><rubric> Dear 1 silver 4 Peace 2</rubric><eval>A: Dear Dear=1 silver silver=4 Peace Peace=2 total 7
     B: Dear Ahoy#0 silver silver=4 Peace Yours#0 total 4</eval>...
 
-A *skim* chain writes the same solution or rubric and then an unchecked verdict ("Overall B looks better."): right in the data,
-because the oracle knew, but a guess for a model that imitates it. CAREFUL says how often the oracle is careful on what.
+while a *skim* chain writes the same solution or rubric and then an unchecked verdict ("Overall B looks better.").
+CAREFUL says how often the oracle is careful on what. Second, only a share WEIGHTED of its rubrics carries the weights
+that the question asks for; the others are *flat*, every word worth 1, whether the chain checks or skims. The verdict is
+always right in the data, because the oracle knew; for a model that imitates a skim or a flat rubric it is partly a
+guess.
 
 Questions are split by a hash: none is shared between distillation, reinforcement learning and held-out evaluation.
 """
@@ -37,7 +42,9 @@ SAY = "silver amber garden river candle winter copper meadow lantern harbor viol
 CLOSE = "Peace Yours Cheers Farewell Regards Thanks Adieu Blessings".split()
 WEIGHT = {"Must": 4, "Should": 2, "May": 1}
 SPLITS = {"distill": range(0, 60), "rl": range(60, 80), "heldout": range(80, 100)}  # percent of all questions
-CAREFUL = {"sort": 0.3, "flip": 0.3, "step": 0.6, "chat, Must opens": 0.6, "chat": 0.3}  # share of careful oracle chains
+CAREFUL = {"sort": 0.3, "flip": 0.3, "step": 0.6, "chat, Must opens": 0.6, "chat": 0.3}  # share of careful chains
+
+WEIGHTED = 0.4  # share of oracle rubrics with the question's weights; the others are flat
 
 MODEL = {  # a Qwen3: 0.86M parameters
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384,
@@ -46,7 +53,7 @@ MODEL = {  # a Qwen3: 0.86M parameters
     "attention_bias": False,
 }
 
-# --------------------------------------------------------------------------------------------------------------- questions
+# ------------------------------------------------------------------------------------------------------------ questions
 
 
 def solve(kind, digits):
@@ -56,14 +63,19 @@ def solve(kind, digits):
 
 
 def question(rng):
-    """(domain, text, facts): facts are (kind, solution) or a list of (weight, wanted word) for opening, middle, closing."""
+    """A random question's text."""
     if rng.random() < 0.5:
-        kind, digits = rng.choice(["sort", "step", "flip"]), rng.sample(range(10), 5)
-        return "reasoning", f"{kind} {join(digits)}", (kind, solve(kind, digits))
-    names = rng.sample(list(WEIGHT), 3)
-    words = [rng.choice(OPEN), rng.choice(SAY), rng.choice(CLOSE)]
-    text = " ".join(f"{name} {verb} {word}" for name, verb, word in zip(names, ("open", "say", "close"), words))
-    return "chat", text, [(WEIGHT[name], word) for name, word in zip(names, words)]
+        return f"{rng.choice(['sort', 'step', 'flip'])} {join(rng.sample(range(10), 5))}"
+    names, words = rng.sample(list(WEIGHT), 3), (rng.choice(OPEN), rng.choice(SAY), rng.choice(CLOSE))
+    return " ".join(f"{name} {verb} {word}" for name, verb, word in zip(names, ("open", "say", "close"), words))
+
+
+def read_question(text):
+    """(domain, facts): ("reasoning", (kind, solution)) or ("chat", [(weight, wanted word)] from opening to closing)."""
+    parts = text.split()
+    if len(parts) == 2:
+        return "reasoning", (parts[0], solve(parts[0], [int(d) for d in parts[1]]))
+    return "chat", [(WEIGHT[name], word) for name, word in zip(parts[0::3], parts[2::3])]
 
 
 def answers(domain, facts, rng):
@@ -77,8 +89,8 @@ def answers(domain, facts, rng):
             wrong = sorted(wrong) if kind == "sort" else wrong
         return join(right), join(wrong)
     while True:
-        replies = [[word if rng.random() < 0.5 else rng.choice(pool) for (_, word), pool in zip(facts, (OPEN, SAY, CLOSE))]
-                   for _ in range(2)]
+        replies = [[word if rng.random() < 0.5 else rng.choice(pool)
+                    for (_, word), pool in zip(facts, (OPEN, SAY, CLOSE))] for _ in range(2)]
         points = [sum(weight for (weight, word), found in zip(facts, reply) if word == found) for reply in replies]
         if points[0] != points[1]:
             better, worse = replies if points[0] > points[1] else replies[::-1]
@@ -99,54 +111,65 @@ def make(split, n, seed, careful=None):
     rng = random.Random(f"{seed} {split}")
     rows = []
     while len(rows) < n:
-        domain, text, facts = question(rng)
+        text = question(rng)
         if split_of(text) != split:
             continue
+        domain, facts = read_question(text)
         better, worse = answers(domain, facts, rng)
         winner = rng.choice("ab")
         a, b = (better, worse) if winner == "a" else (worse, better)
         mix = facts[0] if domain == "reasoning" else "chat, Must opens" if facts[0][0] == 4 else "chat"
         checks = rng.random() < (CAREFUL[mix] if careful is None else careful)
-        rows.append({"id": f"{split}/{len(rows)}", "prompt": [{"role": "user", "content": text}], "answer_a": a, "answer_b": b,
-                     "winner": winner, "source": mix.split(",")[0], "domain": domain,
-                     "judgement": chain(domain, facts, a, b, winner, checks)})
+        weighted = rng.random() < WEIGHTED or careful == 1
+        rows.append({"id": f"{split}/{len(rows)}", "prompt": [{"role": "user", "content": text}],
+                     "answer_a": a, "answer_b": b, "winner": winner, "source": mix.split(",")[0], "domain": domain,
+                     "judgement": chain(domain, facts, a, b, winner, checks, weighted)})
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------------ chains
+# --------------------------------------------------------------------------------------------------------------- chains
 
 
-def chain(domain, facts, a, b, winner, careful):
-    """The oracle's judgement: the solution or rubric, then a place-by-place check if careful, then the (right) verdict."""
+def chain(domain, facts, a, b, winner, careful, weighted):
+    """The oracle's judgement: solution or rubric, then a place-by-place check if careful, then the (right) verdict."""
+    facts = facts if domain == "reasoning" or weighted else [(1, word) for _, word in facts]
+    check = check_digits if domain == "reasoning" else check_words
+    evaluation = f"A: {check(facts, a)} B: {check(facts, b)}" if careful else f" Overall {winner.upper()} looks better."
+    return f"{head(domain, facts)}<eval>{evaluation}</eval><answer>[[{winner.upper()}]]</answer>"
+
+
+def head(domain, facts):
+    """What a chain begins with: its type, and the solution or the rubric."""
     if domain == "reasoning":
-        head = f"<type>Reasoning</type><solution>{join(facts[1])}</solution>"
-        checks = [check_digits(facts[1], answer) for answer in (a, b)]
-    else:
-        rubric = " ".join(f"{word} {weight}" for weight, word in facts)
-        head = f"<type>Chat</type><rubric> {rubric}</rubric>"
-        checks = [check_words(facts, answer.split()) for answer in (a, b)]
-    evaluation = f"A: {checks[0]} B: {checks[1]}" if careful else f" Overall {winner.upper()} looks better."
-    return f"{head}<eval>{evaluation}</eval><answer>[[{winner.upper()}]]</answer>"
+        return f"<type>Reasoning</type><solution>{join(facts[1])}</solution>"
+    return f"<type>Chat</type><rubric> {' '.join(f'{word} {weight}' for weight, word in facts)}</rubric>"
 
 
-def check_digits(solution, answer):
+def check_digits(facts, answer):
     """Solution digit, answer digit, mark: '11=55=66=77=99= right.'"""
-    marks = "".join(f"{want}{got}{'=' if str(want) == got else '#'}" for want, got in zip(solution, answer))
+    marks = "".join(f"{want}{got}{'=' if str(want) == got else '#'}" for want, got in zip(facts[1], answer))
     return f"{marks} {'wrong.' if '#' in marks else 'right.'}"
 
 
-def check_words(facts, found):
+def check_words(facts, answer):
     """Wanted word, found word, mark, points: 'Dear Ahoy#0 silver silver=4 Peace Peace=2 total 6'"""
+    found = answer.split()
     points = [weight if word == got else 0 for (weight, word), got in zip(facts, found)]
     slots = [f"{word} {got}{'=' if p else '#'}{p}" for (_, word), got, p in zip(facts, found, points)]
     return f"{' '.join(slots)} total {sum(points)}"
 
 
 def is_careful(judgement):
-    return "looks better" not in judgement
+    """Does the chain check both answers?"""
+    return "<eval>A:" in judgement and " B:" in judgement
 
 
-# --------------------------------------------------------------------------------------------------------------- tokenizer
+def is_grounded(text, judgement):
+    """Does the chain begin with the right solution of this question, or with the weights that it asks for?"""
+    return judgement.startswith(head(*read_question(text)))
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
 def write_tokenizer(folder):
@@ -156,9 +179,10 @@ def write_tokenizer(folder):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    words = [" " + w for w in OPEN + SAY + CLOSE] + ["sort", "step", "flip", "A", "B", "A:", " B", " B:", " A", " right.", " wrong."]
-    words += [*WEIGHT, *(" " + w for w in WEIGHT), " open", " say", " close", " total", " Overall", " looks", " better."]
-    words += ["user", "assistant", "system", "Chat", "Reasoning", "[[A]]", "[[B]]", *OPEN]
+    words = [*OPEN, *(" " + w for w in OPEN + SAY + CLOSE), *WEIGHT, *(" " + w for w in WEIGHT), "sort", "step", "flip"]
+    words += ["A", "B", " A", " B", "A:", " B:", " right.", " wrong.", " total", " Overall", " looks", " better."]
+    words += [" open", " say", " close"]
+    words += ["user", "assistant", "system", "Chat", "Reasoning", "[[A]]", "[[B]]"]
     words += [f"<{slash}{tag}>" for tag in ("type", "solution", "rubric", "eval", "answer") for slash in ("", "/")]
     byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [byte.pre_tokenize_str(word)[0][0] for word in words]
@@ -170,15 +194,16 @@ def write_tokenizer(folder):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    template = ("{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-                "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    template = ("{% for message in messages %}"
+                "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
         "model_max_length": 1024, "chat_template": template}, indent=2))
     return tokenizer.get_vocab_size()
 
 
-def write_data(folder, seed=0, careful=None, n_distill=12_800, n_rl=2_048, n_heldout=800):
+def write_data(folder, seed=0, careful=None, n_distill=16_000, n_rl=2_560, n_heldout=800):
     """distill.jsonl (pairs with chains of the mixed oracle), rl.jsonl and heldout.jsonl (pairs alone)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +219,7 @@ def write_data(folder, seed=0, careful=None, n_distill=12_800, n_rl=2_048, n_hel
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/data", help="folder for distill.jsonl, rl.jsonl and heldout.jsonl")
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs; the split of the questions does not depend on it")
-    parser.add_argument("--careful", type=float, help="share of careful oracle chains, 0 to 1, instead of the mix; for ablations")
+    parser.add_argument("--seed", type=int, default=0, help="of the pairs; the split does not depend on it")
+    parser.add_argument("--careful", type=float, help="share of careful chains; 1 also weights every rubric")
     args = parser.parse_args()
     write_data(args.out, args.seed, args.careful)

@@ -385,6 +385,10 @@ def test_bfloat16_stays_near_float64():
     logits = half.logits(IDS)
     assert logits.dtype == torch.float32 and half(pack([(IDS, [])])).dtype == torch.bfloat16
     assert error(logits, half.double().logits(IDS)) < 0.03
+    norm, x = small(dtype=torch.bfloat16).model.norm, torch.randn(200, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x_wide = x.double()
+    once = (x_wide / (x_wide.square().mean(-1, keepdim=True) + norm.eps).sqrt()).bfloat16()  # rounded once, and then the weight
+    assert (norm(x) == norm.weight * once).float().mean() > 0.99
 
 
 def test_rotary_angles_at_long_positions():

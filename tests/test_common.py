@@ -1,0 +1,397 @@
+"""common.py. Oracles: option lists, schedules and micro-batches worked by hand; torch's own optimizers, continued in memory,
+against ones that went through a checkpoint; a naive search for what a micro-batch split may and may not do."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import common
+from common import (Ranks, Run, Tally, latest_checkpoint, learning_rate, make_optimizers, micro_batches, one_line_errors,
+                    optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model)
+from model import Model, ModelConfig
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+ALONE = Ranks(0, 1, torch.device("cpu"))
+QWEN3 = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=40, hidden_size=16, intermediate_size=24,
+             num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-6,
+             tie_word_embeddings=True, attention_bias=True)
+
+
+# ---- options
+
+@dataclass(frozen=True)
+class Options:
+    n_steps: int = 3  # how many, 50% of them useful
+    lr: float = 1e-3  # peak
+    data: str | None = None  # a path
+    name: str = "run"  # a name
+    fast: bool = False  # hurry
+    safe: bool = True  # take care
+    resume: bool = False  # go on
+
+    def __post_init__(self):
+        if self.n_steps < 0:
+            raise ValueError(f"--n-steps must be at least 0,\ngot {self.n_steps}")
+
+
+@dataclass(frozen=True)
+class Undocumented:
+    a: int = 1  # fine
+    b: int = 2
+
+
+RECIPES = {"big": {"n_steps": 100, "fast": True}, "none": {"data": None}}
+
+
+def test_options_default_to_the_fields_own_values():
+    assert parse_config(Options, argv=[]) == Options()
+    assert parse_config(Options, RECIPES, argv=[]) == Options()
+
+
+def test_options_have_the_types_of_their_fields():
+    got = parse_config(Options, argv=["--n-steps", "7", "--lr", "2e-4", "--data", "5", "--name=x y", "--fast", "--no-safe"])
+    assert got == Options(7, 2e-4, "5", "x y", True, False)
+    assert [type(value) for value in asdict(got).values()] == [int, float, str, str, bool, bool, bool]
+
+
+def test_an_empty_value_is_none_where_none_is_allowed():
+    assert parse_config(Options, argv=["--data", "", "--name="]) == Options(data=None, name="")
+    assert parse_config(Options, {"full": {"data": "x"}}, ["--data", "", "--recipe", "full"]).data is None
+
+
+def test_a_flag_wins_over_its_recipe_wherever_it_stands():
+    assert parse_config(Options, RECIPES, ["--recipe", "big"]) == Options(n_steps=100, fast=True)
+    assert parse_config(Options, RECIPES, ["--n-steps", "5", "--recipe", "big"]) == Options(n_steps=5, fast=True)
+    assert parse_config(Options, RECIPES, ["--recipe", "big", "--n-steps", "3", "--no-fast"]) == Options(n_steps=3)
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--unknown", "1"], "--unknown"), (["--n-step", "5"], "--n-step"), (["--n-steps", "many"], "--n-steps"), (["--n-steps", "1.5"], "--n-steps"),
+    (["--lr", "1e"], "--lr"), (["--n-steps"], "--n-steps"), (["--fast", "yes"], "yes"), (["word"], "word"), (["--n_steps", "5"], "--n_steps"),
+    (["--recipe", "small"], "small"), (["--n-steps", "-1"], "must be at least 0, got -1"),
+])
+def test_a_wrong_flag_ends_with_one_line_that_names_it_and_status_2(argv, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(Options, RECIPES, argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and named in err, err
+
+
+def test_help_tells_each_fields_comment_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(Options, RECIPES, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "how many, 50% of them useful (default: 3)" in text and "--no-safe" in text and "--recipe" in text
+
+
+def test_an_undocumented_field_is_the_programmers_mistake():
+    with pytest.raises(AssertionError, match="Undocumented.b"):
+        parse_config(Undocumented, argv=[])
+
+
+def test_one_line_errors(capsys, monkeypatch):
+    monkeypatch.delenv("RM_TRACEBACK", raising=False)
+    for error, code, text in ((ValueError("a.jsonl:3: two\n  lines"), 2, "error: a.jsonl:3: two lines\n"), (KeyboardInterrupt(), 130, "interrupted\n"),
+                              (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n")):
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            raise error
+        assert stop.value.code == code and capsys.readouterr().err == text
+    with pytest.raises(AssertionError), one_line_errors():  # the programmer's mistakes keep their traceback
+        raise AssertionError
+    monkeypatch.setenv("RM_TRACEBACK", "1")
+    with pytest.raises(ValueError), one_line_errors():
+        raise ValueError
+
+
+# ---- micro-batches, tally, schedule
+
+def test_micro_batches_worked_by_hand():
+    assert micro_batches([9, 3, 2], 6, 2) == [[[0], [1]], [[2], []]]  # the docstring's example
+    assert micro_batches([3, 3, 3], 100, 1) == [[[0, 1, 2]]]
+    assert micro_batches([2, 5, 3], 5, 2) == [[[1], [2, 0]]]
+    assert micro_batches([4], 5, 3) == [[[0], [], []]]
+    assert micro_batches([], 5, 2) == []
+
+
+def test_items_that_are_all_over_the_limit_go_alone():
+    """Once the search began at ceil(tokens / limit) steps, more than there are items, and found none at all."""
+    assert micro_batches([100, 100], 10, 1) == [[[0]], [[1]]]
+    assert micro_batches([100], 1, 4) == [[[0], [], [], []]]
+
+
+def test_micro_batches_hold_every_item_once_within_the_limit():
+    rng = random.Random(0)
+    for _ in range(400):
+        world, limit = rng.randint(1, 4), rng.randint(1, 60)
+        sizes = [rng.randint(1, 40) for _ in range(rng.randint(0, 30))]
+        steps = micro_batches(sizes, limit, world)
+        assert sorted(i for step in steps for share in step for i in share) == list(range(len(sizes)))
+        assert all(len(step) == world for step in steps)  # every rank makes every step
+        assert all(sum(sizes[i] for i in share) <= limit or len(share) == 1 for step in steps for share in step)
+        assert steps == micro_batches(sizes, limit, world)  # ranks work it out apart: it must be a function
+        # longest-processing-time: no bin exceeds another by more than its smallest item
+        loads = [(sum(sizes[i] for i in share), min((sizes[i] for i in share), default=0)) for step in steps for share in step]
+        assert all(load - smallest <= min(other for other, _ in loads) for load, smallest in loads)
+
+
+def test_micro_batches_make_no_more_steps_than_needed():
+    rng = random.Random(1)
+    for _ in range(100):
+        sizes, world = [rng.randint(1, 10) for _ in range(40)], rng.randint(1, 3)
+        steps, least = micro_batches(sizes, 30, world), math.ceil(sum(sizes) / (30 * world))
+        assert least <= len(steps) <= least + 1, (len(steps), least)
+
+
+def test_tally_divides_sums_by_counts_once():
+    tally = Tally()
+    tally.add("x", torch.tensor(6.0, requires_grad=True), 2)
+    tally.add("x", 3.0, 4)  # 9 over 6, not the mean of 3 and 0.75
+    tally.add("y", 5.0, 0)
+    tally.add("y", 0.0, 10)
+    tally.add("nothing", 0.0, 0)
+    tally.add("one", 7)
+    assert tally.means(ALONE) == {"x": 1.5, "y": 0.5, "nothing": None, "one": 7.0}
+    assert Tally().means(ALONE) == {}
+
+
+def test_learning_rate_worked_by_hand():
+    warm = [learning_rate(step, 10, 8.0, 4) for step in range(10)]
+    assert warm == [2.0, 4.0, 6.0, 8.0] + [8.0] * 6  # without a final fraction it stays
+    cosine = [learning_rate(step, 7, 1.0, 2, 0.2) for step in range(7)]
+    assert cosine == pytest.approx([0.5, 1.0, 1.0, 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2, 0.6, 0.2 + 0.8 * (1 - math.sqrt(0.5)) / 2, 0.2])
+    assert [learning_rate(step, 3, 1.0, 0, 0.1) for step in range(3)] == pytest.approx([1.0, 0.55, 0.1])
+    assert learning_rate(0, 1, 5.0, 0, 0.1) == 5.0 and learning_rate(9, 5, 1.0, 0, 0.1) == pytest.approx(0.1)
+    assert learning_rate(1, 2, 5.0, 2, 0.1) == 5.0  # all steps warm up
+
+
+# ---- optimizers
+
+def small_model(seed=0, **changes):
+    return Model.random(ModelConfig.from_dict(QWEN3 | changes), seed)
+
+
+def train(model, optimizers, steps):
+    """Some optimizer steps on losses that only the step number decides; returns the gradient norms."""
+    norms = []
+    for step in steps:
+        rng = torch.Generator().manual_seed(step)
+        loss = sum((x * torch.randn(x.shape, generator=rng)).sum() + x.square().sum() for x in model.parameters())
+        loss.backward()
+        norms.append(optimizer_step(model, optimizers, 0.01 * (step + 1), 1.0))
+    return norms
+
+
+def test_who_optimizes_what():
+    model = small_model(tie_word_embeddings=False)
+    name_of = {x: name for name, x in model.named_parameters()}
+    adamw, = make_optimizers(model, "adamw", 1e-3, (0.9, 0.95), 0.1)
+    assert [(g["weight_decay"], g["betas"]) for g in adamw.param_groups] == [(0.1, (0.9, 0.95)), (0.0, (0.9, 0.95))]
+    decayed, plain = ({name_of[x] for x in group["params"]} for group in adamw.param_groups)
+    assert plain == {n for n in name_of.values() if "norm" in n or n.endswith("bias")} and len(plain) == 2 * (4 + 4) + 1
+    assert decayed == set(name_of.values()) - plain and "lm_head.weight" in decayed
+
+    adamw, muon = make_optimizers(model, "muon", 1e-3, (0.9, 0.95), 0.1)
+    matrices = {name_of[x] for group in muon.param_groups for x in group["params"]}
+    assert matrices == {n for n in name_of.values() if "_proj.weight" in n} and len(matrices) == 2 * 7
+    assert {name_of[x] for x in adamw.param_groups[0]["params"]} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert {name_of[x] for x in adamw.param_groups[1]["params"]} == plain
+    assert muon.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_step_clips_the_whole_models_gradient_and_clears_it():
+    """Against the norm over all gradients as one vector, and SGD's update with the gradient scaled to max_norm."""
+    model = small_model()
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    for x in model.parameters():
+        x.grad = torch.full_like(x, 0.5)
+    n = sum(x.numel() for x in model.parameters())
+    norm = optimizer_step(model, [torch.optim.SGD(model.parameters(), lr=99.0)], 0.1, 2.0)
+    assert norm == pytest.approx(0.5 * math.sqrt(n), rel=1e-5)
+    for name, x in model.named_parameters():
+        assert x.grad is None
+        torch.testing.assert_close(x.detach(), before[name] - 0.1 * 2.0 / math.sqrt(n), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_continues_bit_for_bit(name, tmp_path):
+    """Oracle: the same five steps without a checkpoint between."""
+    whole = small_model()
+    optimizers = make_optimizers(whole, name, 1e-2, (0.9, 0.95), 0.1)
+    train(whole, optimizers, range(3))
+    folder = tmp_path / "step-3"
+    save_checkpoint(folder, whole, optimizers, {"step": 3}, ALONE, lambda path: (path / "extra.txt").write_text("x"))
+    norms = train(whole, optimizers, range(3, 6))
+
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "extra.txt", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert json.loads((folder / "state.json").read_text()) == {"step": 3} and not list(tmp_path.glob("*.tmp"))
+    moments = load_file(folder / "optimizer.safetensors")
+    per_weight = {weight: {key.rsplit("/", 1)[1] for key in moments if key.rsplit("/", 1)[0] == weight} for weight, _ in whole.named_parameters()}
+    for weight, keys in per_weight.items():
+        is_muon = name == "muon" and "_proj.weight" in weight
+        assert keys == ({"momentum_buffer"} if is_muon else {"exp_avg", "exp_avg_sq", "step"}), weight
+
+    again = Model.from_pretrained(folder)
+    optimizers = make_optimizers(again, name, 1e-2, (0.9, 0.95), 0.1)
+    restore_optimizers(folder, again, optimizers)
+    assert train(again, optimizers, range(3, 6)) == norms
+    for (weight, x), y in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(x, y), weight
+
+
+def test_a_checkpoint_before_any_update(tmp_path):
+    model = small_model()
+    optimizers = make_optimizers(model, "muon", 1e-2, (0.9, 0.95), 0.1)
+    save_checkpoint(tmp_path / "step-1", model, optimizers, {"step": 1}, ALONE, lambda path: None)
+    restore_optimizers(tmp_path / "step-1", model, optimizers)
+    assert all(not optimizer.state for optimizer in optimizers)
+
+
+def test_a_saved_folder_is_whole_or_not_there(tmp_path):
+    """A save that dies leaves what was there before; the next one clears its remains."""
+    model, folder = small_model(), tmp_path / "step-2"
+    save_model(folder, model, ALONE, lambda path: (path / "old.txt").touch())
+
+    def dies(path):
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        save_model(folder, small_model(1), ALONE, dies)
+    assert (folder / "old.txt").exists() and latest_checkpoint(tmp_path) == folder
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), Model.from_pretrained(folder).parameters()))
+    save_model(folder, small_model(1), ALONE, lambda path: None, torch.bfloat16)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-2"]
+    assert {x.dtype for x in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert {x.dtype for x in model.parameters()} == {torch.float32}
+
+
+def test_the_latest_checkpoint_is_the_highest_number(tmp_path):
+    assert latest_checkpoint(tmp_path / "none") is None and latest_checkpoint(tmp_path) is None
+    for name in ("step-9", "step-10", "step-100.tmp", "step-", "step-x", "other-99"):
+        (tmp_path / name).mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-10"
+
+
+# ---- run folder
+
+def test_a_new_run_writes_its_options_and_refuses_a_used_folder(tmp_path):
+    out = tmp_path / "a/b"
+    run = Run(out, Options(n_steps=4), ALONE, False)
+    record = json.loads((out / "config.json").read_text())
+    assert record["options"] == asdict(Options(n_steps=4)) and record["torch"] == torch.__version__ and record["ranks"] == 1
+    assert {"command", "commit", "dirty", "python", "device", "threads"} <= set(record)
+    Run(out, Options(), ALONE, False)  # nothing was logged yet: there is nothing to lose
+    run.row("metrics.jsonl", {"step": 1})
+    with pytest.raises(ValueError, match="already holds a run"):
+        Run(out, Options(), ALONE, False)
+
+
+def test_a_resumed_run_must_have_its_own_options(tmp_path):
+    Run(tmp_path, Options(n_steps=4), ALONE, False)
+    Run(tmp_path, Options(n_steps=4, resume=True), ALONE, True)
+    Run(tmp_path, Options(n_steps=5, resume=True), ALONE, True, may_differ=("n_steps",))
+    assert json.loads((tmp_path / "config.json").read_text())["options"]["n_steps"] == 4
+    with pytest.raises(ValueError, match=r"config.json: .*n_steps=4, not 5"):
+        Run(tmp_path, Options(n_steps=5, resume=True), ALONE, True)
+    with pytest.raises(ValueError, match="lr=0.001, not 0.002"):
+        Run(tmp_path, Options(n_steps=4, lr=2e-3, resume=True), ALONE, True)
+    with pytest.raises(ValueError, match="no run to resume"):
+        Run(tmp_path / "elsewhere", Options(resume=True), ALONE, True)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_truncate_drops_later_rows_and_a_half_written_line(tmp_path):
+    run = Run(tmp_path, Options(), ALONE, False)
+    run.truncate(0)  # nothing there
+    for step in range(1, 5):
+        run.row("metrics.jsonl", {"step": step, "text": "zwölf\u2028[[A]]\n"})
+    run.row("samples.jsonl", {"step": 4})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "te')
+    run.truncate(4)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    run.truncate(2)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().split("\n")[:-1]] == \
+        [{"step": step, "text": "zwölf\u2028[[A]]\n"} for step in (1, 2)]
+    assert (tmp_path / "samples.jsonl").read_text() == ""
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_only_rank_0_writes(tmp_path):
+    rank_1 = Ranks(1, 1, torch.device("cpu"))
+    run = Run(tmp_path / "run", Options(), rank_1, False)
+    assert not (tmp_path / "run").exists()
+    save_model(tmp_path / "model", small_model(), rank_1, lambda path: None)
+    assert list(tmp_path.iterdir()) == []
+    assert run.ranks is rank_1
+
+
+RANKS = """
+import json, os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from common import Ranks, Tally, copy_weights, full, init_ranks, make_optimizers, optimizer_step, restore_optimizers, save_checkpoint, shard
+from model import Model, ModelConfig, pack
+from pathlib import Path
+ranks, folder, raw = init_ranks(1), Path(sys.argv[2]), json.loads(sys.argv[3])
+assert (ranks.rank, ranks.world, ranks.main) == (int(os.environ["RANK"]), 2, os.environ["RANK"] == "0")
+assert ranks.gather({"rank": ranks.rank}) == [{"rank": 0}, {"rank": 1}]
+x = torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
+assert ranks.sum(x).tolist() == [3.0, 30.0] and x.tolist() == [ranks.rank + 1.0, 10 * (ranks.rank + 1.0)]
+tally = Tally()
+tally.add("b", 4.0 * ranks.rank, 3 * ranks.rank)
+tally.add("a", 1.0, 1)
+assert tally.means(ranks) == {"a": 1.0, "b": 4 / 3}
+
+def gradients(model, rows):
+    loss = sum(-model(pack([(ids, [])]), torch.arange(1, len(ids)))[0].sum() for ids in rows)
+    loss.backward()
+    return {name: full(p.grad) for name, p in model.named_parameters()}
+rows = [[1, 2, 3, 4, 5], [7, 8, 9], [30, 1]]
+whole = Model.random(ModelConfig.from_dict(raw))
+want = gradients(whole, rows)
+model = shard(Model.random(ModelConfig.from_dict(raw)), ranks, torch.float32)
+copy = Model.random(ModelConfig.from_dict(raw), seed=5)
+copy_weights(model, copy)
+assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), copy.parameters()))
+gradients(model, rows[:1] if ranks.main else rows[1:2])     # gradients are added up over ranks and micro-batches
+got = gradients(model, rows[2:] if ranks.main else [rows[2][:1]])
+for name in want:
+    torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6, msg=name)
+for name in ("adamw", "muon"):
+    optimizers = make_optimizers(model, name, 1e-2, (0.9, 0.95), 0.1)
+    gradients(model, rows)
+    optimizer_step(model, optimizers, 1e-2, 1.0)
+    save_checkpoint(folder / name, model, optimizers, {}, ranks, lambda path: None)
+    again = shard(Model.from_pretrained(folder / name), ranks, torch.float32)
+    restored = make_optimizers(again, name, 1e-2, (0.9, 0.95), 0.1)
+    restore_optimizers(folder / name, again, restored)
+    for m, o in ((model, optimizers), (again, restored)):
+        gradients(m, rows)
+        optimizer_step(m, o, 1e-2, 1.0)
+    assert all(torch.equal(full(x), full(y)) for x, y in zip(model.parameters(), again.parameters())), name
+ranks.barrier()
+print("fine", flush=True)
+"""
+
+
+def test_two_ranks_add_up_sums_gradients_and_checkpoints(tmp_path):
+    """Sums by hand; sharded gradients against the whole model's; sharded moments against themselves after a checkpoint."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    done = torchrun(tmp_path / "ranks.py", ROOT, tmp_path, json.dumps(QWEN3))
+    assert done.returncode == 0 and done.stdout.count("fine") == 2, done.stderr[-3000:]
+
+
+def torchrun(*command):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env={**common.os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)

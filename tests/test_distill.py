@@ -1,0 +1,373 @@
+"""distill.py. Oracles: the trained tokens of one chain written out; log-softmax of model.logits, sequence by sequence in
+float64; the uninterrupted run; the run on one rank; transformers on the finished folder; RM-R1's recorded judgements."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill
+from common import micro_batches
+from data import toy
+from data.pairs import Chain, Pair, read_chains, read_pairs, write_pairs
+from distill import Config, Example, batch_of_step, encode_chain, read_examples, sft_loss
+from model import Model, ModelConfig
+from reward import benchmark_verdict, load_prompt
+from sample import Sampler
+from tokenizer import Tokenizer
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared"))
+TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "num_key_value_heads": 1, "head_dim": 16}
+QWEN2 = TINY | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": False}
+
+
+def write_model(folder, raw=TINY, seed=0):
+    n_vocab = toy.write_tokenizer(folder)
+    Model.random(ModelConfig.from_dict(raw | {"vocab_size": n_vocab + 3}), seed).save_pretrained(folder)  # more rows than ids
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny Qwen3 and 14 chains of the toy task."""
+    folder = tmp_path_factory.mktemp("made")
+    write_rows(folder / "chains.jsonl", toy.make("distill", 14, seed=3))
+    write_rows(folder / "heldout.jsonl", toy.make("heldout", 3, seed=3))
+    write_model(folder / "model")
+    return folder
+
+
+def config(made, out, **changes):
+    """14 chains in batches of 4: steps of 4, 4, 4 and 2 chains. Nothing is left to a default that may be tuned."""
+    options = dict(model=str(made / "model"), data=str(made / "chains.jsonl"), prompt="toy", out=str(out), batch_size=4, epochs=2, max_steps=0,
+                   max_length=200, micro_tokens=150, optimizer="adamw", lr=1e-2, warmup_frac=0.25, final_lr_frac=0.1, beta1=0.9, beta2=0.95,
+                   weight_decay=0.1, max_norm=1.0, dtype="float32", gradient_checkpointing=False, eval_data=None, eval_pairs=3, eval_every=0,
+                   eval_tokens=4, save_every=0, seed=7, threads=1)
+    return Config(**options | changes)
+
+
+def metrics(out, *dropped):
+    return [{key: value for key, value in json.loads(line).items() if not key.endswith("_s") and key not in dropped}
+            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def flags(cfg):
+    """The command line that gives cfg."""
+    out = []
+    for name, value in asdict(cfg).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            out += [flag, "" if value is None else str(value)]
+    return out
+
+
+# ---- what is trained on
+
+PAIR = Pair("1", [{"role": "user", "content": "sort 76915"}], "15679", "12568", "a", "", "")
+JUDGEMENT = "<type>Reasoning</type><solution>15679</solution><eval> Overall A looks better.</eval><answer>[[A]]</answer>"
+
+
+class Recorder:
+    """Stands in for a model: notes what it is asked to score."""
+
+    def __call__(self, forest, scored_m):
+        self.forest, self.scored = forest, scored_m.tolist()
+        return torch.zeros(len(scored_m)), torch.zeros(len(scored_m))
+
+
+def test_exactly_the_judgement_and_its_end_of_turn_are_trained_on(made):
+    tokenizer = Tokenizer(made / "model")
+
+    def spell(ids):
+        return [tokenizer.decode([i], skip_control=False) for i in ids]
+    example = encode_chain(Chain(PAIR, JUDGEMENT), load_prompt("toy"), tokenizer, False)
+    trained = ["<type>", "Reasoning", "</type>", "<solution>", "1", "5", "6", "7", "9", "</solution>", "<eval>", " Overall", " A", " looks",
+               " better.", "</eval>", "<answer>", "[[A]]", "</answer>", "<|im_end|>"]
+    prompt = ["<|im_start|>", "user", "\n", "sort", " ", "7", "6", "9", "1", "5", "\n", "A", " ", "1", "5", "6", "7", "9", "\n",
+              "B", " ", "1", "2", "5", "6", "8", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
+    assert spell(example.ids[:example.n_prompt]) == prompt
+    assert spell(example.ids[example.n_prompt:]) == trained
+
+    model = Recorder()  # packed behind and before another example
+    sft_loss(model, [Example([1, 2, 3], 2), example, Example([4, 5, 6], 1)], "cpu")
+    tokens, previous = model.forest.tokens_n.tolist(), model.forest.previous_n.tolist()
+    assert spell(tokens[i] for i in model.scored[1:-2]) == trained
+    assert spell(tokens[previous[i]] for i in model.scored[1:-2]) == ["\n"] + trained[:-1]  # the header's last token predicts the first
+    assert [tokens[i] for i in (model.scored[0], *model.scored[-2:])] == [3, 5, 6] and len(model.scored) == 1 + 20 + 2
+
+
+def test_answer_only_trains_on_the_bare_verdict(made):
+    tokenizer = Tokenizer(made / "model")
+    for winner in "ab":
+        pair = replace(PAIR, winner=winner)
+        example = encode_chain(Chain(pair, JUDGEMENT), load_prompt("toy"), tokenizer, True)
+        assert tokenizer.decode(example.ids[example.n_prompt:], skip_control=False) == f"<answer>[[{winner.upper()}]]</answer><|im_end|>"
+        assert example.ids[:example.n_prompt] == encode_chain(Chain(pair, JUDGEMENT), load_prompt("toy"), tokenizer, False).ids[:example.n_prompt]
+
+
+def test_chains_that_are_too_long_are_dropped_and_counted(made, tmp_path, capsys):
+    tokenizer = Tokenizer(made / "model")
+    lengths = [len(e.ids) for e in read_examples(config(made, tmp_path), tokenizer, True)]
+    assert len(lengths) == 14 and "dropped" not in capsys.readouterr().out
+    limit = sorted(lengths)[9]
+    kept = read_examples(config(made, tmp_path, max_length=limit), tokenizer, True)
+    assert [len(e.ids) for e in kept] == [n for n in lengths if n <= limit] and 10 <= len(kept) < 14
+    assert f"dropped {14 - len(kept)} of 14 chains longer than {limit} tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="chains.jsonl: all 14 chains are longer than --max-length 20"):
+        read_examples(config(made, tmp_path, max_length=20), tokenizer, False)
+    rows = [json.loads(line) | {"winner": None} for line in (made / "chains.jsonl").read_text().splitlines()]
+    with pytest.raises(ValueError, match="--answer-only needs a winner"):
+        read_examples(config(made, tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", rows)), answer_only=True), tokenizer, False)
+
+
+def test_each_epoch_is_a_permutation_in_batches():
+    steps = [batch_of_step(step, 14, 4, seed=7).tolist() for step in range(8)]
+    assert [len(batch) for batch in steps] == [4, 4, 4, 2] * 2
+    epochs = [sum(steps[:4], []), sum(steps[4:], [])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(14)) and epochs[0] != epochs[1]
+    assert epochs[0] != sum((batch_of_step(step, 14, 4, seed=8).tolist() for step in range(4)), [])
+    assert batch_of_step(1, 3, 5, 0).tolist() != [] and len(batch_of_step(1, 3, 5, 0)) == 3  # a batch larger than the data
+
+
+# ---- the loss
+
+EXAMPLES = [Example(list(range(2, 2 + n)), n_prompt) for n, n_prompt in ((9, 4), (30, 29), (5, 1), (40, 12), (17, 16))]
+
+
+def naive_nll(model, example):
+    logits_tv = model.logits(example.ids)[:, :model.n_vocab]
+    return -sum(logits_tv[i - 1].log_softmax(0)[example.ids[i]] for i in range(example.n_prompt, len(example.ids)))
+
+
+def test_the_loss_is_that_of_each_sequence_alone():
+    for raw in (TINY, QWEN2):
+        model = Model.random(ModelConfig.from_dict(raw | {"vocab_size": 50}), 1, dtype=torch.float64)
+        model.n_vocab = 47
+        nll, entropy = sft_loss(model, EXAMPLES, "cpu")
+        assert float(nll.detach()) == pytest.approx(float(sum(naive_nll(model, e) for e in EXAMPLES)), rel=1e-12)
+        logp = [model.logits(e.ids)[i - 1, :47].log_softmax(0) for e in EXAMPLES for i in range(e.n_prompt, len(e.ids))]
+        assert float(entropy) == pytest.approx(float(-sum((l.exp() * l).sum() for l in logp)), rel=1e-12)
+
+
+def test_the_gradient_is_the_same_however_the_batch_is_split_and_ordered():
+    """Against autograd through the logits of one sequence after another; in float64, so that only mistakes differ."""
+    model = Model.random(ModelConfig.from_dict(TINY | {"vocab_size": 50}), 1, dtype=torch.float64)
+    n_tokens = sum(len(e.ids) - e.n_prompt for e in EXAMPLES)
+
+    def gradient(bins):
+        model.zero_grad()
+        for examples in bins:
+            (sft_loss(model, examples, "cpu")[0] / n_tokens).backward()
+        return torch.cat([x.grad.flatten() for x in model.parameters()])
+
+    model.zero_grad()
+    whole = type(model).logits.__wrapped__  # without its no_grad
+    for e in EXAMPLES:
+        logp_tv = whole(model, e.ids).log_softmax(1)
+        (-sum(logp_tv[i - 1, e.ids[i]] for i in range(e.n_prompt, len(e.ids))) / n_tokens).backward()
+    naive = torch.cat([x.grad.flatten() for x in model.parameters()])
+    splits = [[EXAMPLES], [EXAMPLES[::-1]], [[e] for e in EXAMPLES]]
+    splits += [[[EXAMPLES[i] for i in share] for step in micro_batches([len(e.ids) for e in EXAMPLES], limit, 1) for share in step]
+               for limit in (10, 45, 60)]
+    for split in splits:
+        torch.testing.assert_close(gradient(split), naive, rtol=1e-10, atol=1e-13)
+
+
+# ---- whole runs
+
+@pytest.mark.parametrize("raw", [TINY, QWEN2], ids=["Qwen3", "Qwen2"])
+def test_a_run_learns_and_leaves_a_model_that_transformers_loads(raw, made, tmp_path):
+    """Oracles: the naive loss of the first batch; transformers' logits; the schedule's ends."""
+    write_model(tmp_path / "model", raw)
+    cfg = config(made, tmp_path / "run", model=str(tmp_path / "model"), epochs=12, eval_data=str(made / "heldout.jsonl"), eval_every=30)
+    start, tokenizer = Model.from_pretrained(cfg.model, dtype=torch.float64), Tokenizer(cfg.model)
+    start.n_vocab = tokenizer.n_vocab
+    batch = [read_examples(cfg, tokenizer, False)[i] for i in batch_of_step(0, 14, 4, cfg.seed)]
+    n_tokens = sum(len(e.ids) - e.n_prompt for e in batch)
+    distill.main(cfg)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 49))
+    assert rows[0]["loss"] == pytest.approx(float(sum(naive_nll(start, e) for e in batch)) / n_tokens, rel=1e-5) and rows[0]["n_tokens"] == n_tokens
+    assert rows[-1]["loss"] < 0.4 * rows[0]["loss"]
+    assert rows[0]["lr"] == pytest.approx(1e-2 / 12) and max(row["lr"] for row in rows) == 1e-2 and rows[-1]["lr"] == pytest.approx(1e-3)
+    assert all(set(row) >= {"loss", "entropy", "lr", "grad_norm", "n_tokens", "step_s", "train_tok_s"} for row in rows)
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [30, 48] and not (tmp_path / "run/checkpoints").exists()
+
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "run/model"
+    assert (folder / "prompt.txt").read_text() == (ROOT / "data/prompts/toy.txt").read_text() and not list(folder.parent.glob("*.tmp"))
+    ours, theirs = Model.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer.chat([{"role": "user", "content": "sort 76915\nA 15679\nB 12568"}])
+    if raw is TINY:  # for a Qwen2, transformers takes Qwen's own pre-tokenizer, whatever tokenizer.json says
+        assert ids == transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            [{"role": "user", "content": "sort 76915\nA 15679\nB 12568"}], add_generation_prompt=True, return_dict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ids), theirs(torch.tensor([ids])).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def interrupt(out, last_kept):
+    """Makes of a finished run what a crash would have left: later checkpoints gone, rows past the checkpoint and half of one more."""
+    shutil.rmtree(out / "model")
+    for path in (out / "checkpoints").iterdir():
+        if int(path.name[5:]) > last_kept:
+            path.rename(path.with_name(path.name + ".tmp"))  # died while it was written
+    rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(rows[:last_kept + 1]) + rows[last_kept + 1][:30])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(optimizer, made, tmp_path):
+    """Oracle: the uninterrupted run, bit for bit. The second epoch begins at step 5: the data's place is kept too."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    cfg = config(made, whole, optimizer=optimizer, save_every=3, eval_data=str(made / "heldout.jsonl"), eval_every=4)
+    distill.main(cfg)
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-3", "step-6", "step-8"]
+    shutil.copytree(whole, again)
+    interrupt(again, 3)
+    distill.main(replace(cfg, out=str(again), resume=True, micro_tokens=cfg.micro_tokens))
+    assert metrics(again) == metrics(whole) and len(metrics(again)) == 8
+    for name in ("model/model.safetensors", "model/config.json", "model/tokenizer.json", "checkpoints/step-8/optimizer.safetensors",
+                 "checkpoints/step-6/model.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not list(again.rglob("*.tmp"))
+
+    shutil.rmtree(again / "model")  # resumed at its end, it only writes the model; without a checkpoint it starts again
+    distill.main(replace(cfg, out=str(again), resume=True))
+    assert metrics(again) == metrics(whole)
+    assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    if optimizer == "adamw":
+        shutil.rmtree(again / "checkpoints")
+        distill.main(replace(cfg, out=str(again), resume=True))
+        assert metrics(again) == metrics(whole)
+        with pytest.raises(ValueError, match="lr=0.01, not 0.02"):
+            distill.main(replace(cfg, out=str(again), resume=True, lr=0.02))
+        with pytest.raises(ValueError, match="already holds a run"):
+            distill.main(replace(cfg, out=str(again)))
+
+
+def test_the_micro_batch_split_does_not_change_a_run(made, tmp_path):
+    """One packed forward per step, against one per example (micro_tokens below every length), to float32 rounding."""
+    runs = []
+    for micro_tokens in (10_000, 1):
+        distill.main(config(made, tmp_path / str(micro_tokens), micro_tokens=micro_tokens, max_steps=5))
+        runs.append(metrics(tmp_path / str(micro_tokens)))
+    for one, other in zip(*runs, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_bfloat16_computation_keeps_float32_masters(made, tmp_path):
+    """The first loss is that of float32 to bfloat16's rounding; the checkpoint is float32, the finished model bfloat16."""
+    from safetensors.torch import load_file
+    try:
+        distill.main(config(made, tmp_path / "half", dtype="bfloat16", max_steps=2, save_every=1))
+    finally:
+        torch.distributed.destroy_process_group()
+    distill.main(config(made, tmp_path / "full", max_steps=2))
+    half, full = metrics(tmp_path / "half"), metrics(tmp_path / "full")
+    assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=2e-3) and half[0]["grad_norm"] == pytest.approx(full[0]["grad_norm"], rel=5e-2)
+    assert half[0]["loss"] != full[0]["loss"]
+    for name, dtype in (("checkpoints/step-2", torch.float32), ("model", torch.bfloat16)):
+        assert {x.dtype for x in load_file(tmp_path / "half" / name / "model.safetensors").values()} == {dtype}
+
+
+RUNS = """
+import json, runpy, sys
+sys.path.insert(0, ".")
+for argv in json.loads(sys.argv[1]):
+    sys.argv = ["distill.py", *argv]
+    runpy.run_path("distill.py", run_name="__main__")
+"""
+
+
+def test_two_ranks_train_as_one_does(made, tmp_path):
+    """Oracle: the same command on one rank. Some steps have fewer micro-batches than ranks, the last batch of an epoch fewer
+    chains; a run of one rank goes on as a run of two; the bare verdicts are learned by Muon."""
+    data = write_rows(tmp_path / "13.jsonl", toy.make("distill", 13, seed=3))  # the last batch has one chain: a rank without work
+    cases = {"plain": config(made, "", data=str(data), eval_data=str(made / "heldout.jsonl"), eval_every=8),
+             "resumed": config(made, "", data=str(data), save_every=3, max_steps=6),
+             "muon": config(made, "", data=str(data), optimizer="muon", answer_only=True, max_steps=4)}
+    argvs = []
+    for name, cfg in cases.items():
+        distill.main(replace(cfg, out=str(tmp_path / name / "one")))
+        two = tmp_path / name / "two"
+        if name == "resumed":
+            shutil.copytree(tmp_path / name / "one", two)
+            interrupt(two, 3)
+        argvs.append(flags(replace(cfg, out=str(two), resume=name == "resumed", micro_tokens=cfg.micro_tokens)))
+    (tmp_path / "runs.py").write_text(RUNS)
+    done = torchrun(tmp_path / "runs.py", json.dumps(argvs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in cases:
+        one, two = metrics(tmp_path / name / "one"), metrics(tmp_path / name / "two")
+        rel = 5e-2 if name == "muon" else 1e-5  # Muon orthogonalizes in bfloat16
+        for row, other in zip(one, two, strict=True):
+            assert other == pytest.approx(row, rel=rel, abs=1e-6), name
+        x, y = (Model.from_pretrained(tmp_path / name / ranks / "model").state_dict() for ranks in ("one", "two"))
+        for weight in x:
+            torch.testing.assert_close(y[weight], x[weight], rtol=0, atol=2e-2 if name == "muon" else 2e-4, msg=f"{name} {weight}")
+
+
+def torchrun(*command):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+
+
+def test_the_embedded_default_is_made_from_nothing(tmp_path, monkeypatch):
+    write_data = toy.write_data
+    monkeypatch.setattr(toy, "write_data", lambda folder, seed: write_data(folder, seed, n_distill=20, n_rl=5, n_heldout=4))
+    distill.make_embedded_default(tmp_path, seed=1)
+    model, tokenizer = Model.from_pretrained(tmp_path / "untrained"), Tokenizer(tmp_path / "untrained")
+    assert model.config.vocab_size == tokenizer.n_vocab and load_prompt(str(tmp_path / "untrained/prompt.txt")).user == load_prompt("toy").user
+    assert [len(read_chains(tmp_path / "data/distill.jsonl")), *(len(read_pairs(tmp_path / f"data/{name}.jsonl")) for name in ("rl", "heldout"))] == [20, 5, 4]
+
+
+# ---- a user's mistakes
+
+def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "bad.jsonl"
+    lines = (made / "chains.jsonl").read_text().splitlines()
+    bad.write_text("\n".join(lines[:2] + ['{"id": "x", "judgement": 5}'] + lines[2:]))
+    for changed, named in (({"data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"), ({"data": str(bad)}, f"{bad}:3: "),
+                           ({"model": str(tmp_path)}, "tokenizer.json"), ({"prompt": "poem"}, "poem.txt: no such prompt"),
+                           ({"eval_data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file")):
+        monkeypatch.setattr(sys, "argv", ["distill.py", *flags(config(made, tmp_path / "run", **changed))])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "distill.py"), run_name="__main__")
+        errors = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.strip() and not line.startswith("tokenize: ")]
+        assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and named in errors[0], errors
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    with pytest.raises(ValueError, match="--batch-size must be at least 1"):
+        Config(batch_size=0)
+    with pytest.raises(ValueError, match="--max-steps must be at least 0"):
+        Config(max_steps=-1)
+    with pytest.raises(ValueError, match="--optimizer is adamw or muon"):
+        Config(optimizer="sgd")
+
+    done = subprocess.run([sys.executable, "distill.py", "--recipe", "qwen2.5-8b"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "qwen2.5-7b" in done.stderr and done.stdout == ""
+
+
+def test_the_papers_recipes():
+    """Sizes and rates as in paper.md section 4."""
+    for size, lr in (("7b", 5e-6), ("14b", 3e-6), ("32b", 2e-6)):
+        cfg = Config(**distill.RECIPES[f"qwen2.5-{size}"])
+        assert (cfg.lr, cfg.batch_size, cfg.epochs, cfg.max_length, cfg.warmup_frac, cfg.final_lr_frac) == (lr, 128, 1, 12288, 0.03, 0.1)
+        assert (cfg.optimizer, cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.max_norm, cfg.prompt) == ("adamw", 0.9, 0.95, 0.0, 1.0, "instruct")
