@@ -53,7 +53,8 @@ def wilson(right, n, z=1.96):
 
 
 def score(records):
-    """{"all": row, "domain X": row, "source Y": row}: n, right, accuracy, low, high, no_verdict (shares), n_tokens (mean a vote).
+    """{"all": row, "domain X": row, "source Y": row}: n, right, accuracy, low, high, no_verdict (shares), n_tokens
+    (mean a vote).
 
     A record is right when its majority verdict is its winner; none is wrong. Records without a label are left out.
     """

@@ -1,13 +1,16 @@
-"""Prompts in, rollouts out: KV cache, continuous batching, sampling. On the command line: judge a pair, or a file of pairs.
+"""Prompts in, rollouts out: KV cache, continuous batching, sampling. On the command line: judge a pair, or a file of
+pairs.
 
-    python sample.py --model DIR --question "..." --answer-a "..." --answer-b "..."       streams the judgement as it is written
-    python sample.py --model DIR --pairs pairs.jsonl --out judgements.jsonl --votes 5     resumable: start it again to go on
+    python sample.py --model DIR --question "..." --answer-a "..." --answer-b "..."       streams the judgement as it is
+    written python sample.py --model DIR --pairs pairs.jsonl --out judgements.jsonl --votes 5     resumable: start it
+    again to go on
 
 The sampler runs the trainer's own model code (Model.run) with a cache for attention, so its log-probabilities are the
 trainer's up to rounding. A prompt is computed once for its n rollouts. A rollout's random numbers come from (seed, the
 prompt's tokens, sample index, token index) and nothing else: the same rollout comes out alone or in any batch.
 
-Letters: B slots (rollouts being written at once), T cached positions, K key/value heads, C channels of a head, V vocabulary.
+Letters: B slots (rollouts being written at once), T cached positions, K key/value heads, C channels of a head, V
+vocabulary.
 """
 
 import hashlib
@@ -35,11 +38,12 @@ from tokenizer import StreamDecoder, Tokenizer
 
 @dataclass
 class Rollout:
-    """A sampled reply. logps[i]: log-probability, in nats, of ids[i] under the distribution it was drawn from (temperature,
-    top_k and top_p applied); for greedy decoding, under the model's own distribution at temperature 1."""
+    """A sampled reply. logps[i]: log-probability, in nats, of ids[i] under the distribution it was drawn from
+    (temperature, top_k and top_p applied); for greedy decoding, under the model's own distribution at temperature 1."""
     ids: list[int] = field(default_factory=list)  # the stop token included
     logps: list[float] = field(default_factory=list)
     reason: str = "length"  # "stop": ended with a stop token; "length": cut off at max_new_tokens
+    seconds: float = 0.0  # from its admission, prefill included, to its last token
 
     @property
     def finished(self):
@@ -133,15 +137,124 @@ class Slot:
     prompt: int = -1
     sample: int = 0
     rollout: Rollout | None = None
+    began: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn and when a rollout ends; see Sampler.stream."""
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: frozenset
+    seed: int
+    on_token: object
+
+
+class Batch:
+    """The rollouts that are being written: B slots, their cache, their lengths and last tokens."""
+
+    def __init__(self, model, prompts, n, B, prefill_tokens, sampling):
+        self.model, self.prompts, self.n, self.prefill_tokens, self.sampling = model, prompts, n, prefill_tokens, sampling
+        self.keys = [prompt_key(ids) for ids in prompts]
+        self.device = model.head_vd.device
+        self.slots = [Slot() for _ in range(B)]
+        self.cache = Cache(model.config, B, 1, self.device, model.head_vd.dtype)
+        self.length_b = np.zeros(B, dtype=np.int64)
+        self.token_b = torch.zeros(B, dtype=torch.int64, device=self.device)
+        self.groups = {}  # prompt -> its n rollouts, while some of them are being written
+        self.ended = []   # the prompts of rollouts that ended since the last take_finished
+
+    def free(self):
+        return [b for b, slot in enumerate(self.slots) if slot.rollout is None]
+
+    def admit(self, admitted):
+        """Gives each of these prompts n slots, computes it once, and draws its rollouts' first tokens."""
+        free, began, rows = self.free(), time.perf_counter(), []
+        for j, i in enumerate(admitted):
+            self.groups[i] = [Rollout() for _ in range(self.n)]
+            rows.append(free[j * self.n:(j + 1) * self.n])
+            for sample, b in enumerate(rows[-1]):
+                self.slots[b] = Slot(i, sample, self.groups[i][sample], began)
+                self.length_b[b] = len(self.prompts[i])
+        longest = max(len(self.prompts[i]) for i in admitted)
+        if self.cache.T <= longest:
+            self.cache.resize(list(range(len(self.slots))), longest + 64)
+        logits = []
+        for first, last in _packs([len(self.prompts[i]) for i in admitted], self.prefill_tokens):
+            logits.append(self.prefill([self.prompts[i] for i in admitted[first:last]], rows[first:last]))
+        self.draw(torch.cat(logits).repeat_interleave(self.n, 0), [b for slots in rows for b in slots])
+
+    def prefill(self, prompts, rows):
+        """Computes prompts, copies their keys and values to their slots; returns the logits_pv of their last tokens."""
+        forest = pack([(ids, []) for ids in prompts], self.device)
+
+        def attend(layer, q_nhc, k_nkc, v_nkc):
+            for (start, length, _), slots in zip(forest.segments_s3.tolist(), rows):
+                self.cache.k[layer][slots, :, :length] = k_nkc[start:start + length].transpose(0, 1)
+                self.cache.v[layer][slots, :, :length] = v_nkc[start:start + length].transpose(0, 1)
+            return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3)
+        hidden_nd = self.model.run(forest.tokens_n, forest.positions_n, attend)
+        ends = forest.segments_s3[:, :2].sum(1) - 1
+        return self.head(hidden_nd[ends.to(self.device)])
+
+    def step(self):
+        """Draws one more token for every rollout; returns how many."""
+        active = [b for b, slot in enumerate(self.slots) if slot.rollout is not None]
+        T = self.length_b.max()
+        if self.cache.T <= T:
+            self.cache.resize(list(range(len(self.slots))), min(2 * self.cache.T, self.cache.T + 1024))
+        hidden_bd = self.model.run(self.token_b, torch.as_tensor(self.length_b, device=self.device), self.cache.attend(self.length_b))
+        self.length_b[active] += 1
+        self.draw(self.head(hidden_bd[active]), active)
+        return len(active)
+
+    def shrink(self):
+        """Drops the empty slots: they are computed like the others."""
+        active = [b for b, slot in enumerate(self.slots) if slot.rollout is not None]
+        self.cache.resize(active, self.cache.T)
+        self.slots = [self.slots[b] for b in active]
+        self.length_b, self.token_b = self.length_b[active], self.token_b[active]
+
+    def head(self, hidden_bd):
+        return (hidden_bd @ self.model.head_vd.t()).to(wide(hidden_bd.dtype))
+
+    def draw(self, logits_bv, rows):
+        """Samples a token for each of these slots, records it, and frees the slots whose rollouts end with it."""
+        how = self.sampling
+        made = [(self.keys[self.slots[b].prompt], self.slots[b].sample, len(self.slots[b].rollout.ids)) for b in rows]
+        uniform_b = uniforms(how.seed, *torch.tensor(made, device=self.device).unbind(1))
+        id_b, logp_b = choose(logits_bv, uniform_b, how.temperature, how.top_p, how.top_k)
+        self.token_b[rows] = id_b
+        for b, token, logp in zip(rows, id_b.tolist(), logp_b.tolist()):
+            slot = self.slots[b]
+            rollout = slot.rollout
+            rollout.ids.append(token)
+            rollout.logps.append(logp)
+            if how.on_token:
+                how.on_token(slot.prompt, slot.sample, token)
+            if token in how.stop or len(rollout.ids) == how.max_new_tokens:
+                rollout.reason = "stop" if token in how.stop else "length"
+                rollout.seconds = time.perf_counter() - slot.began
+                self.ended.append(slot.prompt)
+                self.slots[b], self.length_b[b] = Slot(), 0  # all slots attend as far as the longest does
+
+    def take_finished(self):
+        """(prompt, its rollouts) of the groups that have become whole."""
+        ended, self.ended = self.ended, []
+        writing = {slot.prompt for slot in self.slots}
+        return [(i, self.groups.pop(i)) for i in dict.fromkeys(ended) if i not in writing]
 
 
 class Sampler:
     def __init__(self, model, n_slots=256, prefill_tokens=16384):
         """n_slots rollouts are written at once; prompts are computed in packs of about prefill_tokens."""
         self.model, self.n_slots, self.prefill_tokens = model, n_slots, prefill_tokens
-        self.prefill_s, self.decode_s, self.n_prefilled, self.n_decoded = 0.0, 0.0, 0, 0  # totals since the last reset_stats
+        self.prefill_s, self.decode_s, self.n_prefilled, self.n_decoded = 0.0, 0.0, 0, 0  # since the last reset_stats
 
-    def generate(self, prompts, n=1, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, on_token=None):
+    def generate(self, prompts, n=1, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0,
+                 on_token=None):
         """For each prompt (a list of token ids) its n rollouts, in order. The options are those of `stream`."""
         out = [None] * len(prompts)
         for i, rollouts in self.stream(prompts, n, max_new_tokens, temperature, top_p, top_k, stop, seed, on_token):
@@ -149,101 +262,45 @@ class Sampler:
         return out
 
     @torch.inference_mode()
-    def stream(self, prompts, n=1, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, on_token=None):
+    def stream(self, prompts, n=1, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0,
+               on_token=None):
         """Yields (index of the prompt, its n rollouts) as groups finish.
 
-        stop: token ids that end a rollout. on_token(prompt index, sample index, token id) is told of every token as it is
-        drawn. Continuous batching: whole groups are admitted when enough slots are free, so that a prompt is computed once.
+        stop: token ids that end a rollout. on_token(prompt index, sample index, token id) is told of every token as it
+        is drawn. Continuous batching: whole groups are admitted when enough slots are free, so that a prompt is
+        computed once.
         """
         assert n >= 1 and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0
         assert all(prompts), "a prompt must have at least one token"
-        stop, device = frozenset(stop), self.model.head_vd.device
-        keys = [prompt_key(ids) for ids in prompts]
-        waiting = list(range(len(prompts)))[::-1]
-        groups = {}  # prompt -> its rollouts, while some are being written
-        slots = [Slot() for _ in range(min(max(self.n_slots // n * n, n), n * len(prompts)))]
-        cache = Cache(self.model.config, len(slots), 1, device, self.model.head_vd.dtype)
-        length_b, token_b = np.zeros(len(slots), dtype=np.int64), torch.zeros(len(slots), dtype=torch.int64, device=device)
-
-        def draw(logits_bv, rows):
-            """Samples a token for each of these slots, records it, frees the slots that are done; returns the ids."""
-            made = [(keys[slots[b].prompt], slots[b].sample, len(slots[b].rollout.ids)) for b in rows]
-            id_b, logp_b = choose(logits_bv, uniforms(seed, *torch.tensor(made, device=device).unbind(1)), temperature, top_p, top_k)
-            for b, token, logp in zip(rows, id_b.tolist(), logp_b.tolist()):
-                slot = slots[b]
-                slot.rollout.ids.append(token)
-                slot.rollout.logps.append(logp)
-                if on_token:
-                    on_token(slot.prompt, slot.sample, token)
-                if token in stop:
-                    slot.rollout.reason = "stop"
-                if token in stop or len(slot.rollout.ids) == max_new_tokens:
-                    ended.append(slot.prompt)
-                    slots[b], length_b[b] = Slot(), 0  # all slots attend as far as the longest does
-            return id_b
-
-        while waiting or groups:
-            ended = []
-            free = [b for b, slot in enumerate(slots) if slot.rollout is None]
-            if waiting and (len(free) == len(slots) or len(free) >= max(n, len(slots) // 8)):
-                began = time.perf_counter()
-                admitted = [waiting.pop() for _ in range(min(len(free) // n, len(waiting)))]
-                needed = max(len(prompts[i]) for i in admitted) + 1
-                if cache.T < needed:
-                    cache.resize(list(range(len(slots))), needed + 64)
-                rows = []
-                for j, i in enumerate(admitted):
-                    groups[i] = [Rollout() for _ in range(n)]
-                    for sample in range(n):
-                        b = free[j * n + sample]
-                        slots[b], length_b[b] = Slot(i, sample, groups[i][sample]), len(prompts[i])
-                        rows.append(b)
-                logits_pv = self._prefill([prompts[i] for i in admitted], [rows[j:j + n] for j in range(0, len(rows), n)], cache)
-                token_b[rows] = draw(logits_pv.repeat_interleave(n, 0), rows)
-                self.prefill_s += time.perf_counter() - began
+        B = min(max(self.n_slots // n * n, n), n * len(prompts))
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, frozenset(stop), seed, on_token)
+        batch = Batch(self.model, prompts, n, B, self.prefill_tokens, sampling) if prompts else None
+        waiting = list(range(len(prompts)))
+        while waiting or batch and batch.groups:
+            began, n_free = time.perf_counter(), len(batch.free())
+            if waiting and (n_free == B or n_free >= max(n, B // 8)):  # not one by one: packs are faster
+                admitted, waiting = waiting[:n_free // n], waiting[n_free // n:]
+                batch.admit(admitted)
                 self.n_prefilled += sum(len(prompts[i]) for i in admitted)
+                self.prefill_s += time.perf_counter() - began
             else:
-                began = time.perf_counter()
-                active = [b for b, slot in enumerate(slots) if slot.rollout is not None]
-                if len(active) <= len(slots) // 2 and not waiting:  # the last rollouts: stop computing the empty slots
-                    cache.resize(active, cache.T)
-                    slots, length_b, token_b = [slots[b] for b in active], length_b[active], token_b[active]
-                    active = list(range(len(active)))
-                if cache.T <= length_b.max():
-                    cache.resize(list(range(len(slots))), min(2 * cache.T, cache.T + 1024))
-                hidden_bd = self.model.run(token_b, torch.as_tensor(length_b, device=device), cache.attend(length_b))
-                length_b[active] += 1
-                logits_bv = (hidden_bd[active] @ self.model.head_vd.t()).to(wide(hidden_bd.dtype))
-                token_b[active] = draw(logits_bv, active)
+                if not waiting and 2 * n_free >= len(batch.slots):
+                    batch.shrink()
+                self.n_decoded += batch.step()
                 self.decode_s += time.perf_counter() - began
-                self.n_decoded += len(active)
-            for i in dict.fromkeys(ended):
-                if not any(slot.prompt == i for slot in slots):
-                    yield i, groups.pop(i)
-
-    def _prefill(self, prompts, rows, cache):
-        """Computes the prompts once each, copies their keys and values to their slots, returns the last tokens' logits_pv."""
-        logits = []
-        for first, last in _packs([len(ids) for ids in prompts], self.prefill_tokens):
-            forest = pack([(ids, []) for ids in prompts[first:last]], self.model.head_vd.device)
-
-            def attend(layer, q_nhc, k_nkc, v_nkc):
-                for (start, length, _), slots in zip(forest.segments_s3.tolist(), rows[first:last]):
-                    cache.k[layer][slots, :, :length] = k_nkc[start:start + length].transpose(0, 1)
-                    cache.v[layer][slots, :, :length] = v_nkc[start:start + length].transpose(0, 1)
-                return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3)
-            hidden_nd = self.model.run(forest.tokens_n, forest.positions_n, attend)
-            ends = forest.segments_s3[:, :2].sum(1) - 1
-            logits.append((hidden_nd[ends] @ self.model.head_vd.t()).to(wide(hidden_nd.dtype)))
-        return torch.cat(logits)
+            yield from batch.take_finished()
 
     def reset_stats(self):
-        """Returns and clears {prefill_s, decode_s, prefill_tok_s, decode_tok_s}."""
-        stats = {"prefill_s": self.prefill_s, "decode_s": self.decode_s,
-                 "prefill_tok_s": self.n_prefilled / max(self.prefill_s, 1e-9),
-                 "decode_tok_s": self.n_decoded / max(self.decode_s, 1e-9)}
+        """Returns the stats and begins new ones."""
+        stats = self.stats()
         self.prefill_s, self.decode_s, self.n_prefilled, self.n_decoded = 0.0, 0.0, 0, 0
         return stats
+
+    def stats(self):
+        """{prefill_s, decode_s, prefill_tok_s, decode_tok_s} since the last reset_stats."""
+        return {"prefill_s": self.prefill_s, "decode_s": self.decode_s,
+                "prefill_tok_s": self.n_prefilled / max(self.prefill_s, 1e-9),
+                "decode_tok_s": self.n_decoded / max(self.decode_s, 1e-9)}
 
 
 def _packs(sizes, limit):
@@ -299,24 +356,27 @@ class Judge:
 
     def judge(self, pairs, on_token=None):
         """Yields (index, judgement record) as they are done; verdicts by the benchmarks' rule (reward.benchmark_verdict)."""
-        prompts, began = [self.encode(pair) for pair in pairs], time.perf_counter()
+        prompts = [self.encode(pair) for pair in pairs]
         done = self.sampler.stream(prompts, self.votes, self.max_new_tokens, self.temperature, self.top_p, self.top_k,
                                    self.tokenizer.stop_ids, self.seed, on_token)
         for i, rollouts in done:
             votes = []
             for r in rollouts:
                 text = self.tokenizer.decode(r.ids)
-                votes.append({"text": text, "n_tokens": len(r.ids), "finished": r.finished, "verdict": benchmark_verdict(text)})
+                votes.append({"text": text, "n_tokens": len(r.ids), "finished": r.finished,
+                              "verdict": benchmark_verdict(text), "seconds": round(r.seconds, 3)})
             pair = pairs[i]
             yield i, {"id": pair.id, "prompt_hash": f"{prompt_key(prompts[i]):016x}", "n_prompt_tokens": len(prompts[i]),
                       "votes": votes, "verdict": majority([v["verdict"] for v in votes]), "winner": pair.winner,
-                      "source": pair.source, "domain": pair.domain, "seconds": round(time.perf_counter() - began, 3)}
+                      "source": pair.source, "domain": pair.domain, "seconds": max(v["seconds"] for v in votes)}
 
 
 class JudgementFile:
-    """Judgements on disk, one JSON line a pair. Written to OUT.partial as they come, put in order and renamed when whole.
+    """Judgements on disk, one JSON line a pair. Written to OUT.partial as they come, put in order and renamed when
+    whole.
 
-    OUT.partial begins with the settings that made it; started again with the same ones it goes on, with others it refuses.
+    OUT.partial begins with the settings that made it; started again with the same ones it goes on, with others it
+    refuses.
     """
 
     def __init__(self, out, settings):
@@ -366,8 +426,8 @@ def judge_file(judge, pairs, out, settings):
     for _, record in judge.judge(todo):
         file.add(record)
         bar.update()
-        s = judge.sampler
-        bar.set_postfix(prefill_tok_s=f"{s.n_prefilled / max(s.prefill_s, 1e-9):.0f}", decode_tok_s=f"{s.n_decoded / max(s.decode_s, 1e-9):.0f}")
+        stats = judge.sampler.stats()
+        bar.set_postfix(prefill_tok_s=f"{stats['prefill_tok_s']:.0f}", decode_tok_s=f"{stats['decode_tok_s']:.0f}")
     bar.close()
     file.finish(keys)
     return [file.done[key] for key in keys]

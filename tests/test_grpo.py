@@ -1,0 +1,505 @@
+"""grpo.py. Oracles: advantages and token losses worked by hand; the loss written out naively, each prompt + judgement alone
+through model.logits in float64; the uninterrupted run; the run on one rank; what the recorded rollouts say the log must be."""
+
+import json
+import math
+import os
+import random
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill
+import grpo
+from common import Ranks, micro_batches
+from data import toy
+from data.pairs import Pair, read_pairs
+from grpo import Config, Group, advantages, micro_step, n_tree_tokens, steps_pairs, token_losses, trees
+from model import Model, ModelConfig
+from sample import Rollout
+from tokenizer import Tokenizer
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+ALONE = Ranks(0, 1, torch.device("cpu"))
+TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "num_key_value_heads": 1, "head_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny Qwen3 that has learned to write bare verdicts, either one (and sometimes something else), and 11 labelled pairs."""
+    folder = tmp_path_factory.mktemp("made")
+    rows = [row | {"winner": "ab"[i % 2]} for i, row in enumerate(toy.make("distill", 60, seed=5))]
+    write_rows(folder / "chains.jsonl", rows)
+    write_rows(folder / "rl.jsonl", toy.make("rl", 11, seed=5))
+    write_rows(folder / "a.jsonl", [row | {"winner": "a"} for row in toy.make("rl", 11, seed=5)])
+    write_rows(folder / "heldout.jsonl", toy.make("heldout", 5, seed=5))
+    n_vocab = toy.write_tokenizer(folder / "untrained")
+    Model.random(ModelConfig.from_dict(TINY | {"vocab_size": n_vocab + 3}), 2).save_pretrained(folder / "untrained")
+    distill.main(distill.Config(
+        model=str(folder / "untrained"), data=str(folder / "chains.jsonl"), prompt="toy", out=str(folder / "distilled"), answer_only=True,
+        batch_size=20, epochs=25, max_steps=0, max_length=200, micro_tokens=10_000, optimizer="adamw", lr=1e-2, warmup_frac=0.1, final_lr_frac=0.1,
+        beta1=0.9, beta2=0.95, weight_decay=0.0, max_norm=1.0, eval_data=None, save_every=0, seed=0, threads=1))
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(made, out, **changes):
+    """Four pairs a step in two updates, four judgements each. Nothing is left to a default that may be tuned."""
+    options = dict(model=str(made / "distilled/model"), data=str(made / "rl.jsonl"), prompt=None, out=str(out), n_prompts=4, mini_prompts=2, group_size=4,
+                   steps=3, temperature=1.0, max_prompt_tokens=200, max_new_tokens=5, clip=0.2, kl_coef=0.1, skip_zero_spread=True, lr=3e-3,
+                   warmup_steps=0, final_lr_frac=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0, max_norm=1.0, dtype="float32",
+                   gradient_checkpointing=False, micro_tokens=120, n_slots=256, eval_data=None, eval_pairs=5, eval_every=0, save_every=0, n_samples=2,
+                   seed=3, threads=1)
+    return Config(**options | changes)
+
+
+def metrics(out):
+    """The logged rows but for the seconds."""
+    return [{key: value for key, value in json.loads(line).items() if not key.endswith("_s")} for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def flags(cfg):
+    """The command line that gives cfg."""
+    out = []
+    for name, value in asdict(cfg).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            out += [flag, "" if value is None else str(value)]
+    return out
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The groups of every step that runs, as main saw them."""
+    steps, original = [], grpo.rollout
+
+    def rollout(*args):
+        groups, texts = original(*args)
+        steps.append(groups)
+        return groups, texts
+    monkeypatch.setattr(grpo, "rollout", rollout)
+    return steps
+
+
+# ---- (2): advantages
+
+def test_advantages_worked_by_hand():
+    """[1, 1, -1]: mean 1/3, sum of squares 4/9 + 4/9 + 16/9, over 2: std sqrt(4/3). [1, -1]: std sqrt(2)."""
+    got = advantages(torch.tensor([[1.0, 1.0, -1.0], [-1.0, -1.0, 1.0], [1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]], dtype=torch.float64))
+    x = 1 / math.sqrt(3)
+    want = torch.tensor([[x, x, -2 * x], [-x, -x, 2 * x], [0, 0, 0], [0, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
+    assert float(got[0, 0]) == pytest.approx((2 / 3) / (math.sqrt(4 / 3) + 1e-6), rel=1e-12)
+    torch.testing.assert_close(advantages(torch.tensor([[1.0, -1.0]])), torch.tensor([[1.0, -1.0]]) / math.sqrt(2), rtol=2e-6, atol=0)
+    one_of_seven = advantages(torch.tensor([[1.0] + [-1.0] * 6]))  # mean -5/7, std sqrt((12/7)^2/6 + (2/7)^2) = 2/sqrt(7)
+    torch.testing.assert_close(one_of_seven, torch.tensor([[6.0] + [-1.0] * 6]) / math.sqrt(7), rtol=1e-5, atol=0)
+    assert advantages(torch.ones(2, 7)).abs().max() == 0 and advantages(-torch.ones(2, 7)).abs().max() == 0
+
+
+# ---- (3) to (5): the loss of a token
+
+@pytest.mark.parametrize("ratio, advantage, surrogate, clipped", [
+    (1.0, 2.0, 2.0, 0), (1.0, -2.0, -2.0, 0), (1.1, 2.0, 2.2, 0), (0.9, -2.0, -1.8, 0),
+    (1.5, 2.0, 2.4, 1),    # better already: no more than 1.2
+    (1.5, -2.0, -3.0, 0),  # worse, and likelier: the whole of it counts
+    (0.5, 2.0, 1.0, 0),
+    (0.5, -2.0, -1.6, 1),  # rarer already: no less than 0.8
+    (1.5, 0.0, 0.0, 0),
+])
+def test_the_clip_on_both_sides_for_both_signs(ratio, advantage, surrogate, clipped):
+    logp = torch.tensor([math.log(ratio) - 3.0], dtype=torch.float64, requires_grad=True)
+    old = ref = torch.tensor([-3.0], dtype=torch.float64)
+    loss, _, is_clipped = token_losses(logp, old, ref, torch.tensor([advantage], dtype=torch.float64), 0.2, 0.0)
+    assert loss.item() == pytest.approx(-surrogate) and is_clipped.item() == clipped
+    loss.backward()  # d ratio / d logp = ratio
+    assert logp.grad.item() == pytest.approx(0.0 if clipped else -ratio * advantage)
+
+
+def test_the_kl_term_worked_by_hand():
+    """p = 1/2, ref = 1/4: 1/2 + ln 2 - 1; p = 1/4, ref = 1/2: 2 - ln 2 - 1; its slope in log p is 1 - ref / p."""
+    logp = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log().requires_grad_()
+    ref = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).log()
+    loss, kl, _ = token_losses(logp, logp.detach(), ref, torch.zeros(3, dtype=torch.float64), 0.2, 0.1)
+    torch.testing.assert_close(kl, torch.tensor([math.log(2) - 0.5, 1 - math.log(2), 0.0], dtype=torch.float64))
+    torch.testing.assert_close(loss, 0.1 * kl)
+    loss.sum().backward()
+    torch.testing.assert_close(logp.grad, 0.1 * torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64))
+
+
+# ---- groups and trees
+
+PAIR = Pair("p", [], "", "", "a", "", "")
+
+
+def group(prompt, sizes, rewards=None, rng=random.Random(0)):
+    rollouts = [Rollout([rng.randrange(45) for _ in range(n)], [round(-rng.random() * 4, 2) for _ in range(n)], "stop") for n in sizes]
+    reward_g = torch.tensor(rewards or [1.0] + [-1.0] * (len(sizes) - 1))
+    return Group(PAIR, prompt, rollouts, reward_g, advantages(reward_g[None])[0])
+
+
+def test_trees_worked_by_hand():
+    g = group(list(range(10)), [5, 5, 5, 5, 5])
+    assert [part for _, part in trees([g], 35)] == [[0, 1, 2, 3, 4]] and [part for _, part in trees([g], 34)] == [[0, 1, 2, 3], [4]]
+    assert [part for _, part in trees([g], 20)] == [[0, 1], [2, 3], [4]]
+    assert [part for _, part in trees([g], 3)] == [[0], [1], [2], [3], [4]]  # nothing fits: each alone, none lost
+    assert [n_tree_tokens(tree) for tree in trees([g], 20)] == [20, 20, 15]
+    two = group([1], [9, 2, 2, 9])
+    assert [part for _, part in trees([g, two], 10)] == [[0], [1], [2], [3], [4], [0], [1, 2], [3]]
+    assert trees([], 10) == []
+
+
+def test_trees_hold_every_rollout_once_within_the_limit():
+    rng = random.Random(2)
+    for _ in range(200):
+        groups = [group([0] * rng.randint(1, 20), [rng.randint(1, 15) for _ in range(rng.randint(2, 8))]) for _ in range(3)]
+        limit = rng.randint(1, 60)
+        made = trees(groups, limit)
+        for g in groups:
+            parts = [part for owner, part in made if owner is g]
+            assert sum(parts, []) == list(range(len(g.rollouts)))
+        assert all(n_tree_tokens(tree) <= limit or len(tree[1]) == 1 for tree in made)
+
+
+def naive(model, reference, groups, cfg, skip=()):
+    """(5) as it is written, for each judgement alone; groups in `skip` give tokens to the denominator only. Returns the loss
+    with its graph, and the sums of kl, entropy and clipped tokens."""
+    logits = type(model).logits.__wrapped__  # without its no_grad
+    n_tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
+    total, kl_sum, entropy_sum, n_clipped = 0.0, 0.0, 0.0, 0
+    for g in groups:
+        if any(g is s for s in skip):
+            continue
+        for r, a in zip(g.rollouts, g.advantage_g.tolist()):
+            logp_tv = (logits(model, g.prompt_ids + r.ids)[:, :model.n_vocab] / cfg.temperature).log_softmax(1)
+            ref_tv = (reference.logits(g.prompt_ids + r.ids)[:, :model.n_vocab] / cfg.temperature).log_softmax(1)
+            for t, (token, old) in enumerate(zip(r.ids, r.logps)):
+                row = len(g.prompt_ids) + t - 1
+                ratio = (logp_tv[row, token] - torch.tensor(old)).exp()
+                log_ref = ref_tv[row, token] - logp_tv[row, token]
+                kl = log_ref.exp() - log_ref - 1
+                low, high = 1 - cfg.clip, 1 + cfg.clip
+                objective = torch.stack([ratio * a, ratio.clamp(low, high) * a]).min()
+                total = total - objective + cfg.kl_coef * kl
+                kl_sum, entropy_sum = kl_sum + float(kl.detach()), entropy_sum - float((logp_tv[row].exp() * logp_tv[row]).sum().detach())
+                n_clipped += bool(a > 0 and ratio > high or a < 0 and ratio < low)
+    return total / n_tokens, kl_sum, entropy_sum, n_clipped
+
+
+def gradient(model):
+    flat = torch.cat([x.grad.flatten() for x in model.parameters()])
+    model.zero_grad()
+    return flat
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_loss_and_gradient_are_those_of_each_judgement_alone(temperature, made):
+    """In float64, for every split of the groups into trees and of the trees into micro-batches. The group without spread is
+    left out, and its tokens are not."""
+    model = Model.random(ModelConfig.from_dict(TINY | {"vocab_size": 50}), 1, dtype=torch.float64)
+    reference = Model.random(ModelConfig.from_dict(TINY | {"vocab_size": 50}), 2, dtype=torch.float64)
+    model.n_vocab = reference.n_vocab = 47
+    cfg = config(made, "", temperature=temperature)
+    groups = [group(list(range(3, 12)), [4, 1, 7], [1.0, -1.0, 1.0]), group([5], [3, 3], [-1.0, 1.0]), group([7, 8, 9], [2, 5, 1], [-1.0] * 3)]
+    for g in groups:  # old log-probabilities on both sides of the clip, exact in float32
+        for r in g.rollouts:
+            logp_t = [(model.logits(g.prompt_ids + r.ids)[len(g.prompt_ids) + t - 1, :47] / temperature).log_softmax(0)[token] for t, token in enumerate(r.ids)]
+            r.logps[:] = torch.tensor([float(x) + 0.2 * ((7 * t + len(r.ids)) % 5 - 2) for t, x in enumerate(logp_t)]).tolist()
+    n_tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
+
+    for skip in (groups[2:], []):
+        want, kl, entropy, n_clipped = naive(model, reference, groups, cfg, skip)
+        want.backward()
+        want_grad, trained = gradient(model), [g for g in groups if not any(g is s for s in skip)]
+        assert n_clipped >= 3
+        for limit in (1, 12, 17, 1000):
+            items = trees(trained, limit)
+            sizes = [n_tree_tokens(item) for item in items]
+            for bins in ([range(len(items))], [[i] for i in range(len(items))], *(step for world in (1, 2) for step in [sum(micro_batches(sizes, 25, world), [])])):
+                loss, sums = 0.0, {}
+                for share in bins:
+                    if share:
+                        part, more, worst = micro_step(model, reference, [items[i] for i in share], cfg, "cpu")
+                        (part / n_tokens).backward()
+                        loss += float(part.detach()) / n_tokens
+                        sums = {name: sums.get(name, 0.0) + float(x) for name, x in more.items()}
+                        assert float(worst) <= 0.4 + 1e-6
+                assert loss == pytest.approx(float(want.detach()), rel=1e-6)
+                assert (sums["kl"], sums["entropy"], sums["clip_frac"]) == pytest.approx((kl, entropy, n_clipped), rel=1e-9)
+                torch.testing.assert_close(gradient(model), want_grad, rtol=1e-6, atol=1e-9)
+
+
+# ---- data order, rollouts, rewards
+
+def test_each_pass_is_a_permutation_without_its_last_partial_batch():
+    pairs = list(range(11))
+    steps = [steps_pairs(pairs, step, 4, seed=3) for step in range(6)]
+    assert all(len(batch) == 4 for batch in steps)
+    passes = [sum(steps[first:first + 2], []) for first in (0, 2, 4)]
+    assert all(len(set(done)) == 8 and set(done) <= set(pairs) for done in passes)
+    assert passes[0] != passes[1] != passes[2] and set(passes[0]) != set(passes[1])  # not the same three left out
+    assert steps == [steps_pairs(pairs, step, 4, seed=3) for step in range(6)] != [steps_pairs(pairs, step, 4, seed=4) for step in range(6)]
+    assert sorted(steps_pairs(pairs, 5, 11, 0)) == pairs
+
+
+class Scripted:
+    """A sampler that writes given judgements."""
+
+    def __init__(self, rollouts):
+        self.rollouts = rollouts
+
+    def generate(self, prompts, n, max_new_tokens, **options):
+        self.asked = prompts, n, max_new_tokens, options
+        return [self.rollouts for _ in prompts]
+
+
+def test_rewards_of_right_wrong_missing_and_unfinished_judgements(made):
+    tokenizer, cfg = Tokenizer(made / "distilled/model"), config(made, "", group_size=5)
+
+    def written(text, reason):
+        ids = tokenizer.encode(text) + ([tokenizer.end_of_turn] if reason == "stop" else [])
+        return Rollout(ids, [0.0] * len(ids), reason)
+    a, b = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
+    sampler = Scripted([written(a, "stop"), written(b, "stop"), written("no idea", "stop"), written(a, "length"), written(a + b, "stop")])
+    pairs = [replace(PAIR, id="x"), replace(PAIR, id="y", winner="b")]
+    groups, texts = grpo.rollout(cfg, sampler, tokenizer, pairs, {"x": [1, 2], "y": [3]}, 6, ALONE)
+    assert [g.reward_g.tolist() for g in groups] == [[1, -1, -1, -1, -1], [-1, 1, -1, -1, -1]]  # what was cut off earns -1
+    assert texts[0] == [a, b, "no idea", a, a + b] and [g.prompt_ids for g in groups] == [[1, 2], [3]]
+    assert sampler.asked[:3] == ([[1, 2], [3]], 5, 5) and sampler.asked[3] == {"temperature": 1.0, "stop": tokenizer.stop_ids, "seed": 3_000_015}
+    torch.testing.assert_close(groups[0].advantage_g, advantages(groups[0].reward_g[None])[0])
+    n_tok = sum(len(r.ids) for r in sampler.rollouts) / 5
+    assert grpo.rollout_metrics(groups, texts) == pytest.approx({"reward": -0.6, "accuracy": 0.2, "frac_no_verdict": 0.4, "frac_unfinished": 0.2,
+                                                                 "frac_zero_spread": 0.0, "judgement_tok": n_tok})
+
+
+# ---- whole runs
+
+KEYS = {"step", "reward", "accuracy", "frac_no_verdict", "frac_unfinished", "frac_zero_spread", "judgement_tok", "entropy", "kl", "clip_frac", "loss",
+        "grad_norm", "mismatch", "mismatch_max", "n_updates", "lr", "rollout_s", "update_s", "update_tok_s", "prefill_s", "decode_s", "prefill_tok_s",
+        "decode_tok_s"}
+
+
+def test_the_log_says_what_the_rollouts_say(made, tmp_path, recorded, monkeypatch):
+    """One update a step, so that the naive loss of the recorded rollouts, under the checkpoint that wrote them, is the row. Also:
+    each prompt is computed once in the update; what the samples file holds; when evaluations and checkpoints come."""
+    n_run, run = [], Model.run
+
+    def counting(self, tokens_n, *args):
+        n_run.append((torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), len(tokens_n)))
+        return run(self, tokens_n, *args)
+    monkeypatch.setattr(Model, "run", counting)
+    cfg = config(made, tmp_path / "run", mini_prompts=4, steps=4, save_every=1, eval_data=str(made / "heldout.jsonl"), eval_every=3, n_samples=3,
+                 micro_tokens=130, temperature=1.2, lr=5e-3)
+    grpo.main(cfg)
+    raw = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in raw] == [1, 2, 3, 4] and all(set(row) >= KEYS for row in raw)
+    assert [row["step"] for row in raw if "eval_accuracy" in row] == [3, 4]
+    assert any(0 < row["frac_zero_spread"] < 1 for row in raw), "the fixture should give a group without spread"
+    n_trained = sum(len(g.prompt_ids) + sum(len(r.ids) for r in g.rollouts) for groups in recorded for g in groups if g.has_spread)
+    assert sum(n for grad, n in n_run if grad) == n_trained  # micro_tokens holds a whole group here
+    assert sum(round(row["update_tok_s"] * row["update_s"]) for row in raw) == n_trained
+
+    reference, tokenizer = Model.from_pretrained(cfg.model, dtype=torch.float64), Tokenizer(cfg.model)
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert sum(row["frac_zero_spread"] < 1 for row in raw) >= 3
+    for row, groups in zip(raw, recorded, strict=True):
+        if row["frac_zero_spread"] == 1:
+            continue
+        before = tmp_path / f"run/checkpoints/step-{row['step'] - 1}" if row["step"] > 1 else cfg.model
+        policy = Model.from_pretrained(before, dtype=torch.float64)
+        policy.n_vocab = reference.n_vocab = tokenizer.n_vocab
+        idle = [g for g in groups if not g.has_spread]
+        loss, kl, entropy, n_clipped = naive(policy, reference, groups, cfg, idle)
+        loss.backward()
+        n = sum(len(r.ids) for g in groups if g.has_spread for r in g.rollouts)
+        assert row["loss"] == pytest.approx(float(loss.detach()), abs=2e-6) and row["grad_norm"] == pytest.approx(float(gradient(policy).norm()), rel=1e-3)
+        assert row["kl"] == pytest.approx(kl / n, rel=1e-3, abs=1e-6) and row["entropy"] == pytest.approx(entropy / n, rel=1e-4)
+        assert row["clip_frac"] == n_clipped == 0 and row["mismatch"] <= row["mismatch_max"] < 1e-4  # ratio 1: this policy wrote them
+        rewards = torch.stack([g.reward_g for g in groups])
+        assert row["reward"] == pytest.approx(rewards.mean().item()) and row["frac_zero_spread"] == len(idle) / 4 and row["n_updates"] == 1
+
+        mine = [s for s in samples if s["step"] == row["step"]]
+        assert [s["id"] for s in mine] == [g.pair.id for g in groups[:3]]
+        for s, g in zip(mine, groups):
+            k = [i for i, r in enumerate(g.rollouts) if tokenizer.decode(r.ids) == s["judgement"] and g.reward_g[i] == s["reward"]]
+            assert k and s["advantage"] == pytest.approx(g.advantage_g[k[0]].item()) and s["winner"] == g.pair.winner
+            assert s["prompt"] == tokenizer.decode(g.prompt_ids, skip_control=False) and (s["reward"] == 1.0) <= (s["verdict"] == s["winner"])
+    assert raw[0]["kl"] == pytest.approx(0, abs=1e-6) and raw[-1]["kl"] > 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, {"skip_zero_spread": False, "max_norm": 0.1, "weight_decay": 0.1}])
+def test_the_micro_batch_split_does_not_change_a_run(changes, made, tmp_path):
+    """All at once, against every judgement with its own copy of the prompt, to float32 rounding. The rollouts are the same."""
+    runs = []
+    for micro_tokens in (10_000, 1):
+        grpo.main(config(made, tmp_path / str(micro_tokens), micro_tokens=micro_tokens, n_samples=4, clip=0.02, **changes))
+        runs.append(metrics(tmp_path / str(micro_tokens)))
+    for one, other in zip(*runs, strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+    assert runs[0][0]["n_updates"] == 2 and runs[0][0]["clip_frac"] > 0  # the second of two updates is off-policy
+    texts = [[json.loads(line)["judgement"] for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()] for name in ("10000", "1")]
+    assert texts[0] == texts[1] and len(texts[0]) == 12
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(made, tmp_path):
+    """Oracle: the uninterrupted run, bit for bit, though its second pass over the data (step 3 on) came after the crash."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    cfg = config(made, whole, steps=5, save_every=2, eval_data=str(made / "heldout.jsonl"), eval_every=2)
+    grpo.main(cfg)
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-2", "step-4", "step-5"]
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "model")
+    (again / "checkpoints/step-5").rename(again / "checkpoints/step-5.tmp")  # died while these were written
+    (again / "checkpoints/step-4").rename(again / "checkpoints/step-4.tmp")
+    for name, per_step in (("metrics.jsonl", 1), ("samples.jsonl", 2)):
+        rows = (again / name).read_text().splitlines(keepends=True)
+        (again / name).write_text("".join(rows[:3 * per_step]) + rows[3 * per_step][:30])
+    grpo.main(replace(cfg, out=str(again), resume=True))
+    assert metrics(again) == metrics(whole) and len(metrics(again)) == 5
+    for name in ("samples.jsonl", "model/model.safetensors", "model/prompt.txt", "checkpoints/step-5/optimizer.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not list(again.rglob("*.tmp"))
+    shutil.rmtree(again / "model")
+    grpo.main(replace(cfg, out=str(again), resume=True))  # at its end already
+    assert metrics(again) == metrics(whole) and (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="clip=0.2, not 0.3"):
+        grpo.main(replace(cfg, out=str(again), resume=True, clip=0.3))
+
+
+def test_a_step_in_which_no_group_has_spread_changes_nothing(made, tmp_path):
+    """An untrained model writes no verdict: every reward is -1. The rows have all their keys; what there is no mean of is null."""
+    cfg = config(made, tmp_path / "run", model=str(made / "untrained"), prompt="toy", steps=2, save_every=1, max_new_tokens=3)
+    grpo.main(cfg)
+    for row in (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()):
+        assert set(row) >= KEYS and row["frac_zero_spread"] == row["frac_no_verdict"] == 1 and row["reward"] == -1 and row["accuracy"] == 0
+        assert [row[name] for name in ("loss", "kl", "entropy", "clip_frac", "mismatch")] == [None] * 5 and row["n_updates"] == row["grad_norm"] == 0
+    for folder in ("model", "checkpoints/step-2"):
+        assert all(torch.equal(x, y) for x, y in zip(Model.from_pretrained(made / "untrained").parameters(), Model.from_pretrained(tmp_path / "run" / folder).parameters()))
+    grpo.main(replace(cfg, resume=True))
+
+
+def test_the_policy_learns_what_is_rewarded(made, tmp_path):
+    """Where A is always better, sixteen steps turn a judge that writes either verdict into one that writes A."""
+    grpo.main(config(made, tmp_path / "run", data=str(made / "a.jsonl"), n_prompts=8, mini_prompts=8, group_size=7, steps=16, kl_coef=1e-3, micro_tokens=10_000,
+                     lr=4e-3, warmup_steps=2))
+    accuracy = [row["accuracy"] for row in metrics(tmp_path / "run")]
+    assert accuracy[0] < 0.7 and min(accuracy[-3:]) > 0.9, accuracy
+
+
+def test_steps_0_is_one_pass_over_the_data(made, tmp_path):
+    grpo.main(config(made, tmp_path / "run", steps=0, max_new_tokens=2, n_samples=0))
+    assert len(metrics(tmp_path / "run")) == 11 // 4 and not (tmp_path / "run/samples.jsonl").exists()
+
+
+RUNS = """
+import json, sys
+sys.path.insert(0, ".")
+import grpo
+from common import parse_config
+original, steps = grpo.rollout, []
+
+def rollout(*args):
+    groups, texts = original(*args)
+    steps.append([[g.pair.id, [[r.ids, r.reason] for r in g.rollouts], g.reward_g.tolist()] for g in groups])
+    return groups, texts
+grpo.rollout = rollout
+for argv in json.loads(sys.argv[1]):
+    sys.argv = ["grpo.py", *argv]
+    steps.clear()
+    cfg = parse_config(grpo.Config, grpo.RECIPES)
+    grpo.main(cfg)
+    out = [None, None]
+    import torch.distributed as dist
+    dist.all_gather_object(out, steps)
+    assert out[0] == out[1]
+    json.dump(steps, open(cfg.out + "/rollouts.json", "w"))
+"""
+
+
+def test_two_ranks_train_as_one_does(made, tmp_path, recorded):
+    """Oracle: the same run on one rank. Three pairs are not shared evenly; of one pair, a rank has nothing to write; where each tree
+    goes alone, the last micro-batch leaves a rank idle; a run of one rank goes on as a run of two."""
+    cases = {"even": config(made, "", eval_data=str(made / "heldout.jsonl"), eval_every=2, micro_tokens=10_000),
+             "odd": config(made, "", n_prompts=3, mini_prompts=3, micro_tokens=1, skip_zero_spread=False),
+             "one": config(made, "", n_prompts=1, mini_prompts=1, micro_tokens=10_000),
+             "resumed": config(made, "", save_every=2, n_samples=4)}
+    argvs, rollouts = [], {}
+    for name, cfg in cases.items():
+        recorded.clear()
+        grpo.main(replace(cfg, out=str(tmp_path / name / "1")))
+        rollouts[name] = [[[g.pair.id, [[r.ids, r.reason] for r in g.rollouts], g.reward_g.tolist()] for g in groups] for groups in recorded]
+        if name == "resumed":
+            shutil.copytree(tmp_path / name / "1", tmp_path / name / "2")
+            shutil.rmtree(tmp_path / name / "2/checkpoints/step-3")
+        argvs.append(flags(replace(cfg, out=str(tmp_path / name / "2"), resume=name == "resumed")))
+    (tmp_path / "runs.py").write_text(RUNS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "runs.py"), json.dumps(argvs)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in cases:
+        got = json.loads((tmp_path / name / "2/rollouts.json").read_text())
+        assert got == (rollouts[name][2:] if name == "resumed" else rollouts[name]), name
+        one, two = metrics(tmp_path / name / "1"), metrics(tmp_path / name / "2")
+        for row, other in zip(one, two, strict=True):
+            assert other == pytest.approx(row, rel=1e-4, abs=1e-5), name
+        assert sum(row["n_updates"] for row in one) > 0, name
+        x, y = (Model.from_pretrained(tmp_path / name / ranks / "model").state_dict() for ranks in "12")
+        for weight in x:
+            torch.testing.assert_close(y[weight], x[weight], rtol=0, atol=2e-4, msg=f"{name} {weight}")
+
+
+# ---- a user's mistakes
+
+def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
+    unlabelled = write_rows(tmp_path / "unlabelled.jsonl", [row | {"winner": None} for row in toy.make("rl", 6, seed=5)])
+    for changed, named in (({"data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"), ({"data": str(unlabelled)}, "0 usable pairs"),
+                           ({"max_prompt_tokens": 5}, "0 usable pairs are fewer than --n-prompts 4"), ({"model": str(tmp_path)}, "tokenizer.json"),
+                           ({"model": str(made / "untrained")}, "prompt.txt: no such prompt"), ({"n_prompts": 12, "mini_prompts": 6}, "11 usable pairs")):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *flags(config(made, tmp_path / "run", **changed))])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "grpo.py"), run_name="__main__")
+        errors = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.strip() and not line.startswith("tokenize: ")]
+        assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and named in errors[0], errors
+    assert not (tmp_path / "run").exists()
+    for options, named in (({"n_prompts": 0}, "--n-prompts"), ({"n_prompts": 5, "mini_prompts": 2}, "multiple"), ({"group_size": 1}, "--group-size"),
+                           ({"steps": -1}, "--steps"), ({"temperature": 0.0}, "--temperature"), ({"dtype": "float16"}, "--dtype")):
+        with pytest.raises(ValueError, match=named):
+            Config(**options)
+
+
+def test_pairs_with_long_prompts_are_dropped_and_counted(made, tmp_path, capsys):
+    tokenizer, prompt = Tokenizer(made / "distilled/model"), grpo.load_prompt(str(made / "distilled/model/prompt.txt"))
+    longer = toy.make("rl", 3, seed=6)
+    longer = [row | {"id": f"longer/{i}", "answer_a": row["answer_a"] + " and"} for i, row in enumerate(longer)]
+    data = write_rows(tmp_path / "rl.jsonl", toy.make("rl", 5, seed=5) + longer)
+    sizes = [len(tokenizer.chat(grpo.render(prompt, pair))) for pair in read_pairs(data)]
+    limit, n = max(sizes) - 1, sum(size == max(sizes) for size in sizes)
+    grpo.main(config(made, tmp_path / "run", data=str(data), max_prompt_tokens=limit, steps=1))
+    assert f"dropped {n} of 8 pairs with prompts over {limit} tokens" in capsys.readouterr().out and 1 <= n <= 3
+
+
+def test_the_papers_recipes():
+    """Sizes and rates as in paper.md section 4."""
+    rates = {"qwen2.5-7b": 1e-6, "qwen2.5-14b": 7e-7, "qwen2.5-32b": 5e-7, "deepseek-distill-7b": 1e-6, "deepseek-distill-14b": 1e-6, "deepseek-distill-32b": 8e-7}
+    for name, lr in rates.items():
+        cfg = Config(**grpo.RECIPES[name])
+        assert (cfg.lr, cfg.n_prompts, cfg.mini_prompts, cfg.group_size, cfg.temperature, cfg.steps) == (lr, 1024, 128, 7, 1.0, 0)
+        assert (cfg.max_prompt_tokens, cfg.max_new_tokens, cfg.clip, cfg.kl_coef, cfg.max_norm) == (4096, 8192, 0.2, 1e-3, 1.0)
+        assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.warmup_steps, cfg.skip_zero_spread) == (0.9, 0.999, 0.01, 0, False)
+        assert grpo.learning_rate(0, 60, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac) == grpo.learning_rate(59, 60, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac) == lr
+        assert cfg.prompt == ("reasoning" if name.startswith("deepseek") else None)
+    assert set(rates) == set(grpo.RECIPES)
