@@ -44,7 +44,7 @@ class Config:
 
 
 def wilson(right, n, z=1.96):
-    """95% interval of a share, (low, high) in [0, 1] (Wilson 1927): honest near 0 and 1, where +-z sqrt(p q / n) is not."""
+    """95% interval of a share, (low, high) in [0, 1] (Wilson 1927): honest near 0 and 1, unlike +-z sqrt(pq/n)."""
     if n == 0:
         return 0.0, 1.0
     p, zz = right / n, z * z / n
@@ -88,7 +88,8 @@ class HeldOut:
         self.pairs = [pair for pair in read_pairs(path) if pair.winner is not None][:n_pairs]
         if not self.pairs:
             raise ValueError(f"{path}: no labelled pairs to evaluate on")
-        self.prompt, self.max_new_tokens, self.tokenizer, self.ranks, self.dtype = load_prompt(prompt), max_new_tokens, tokenizer, ranks, dtype
+        self.prompt, self.max_new_tokens, self.tokenizer = load_prompt(prompt), max_new_tokens, tokenizer
+        self.ranks, self.dtype = ranks, dtype
 
     def scores(self, model):
         """{"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens"}"""
@@ -106,13 +107,13 @@ def main(cfg):
     pairs = read_pairs(cfg.data, cfg.seed, cfg.skip_bad)
     pairs = pairs[:cfg.limit] if cfg.limit else pairs
     if all(pair.winner is None for pair in pairs):
-        raise ValueError(f"{cfg.data}: no pair has a winner, so there is nothing to score; sample.py judges unlabelled pairs")
+        raise ValueError(f"{cfg.data}: no pair has a winner, nothing to score; sample.py judges unlabelled pairs")
     judge = load_judge(cfg)
     settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.data).resolve())}
     records = judge_file(judge, pairs, Path(cfg.out) / "judgements.jsonl", settings)
     rows = score(records)
     temporary = Path(cfg.out) / "scores.json.tmp"
-    temporary.write_text(json.dumps({"settings": settings, "scores": rows, **judge.sampler.reset_stats()}, indent=2))
+    temporary.write_text(json.dumps({"settings": settings, "scores": rows, **judge.sampler.stats()}, indent=2))
     os.replace(temporary, Path(cfg.out) / "scores.json")
     print(table(rows))
 

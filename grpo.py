@@ -53,7 +53,7 @@ class Config:
     n_prompts: int = 64  # pairs per step, all ranks together (P)
     mini_prompts: int = 32  # pairs per optimizer step; n_prompts / mini_prompts updates follow each rollout
     group_size: int = 7  # judgements per pair (G)
-    steps: int = 40  # rollout steps; 0 = one pass over the data
+    steps: int = 50  # rollout steps; 0 = one pass over the data
     temperature: float = 1.0  # of the rollouts, and of every log-probability
     max_prompt_tokens: int = 1024  # pairs with longer prompts are dropped and counted
     max_new_tokens: int = 96  # longest judgement
@@ -241,6 +241,7 @@ def main(cfg):
     for step in bar:
         began = time.perf_counter()
         refresh(sampler.model, model)
+        sampler.reset_stats()
         groups, texts = rollout(cfg, sampler, tokenizer, steps_pairs(pairs, step, cfg.n_prompts, cfg.seed), prompts, step, ranks)
         rollout_s = time.perf_counter() - began
 
@@ -277,7 +278,7 @@ def main(cfg):
         done = step + 1
         row = {"step": done, **rollout_metrics(groups, texts), **tally.means(ranks), "mismatch_max": max(ranks.gather(float(mismatch_max))),
                "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "lr": lr, "rollout_s": rollout_s,
-               "update_s": update_s, "update_tok_s": n_trained / update_s, **sampler.reset_stats()}
+               "update_s": update_s, "update_tok_s": n_trained / update_s, **sampler.stats()}
         if held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
             row |= held_out.scores(model)
         run.row("metrics.jsonl", row)

@@ -33,7 +33,7 @@ from model import Model, pack
 from reward import benchmark_verdict, load_prompt, majority, render
 from tokenizer import StreamDecoder, Tokenizer
 
-# ----------------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Rollout:
 
 
 def _mix(x):
-    """The splitmix64 finalizer on int64 tensors, whose products wrap modulo 2^64: every input bit reaches every output bit."""
+    """The splitmix64 finalizer, in which every input bit reaches every output bit; int64 products wrap modulo 2^64."""
     def shift_right(x, n):  # logical: int64's own shift repeats the sign bit
         return (x >> n) & ((1 << (64 - n)) - 1)
     x = (x ^ shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
@@ -70,7 +70,8 @@ def uniforms(seed, prompt_b, sample_b, token_b):
 
 def prompt_key(ids):
     """The prompt's id for its random numbers: 63 bits of a hash of its tokens."""
-    return int.from_bytes(hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).digest(), "little") >> 1
+    digest = hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
@@ -93,8 +94,9 @@ def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
     logp_bv = logits_bv.log_softmax(1)
     cdf_bv = logp_bv.exp().cumsum(1, dtype=torch.float64)
     total_b = cdf_bv[:, -1]
-    point_b = (uniform_b * total_b).minimum(total_b.nextafter(torch.zeros_like(total_b)))  # the product may round up to total
-    id_b = torch.searchsorted(cdf_bv, point_b[:, None], right=True)[:, 0]  # the first whose sum is above: its p is not 0
+    # below the total, to which the product may round up; then the first token whose sum is above has a p that is not 0
+    point_b = (uniform_b * total_b).minimum(total_b.nextafter(torch.zeros_like(total_b)))
+    id_b = torch.searchsorted(cdf_bv, point_b[:, None], right=True)[:, 0]
     return id_b, logp_bv.gather(1, id_b[:, None])[:, 0]
 
 
@@ -156,7 +158,8 @@ class Batch:
     """The rollouts that are being written: B slots, their cache, their lengths and last tokens."""
 
     def __init__(self, model, prompts, n, B, prefill_tokens, sampling):
-        self.model, self.prompts, self.n, self.prefill_tokens, self.sampling = model, prompts, n, prefill_tokens, sampling
+        self.model, self.prompts, self.n, self.prefill_tokens = model, prompts, n, prefill_tokens
+        self.sampling = sampling
         self.keys = [prompt_key(ids) for ids in prompts]
         self.device = model.head_vd.device
         self.slots = [Slot() for _ in range(B)]
@@ -202,10 +205,10 @@ class Batch:
     def step(self):
         """Draws one more token for every rollout; returns how many."""
         active = [b for b, slot in enumerate(self.slots) if slot.rollout is not None]
-        T = self.length_b.max()
-        if self.cache.T <= T:
+        if self.cache.T <= self.length_b.max():
             self.cache.resize(list(range(len(self.slots))), min(2 * self.cache.T, self.cache.T + 1024))
-        hidden_bd = self.model.run(self.token_b, torch.as_tensor(self.length_b, device=self.device), self.cache.attend(self.length_b))
+        position_b = torch.as_tensor(self.length_b, device=self.device)
+        hidden_bd = self.model.run(self.token_b, position_b, self.cache.attend(self.length_b))
         self.length_b[active] += 1
         self.draw(self.head(hidden_bd[active]), active)
         return len(active)
@@ -251,7 +254,7 @@ class Sampler:
     def __init__(self, model, n_slots=256, prefill_tokens=16384):
         """n_slots rollouts are written at once; prompts are computed in packs of about prefill_tokens."""
         self.model, self.n_slots, self.prefill_tokens = model, n_slots, prefill_tokens
-        self.prefill_s, self.decode_s, self.n_prefilled, self.n_decoded = 0.0, 0.0, 0, 0  # since the last reset_stats
+        self.reset_stats()
 
     def generate(self, prompts, n=1, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0,
                  on_token=None):
@@ -291,10 +294,7 @@ class Sampler:
             yield from batch.take_finished()
 
     def reset_stats(self):
-        """Returns the stats and begins new ones."""
-        stats = self.stats()
         self.prefill_s, self.decode_s, self.n_prefilled, self.n_decoded = 0.0, 0.0, 0, 0
-        return stats
 
     def stats(self):
         """{prefill_s, decode_s, prefill_tok_s, decode_tok_s} since the last reset_stats."""
@@ -335,7 +335,7 @@ def refresh(copy, model):
         copy_weights(model, copy)
 
 
-# ------------------------------------------------------------------------------------------------------------------ judging
+# -------------------------------------------------------------------------------------------------------------- judging
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ class Judge:
         return self.tokenizer.chat(render(self.prompt, pair))
 
     def judge(self, pairs, on_token=None):
-        """Yields (index, judgement record) as they are done; verdicts by the benchmarks' rule (reward.benchmark_verdict)."""
+        """Yields (index, judgement record) as they are done; verdicts by the benchmarks' rule."""
         prompts = [self.encode(pair) for pair in pairs]
         done = self.sampler.stream(prompts, self.votes, self.max_new_tokens, self.temperature, self.top_p, self.top_k,
                                    self.tokenizer.stop_ids, self.seed, on_token)
@@ -366,8 +366,9 @@ class Judge:
                 votes.append({"text": text, "n_tokens": len(r.ids), "finished": r.finished,
                               "verdict": benchmark_verdict(text), "seconds": round(r.seconds, 3)})
             pair = pairs[i]
-            yield i, {"id": pair.id, "prompt_hash": f"{prompt_key(prompts[i]):016x}", "n_prompt_tokens": len(prompts[i]),
-                      "votes": votes, "verdict": majority([v["verdict"] for v in votes]), "winner": pair.winner,
+            yield i, {"id": pair.id, "prompt_hash": f"{prompt_key(prompts[i]):016x}",
+                      "n_prompt_tokens": len(prompts[i]), "votes": votes,
+                      "verdict": majority([v["verdict"] for v in votes]), "winner": pair.winner,
                       "source": pair.source, "domain": pair.domain, "seconds": max(v["seconds"] for v in votes)}
 
 
@@ -385,7 +386,8 @@ class JudgementFile:
         if self.out.exists():
             raise ValueError(f"{self.out}: already there and whole; delete it or choose another --out")
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.partial.read_bytes().rpartition(b"\n")[0] if self.partial.exists() else b""  # without half a last line
+        # up to the last line break: an interrupted run may have left half a line
+        whole = self.partial.read_bytes().rpartition(b"\n")[0] if self.partial.exists() else b""
         lines = whole.split(b"\n") if whole else [json.dumps(settings).encode()]
         for number, line in enumerate(lines, 1):
             try:
@@ -395,11 +397,11 @@ class JudgementFile:
                     continue
                 before = dict(row)
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{self.partial}:{number}: not a line that a judging run writes; delete the file") from None
+                raise ValueError(f"{self.partial}:{number}: no line of a judging run; delete the file") from None
             for name in settings | before:
                 if settings.get(name) != before.get(name):
-                    raise ValueError(f"{self.partial}: was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}; "
-                                     "go on with the same settings, or delete it")
+                    raise ValueError(f"{self.partial}: begun with {name}={before.get(name)!r}, "
+                                     f"not {settings.get(name)!r}; go on with the same settings, or delete it")
         temporary = Path(f"{self.partial}.tmp")
         temporary.write_bytes(b"\n".join(lines) + b"\n")
         os.replace(temporary, self.partial)
@@ -412,7 +414,8 @@ class JudgementFile:
     def finish(self, keys):
         """Writes the judgements of these (id, prompt hash), in this order, under the final name."""
         temporary = Path(f"{self.out}.tmp")
-        temporary.write_text("".join(json.dumps(self.done[key], ensure_ascii=False) + "\n" for key in keys), encoding="utf-8")
+        lines = [json.dumps(self.done[key], ensure_ascii=False) + "\n" for key in keys]
+        temporary.write_text("".join(lines), encoding="utf-8")
         os.replace(temporary, self.out)
         self.partial.unlink()
 
@@ -433,7 +436,7 @@ def judge_file(judge, pairs, out, settings):
     return [file.done[key] for key in keys]
 
 
-# ------------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 @dataclass(frozen=True)
@@ -474,7 +477,8 @@ class Config:
 
 def check_sampling(cfg):
     if cfg.votes < 1 or cfg.max_new_tokens < 1 or cfg.n_slots < 1 or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
-        raise ValueError("--votes, --max-new-tokens and --n-slots must be at least 1, --top-k at least 0, --top-p in (0, 1]")
+        raise ValueError("--votes, --max-new-tokens and --n-slots must be at least 1, --top-k at least 0, "
+                         "--top-p in (0, 1]")
     if not 0 <= cfg.temperature < float("inf"):
         raise ValueError(f"--temperature must be a number, at least 0, got {cfg.temperature}")
     if cfg.limit < 0 or cfg.threads < 0 or not 0 <= cfg.seed < 2**63:
@@ -496,7 +500,8 @@ def load_judge(cfg):
     tokenizer = Tokenizer(cfg.model)
     own_prompt = Path(cfg.model) / "prompt.txt"
     if cfg.prompt is None and not own_prompt.exists():
-        raise ValueError(f"{cfg.model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, direct or a file")
+        raise ValueError(f"{cfg.model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, "
+                         "direct or a file")
     model = Model.from_pretrained(cfg.model, device, dtype).requires_grad_(False)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{cfg.model}: tokenizer.json has {tokenizer.n_vocab} tokens, but config.json's vocab_size is "
@@ -508,8 +513,9 @@ def load_judge(cfg):
 
 def judge_settings(cfg, judge):
     """What a judgements file depends on: it may only be continued with the same."""
-    return {"model": str(Path(cfg.model).resolve()), "prompt": asdict(judge.prompt), "votes": cfg.votes, "temperature": cfg.temperature,
-            "top_p": cfg.top_p, "top_k": cfg.top_k, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
+    return {"model": str(Path(cfg.model).resolve()), "prompt": asdict(judge.prompt), "votes": cfg.votes,
+            "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k,
+            "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
             "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
 
 
@@ -517,13 +523,14 @@ def pair_from_options(cfg):
     def text(name):
         if file := getattr(cfg, name + "_file"):
             try:
-                return Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # the end of its last line, not a part of it
+                return Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # that ends its last line
             except UnicodeDecodeError as e:
                 raise ValueError(f"{file}: byte {e.start} is not UTF-8: convert the file") from None
         if getattr(cfg, name) is None:
             fail(f"--{name.replace('_', '-')} is missing: give a question and two answers, or --pairs FILE --out FILE")
         return getattr(cfg, name)
-    return Pair("pair", [{"role": "user", "content": text("question")}], text("answer_a"), text("answer_b"), None, "", "")
+    question = [{"role": "user", "content": text("question")}]
+    return Pair("pair", question, text("answer_a"), text("answer_b"), None, "", "")
 
 
 def main(cfg):
@@ -531,7 +538,8 @@ def main(cfg):
         pairs = read_pairs(cfg.pairs, cfg.seed, cfg.skip_bad)
         pairs = pairs[:cfg.limit] if cfg.limit else pairs
         judge = load_judge(cfg)
-        records = judge_file(judge, pairs, cfg.out, judge_settings(cfg, judge) | {"pairs": str(Path(cfg.pairs).resolve())})
+        settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.pairs).resolve())}
+        records = judge_file(judge, pairs, cfg.out, settings)
         n_none = sum(r["verdict"] is None for r in records)
         print(f"{len(records)} pairs judged, {n_none} without a verdict: {cfg.out}")
         return

@@ -182,13 +182,13 @@ def write_tokenizer(folder):
     words = [*OPEN, *(" " + w for w in OPEN + SAY + CLOSE), *WEIGHT, *(" " + w for w in WEIGHT), "sort", "step", "flip"]
     words += ["A", "B", " A", " B", "A:", " B:", " right.", " wrong.", " total", " Overall", " looks", " better."]
     words += [" open", " say", " close"]
-    words += ["user", "assistant", "system", "Chat", "Reasoning", "[[A]]", "[[B]]"]
+    words += ["user", "assistant", "system", "Chat", "Reasoning", "[[", "]]"]
     words += [f"<{slash}{tag}>" for tag in ("type", "solution", "rubric", "eval", "answer") for slash in ("", "/")]
     byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [byte.pre_tokenize_str(word)[0][0] for word in words]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    pieces = Regex(r"</?[a-z]+>|\[\[[AB]\]\]| ?[A-Za-z]+[.:]?|\d|\s|.")
+    pieces = Regex(r"</?[a-z]+>|\[\[|\]\]| ?[A-Za-z]+[.:]?|\d|\s|.")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), byte])
     tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -203,7 +203,7 @@ def write_tokenizer(folder):
     return tokenizer.get_vocab_size()
 
 
-def write_data(folder, seed=0, careful=None, n_distill=16_000, n_rl=2_560, n_heldout=800):
+def write_data(folder, seed=0, careful=None, n_distill=19_200, n_rl=3_200, n_heldout=800):
     """distill.jsonl (pairs with chains of the mixed oracle), rl.jsonl and heldout.jsonl (pairs alone)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
