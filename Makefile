@@ -7,6 +7,7 @@ test: .venv/dev  ## the same set-up with the development packages, then the test
 	.venv/bin/python -m pytest -q
 
 .venv/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@

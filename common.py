@@ -4,6 +4,7 @@ Nothing here knows what a pair, a rollout or a loss is.
 """
 
 import argparse
+import atexit
 import dataclasses
 import inspect
 import json
@@ -55,7 +56,8 @@ def parse_config(cls, recipes=None, argv=None):
             parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
     given = vars(parser.parse_args(argv))
     recipe = given.pop("recipe", None)
-    given = {name: value if value != "" or type(None) not in typing.get_args(types[name]) else None for name, value in given.items()}
+    given = {name: None if value == "" and type(None) in typing.get_args(types[name]) else value
+             for name, value in given.items()}
     try:
         return cls(**(recipes[recipe] if recipe else {}) | given)
     except ValueError as e:
@@ -126,7 +128,14 @@ def init_ranks(threads=0):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    atexit.register(leave_ranks)
     return Ranks(rank, world, device)
+
+
+def leave_ranks():
+    """Ends the process group. Left to the interpreter, gloo's threads now and then abort a finished run (SIGABRT)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def shard(model, ranks, compute_dtype):

@@ -21,7 +21,7 @@ Departures from the paper and its released code:
   5. Embedded default only: groups whose rewards are all equal have no gradient from (2) and are left out of the update, with
      their KL term; their tokens stay in the denominator (--skip-zero-spread, off in the recipes).
 
-    python grpo.py                                                       the embedded default, after python distill.py
+    python grpo.py                                                  the embedded default; runs distill.py's if need be
     torchrun --nproc_per_node 8 grpo.py --recipe qwen2.5-7b --model runs/distill/model --data pairs.jsonl --out runs/grpo
 """
 
@@ -205,6 +205,9 @@ def rollout_metrics(groups, texts):
 
 def main(cfg):
     ranks = init_ranks(cfg.threads)
+    if cfg.model == Config.model and not Path(cfg.model).exists():  # the embedded default begins with its first stage
+        import distill
+        distill.main(distill.Config(threads=cfg.threads))
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     prompt_file = prompt_path(cfg.prompt) if cfg.prompt else Path(cfg.model) / "prompt.txt"
     prompt = load_prompt(str(prompt_file))

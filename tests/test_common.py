@@ -1,5 +1,5 @@
-"""common.py. Oracles: option lists, schedules and micro-batches worked by hand; torch's own optimizers, continued in memory,
-against ones that went through a checkpoint; a naive search for what a micro-batch split may and may not do."""
+"""common.py. Oracles: option lists, schedules and micro-batches worked by hand; torch's own optimizers, continued in
+memory, against ones that went through a checkpoint; a naive search for what a micro-batch split may and may not do."""
 
 import json
 import math
@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import common
-from common import (Ranks, Run, Tally, latest_checkpoint, learning_rate, make_optimizers, micro_batches, one_line_errors,
+from common import (Ranks, Run, Tally, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
+                    one_line_errors,
                     optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model)
 from model import Model, ModelConfig
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
-QWEN3 = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=40, hidden_size=16, intermediate_size=24,
+QWEN3 = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=40, hidden_size=16,
+             intermediate_size=24,
              num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-6,
              tie_word_embeddings=True, attention_bias=True)
 
@@ -58,7 +60,8 @@ def test_options_default_to_the_fields_own_values():
 
 
 def test_options_have_the_types_of_their_fields():
-    got = parse_config(Options, argv=["--n-steps", "7", "--lr", "2e-4", "--data", "5", "--name=x y", "--fast", "--no-safe"])
+    got = parse_config(Options,
+                       argv=["--n-steps", "7", "--lr", "2e-4", "--data", "5", "--name=x y", "--fast", "--no-safe"])
     assert got == Options(7, 2e-4, "5", "x y", True, False)
     assert [type(value) for value in asdict(got).values()] == [int, float, str, str, bool, bool, bool]
 
@@ -75,8 +78,10 @@ def test_a_flag_wins_over_its_recipe_wherever_it_stands():
 
 
 @pytest.mark.parametrize("argv, named", [
-    (["--unknown", "1"], "--unknown"), (["--n-step", "5"], "--n-step"), (["--n-steps", "many"], "--n-steps"), (["--n-steps", "1.5"], "--n-steps"),
-    (["--lr", "1e"], "--lr"), (["--n-steps"], "--n-steps"), (["--fast", "yes"], "yes"), (["word"], "word"), (["--n_steps", "5"], "--n_steps"),
+    (["--unknown", "1"], "--unknown"), (["--n-step", "5"], "--n-step"), (["--n-steps", "many"], "--n-steps"),
+    (["--n-steps", "1.5"], "--n-steps"),
+    (["--lr", "1e"], "--lr"), (["--n-steps"], "--n-steps"), (["--fast", "yes"], "yes"), (["word"], "word"),
+    (["--n_steps", "5"], "--n_steps"),
     (["--recipe", "small"], "small"), (["--n-steps", "-1"], "must be at least 0, got -1"),
 ])
 def test_a_wrong_flag_ends_with_one_line_that_names_it_and_status_2(argv, named, capsys):
@@ -102,7 +107,8 @@ def test_an_undocumented_field_is_the_programmers_mistake():
 
 def test_one_line_errors(capsys, monkeypatch):
     monkeypatch.delenv("RM_TRACEBACK", raising=False)
-    for error, code, text in ((ValueError("a.jsonl:3: two\n  lines"), 2, "error: a.jsonl:3: two lines\n"), (KeyboardInterrupt(), 130, "interrupted\n"),
+    for error, code, text in ((ValueError("a.jsonl:3: two\n  lines"), 2, "error: a.jsonl:3: two lines\n"),
+                              (KeyboardInterrupt(), 130, "interrupted\n"),
                               (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n")):
         with pytest.raises(SystemExit) as stop, one_line_errors():
             raise error
@@ -141,7 +147,8 @@ def test_micro_batches_hold_every_item_once_within_the_limit():
         assert all(sum(sizes[i] for i in share) <= limit or len(share) == 1 for step in steps for share in step)
         assert steps == micro_batches(sizes, limit, world)  # ranks work it out apart: it must be a function
         # longest-processing-time: no bin exceeds another by more than its smallest item
-        loads = [(sum(sizes[i] for i in share), min((sizes[i] for i in share), default=0)) for step in steps for share in step]
+        loads = [(sum(sizes[i] for i in share), min((sizes[i] for i in share), default=0)) for step in steps
+                 for share in step]
         assert all(load - smallest <= min(other for other, _ in loads) for load, smallest in loads)
 
 
@@ -169,7 +176,8 @@ def test_learning_rate_worked_by_hand():
     warm = [learning_rate(step, 10, 8.0, 4) for step in range(10)]
     assert warm == [2.0, 4.0, 6.0, 8.0] + [8.0] * 6  # without a final fraction it stays
     cosine = [learning_rate(step, 7, 1.0, 2, 0.2) for step in range(7)]
-    assert cosine == pytest.approx([0.5, 1.0, 1.0, 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2, 0.6, 0.2 + 0.8 * (1 - math.sqrt(0.5)) / 2, 0.2])
+    assert cosine == pytest.approx([0.5, 1.0, 1.0, 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2, 0.6,
+                                    0.2 + 0.8 * (1 - math.sqrt(0.5)) / 2, 0.2])
     assert [learning_rate(step, 3, 1.0, 0, 0.1) for step in range(3)] == pytest.approx([1.0, 0.55, 0.1])
     assert learning_rate(0, 1, 5.0, 0, 0.1) == 5.0 and learning_rate(9, 5, 1.0, 0, 0.1) == pytest.approx(0.1)
     assert learning_rate(1, 2, 5.0, 2, 0.1) == 5.0  # all steps warm up
@@ -233,10 +241,12 @@ def test_a_checkpoint_continues_bit_for_bit(name, tmp_path):
     save_checkpoint(folder, whole, optimizers, {"step": 3}, ALONE, lambda path: (path / "extra.txt").write_text("x"))
     norms = train(whole, optimizers, range(3, 6))
 
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "extra.txt", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "extra.txt", "model.safetensors",
+                                                        "optimizer.safetensors", "state.json"]
     assert json.loads((folder / "state.json").read_text()) == {"step": 3} and not list(tmp_path.glob("*.tmp"))
     moments = load_file(folder / "optimizer.safetensors")
-    per_weight = {weight: {key.rsplit("/", 1)[1] for key in moments if key.rsplit("/", 1)[0] == weight} for weight, _ in whole.named_parameters()}
+    per_weight = {weight: {key.rsplit("/", 1)[1] for key in moments if key.rsplit("/", 1)[0] == weight} for weight,
+                  _ in whole.named_parameters()}
     for weight, keys in per_weight.items():
         is_muon = name == "muon" and "_proj.weight" in weight
         assert keys == ({"momentum_buffer"} if is_muon else {"exp_avg", "exp_avg_sq", "step"}), weight
@@ -263,6 +273,7 @@ def test_a_saved_folder_is_whole_or_not_there(tmp_path):
     save_model(folder, model, ALONE, lambda path: (path / "old.txt").touch())
 
     def dies(path):
+        (path / "junk.txt").touch()
         raise OSError("disk full")
     with pytest.raises(OSError):
         save_model(folder, small_model(1), ALONE, dies)
@@ -288,7 +299,8 @@ def test_a_new_run_writes_its_options_and_refuses_a_used_folder(tmp_path):
     out = tmp_path / "a/b"
     run = Run(out, Options(n_steps=4), ALONE, False)
     record = json.loads((out / "config.json").read_text())
-    assert record["options"] == asdict(Options(n_steps=4)) and record["torch"] == torch.__version__ and record["ranks"] == 1
+    assert record["options"] == asdict(Options(n_steps=4))
+    assert record["torch"] == torch.__version__ and record["ranks"] == 1
     assert {"command", "commit", "dirty", "python", "device", "threads"} <= set(record)
     Run(out, Options(), ALONE, False)  # nothing was logged yet: there is nothing to lose
     run.row("metrics.jsonl", {"step": 1})
@@ -340,7 +352,8 @@ def test_only_rank_0_writes(tmp_path):
 RANKS = """
 import json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
-from common import Ranks, Tally, copy_weights, full, init_ranks, make_optimizers, optimizer_step, restore_optimizers, save_checkpoint, shard
+from common import (Ranks, Tally, copy_weights, full, init_ranks, make_optimizers, optimizer_step, restore_optimizers,
+                    save_checkpoint, shard)
 from model import Model, ModelConfig, pack
 from pathlib import Path
 ranks, folder, raw = init_ranks(1), Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -386,12 +399,14 @@ print("fine", flush=True)
 
 
 def test_two_ranks_add_up_sums_gradients_and_checkpoints(tmp_path):
-    """Sums by hand; sharded gradients against the whole model's; sharded moments against themselves after a checkpoint."""
+    """Sums by hand; sharded gradients against the whole model's; moments against themselves after a checkpoint."""
     (tmp_path / "ranks.py").write_text(RANKS)
     done = torchrun(tmp_path / "ranks.py", ROOT, tmp_path, json.dumps(QWEN3))
     assert done.returncode == 0 and done.stdout.count("fine") == 2, done.stderr[-3000:]
 
 
 def torchrun(*command):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, env={**common.os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env={**common.os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=120)

@@ -1,5 +1,5 @@
-"""distill.py. Oracles: the trained tokens of one chain written out; log-softmax of model.logits, sequence by sequence in
-float64; the uninterrupted run; the run on one rank; transformers on the finished folder; RM-R1's recorded judgements."""
+"""distill.py. Oracles: the trained tokens of one chain written out; log-softmax of model.logits, sequence by sequence
+in float64; the uninterrupted run; the run on one rank; transformers on the finished folder; RM-R1's records."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import distill
 from common import micro_batches
 from data import toy
@@ -34,7 +35,8 @@ QWEN2 = TINY | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "t
 
 def write_model(folder, raw=TINY, seed=0):
     n_vocab = toy.write_tokenizer(folder)
-    Model.random(ModelConfig.from_dict(raw | {"vocab_size": n_vocab + 3}), seed).save_pretrained(folder)  # more rows than ids
+    Model.random(ModelConfig.from_dict(raw | {"vocab_size": n_vocab + 3}),
+                 seed).save_pretrained(folder)  # more rows than ids
     return folder
 
 
@@ -55,9 +57,12 @@ def made(tmp_path_factory):
 
 def config(made, out, **changes):
     """14 chains in batches of 4: steps of 4, 4, 4 and 2 chains. Nothing is left to a default that may be tuned."""
-    options = dict(model=str(made / "model"), data=str(made / "chains.jsonl"), prompt="toy", out=str(out), batch_size=4, epochs=2, max_steps=0,
-                   max_length=200, micro_tokens=150, optimizer="adamw", lr=1e-2, warmup_frac=0.25, final_lr_frac=0.1, beta1=0.9, beta2=0.95,
-                   weight_decay=0.1, max_norm=1.0, dtype="float32", gradient_checkpointing=False, eval_data=None, eval_pairs=3, eval_every=0,
+    options = dict(model=str(made / "model"), data=str(made / "chains.jsonl"), prompt="toy", out=str(out), batch_size=4,
+                   epochs=2, max_steps=0,
+                   max_length=200, micro_tokens=150, optimizer="adamw", lr=1e-2, warmup_frac=0.25, final_lr_frac=0.1,
+                   beta1=0.9, beta2=0.95,
+                   weight_decay=0.1, max_norm=1.0, dtype="float32", gradient_checkpointing=False, eval_data=None,
+                   eval_pairs=3, eval_every=0,
                    eval_tokens=4, save_every=0, seed=7, threads=1)
     return Config(**options | changes)
 
@@ -82,7 +87,8 @@ def flags(cfg):
 # ---- what is trained on
 
 PAIR = Pair("1", [{"role": "user", "content": "sort 76915"}], "15679", "12568", "a", "", "")
-JUDGEMENT = "<type>Reasoning</type><solution>15679</solution><eval> Overall A looks better.</eval><answer>[[A]]</answer>"
+JUDGEMENT = ("<type>Reasoning</type><solution>15679</solution><eval> Overall A looks better.</eval>"
+             "<answer>[[A]]</answer>")
 
 
 class Recorder:
@@ -99,9 +105,11 @@ def test_exactly_the_judgement_and_its_end_of_turn_are_trained_on(made):
     def spell(ids):
         return [tokenizer.decode([i], skip_control=False) for i in ids]
     example = encode_chain(Chain(PAIR, JUDGEMENT), load_prompt("toy"), tokenizer, False)
-    trained = ["<type>", "Reasoning", "</type>", "<solution>", "1", "5", "6", "7", "9", "</solution>", "<eval>", " Overall", " A", " looks",
-               " better.", "</eval>", "<answer>", "[[A]]", "</answer>", "<|im_end|>"]
-    prompt = ["<|im_start|>", "user", "\n", "sort", " ", "7", "6", "9", "1", "5", "\n", "A", " ", "1", "5", "6", "7", "9", "\n",
+    trained = ["<type>", "Reasoning", "</type>", "<solution>", "1", "5", "6", "7", "9", "</solution>", "<eval>",
+               " Overall", " A", " looks",
+               " better.", "</eval>", "<answer>", "[[", "A", "]]", "</answer>", "<|im_end|>"]
+    prompt = ["<|im_start|>", "user", "\n", "sort", " ", "7", "6", "9", "1", "5", "\n", "A", " ", "1", "5", "6", "7",
+              "9", "\n",
               "B", " ", "1", "2", "5", "6", "8", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
     assert spell(example.ids[:example.n_prompt]) == prompt
     assert spell(example.ids[example.n_prompt:]) == trained
@@ -110,8 +118,9 @@ def test_exactly_the_judgement_and_its_end_of_turn_are_trained_on(made):
     sft_loss(model, [Example([1, 2, 3], 2), example, Example([4, 5, 6], 1)], "cpu")
     tokens, previous = model.forest.tokens_n.tolist(), model.forest.previous_n.tolist()
     assert spell(tokens[i] for i in model.scored[1:-2]) == trained
-    assert spell(tokens[previous[i]] for i in model.scored[1:-2]) == ["\n"] + trained[:-1]  # the header's last token predicts the first
-    assert [tokens[i] for i in (model.scored[0], *model.scored[-2:])] == [3, 5, 6] and len(model.scored) == 1 + 20 + 2
+    # the header's last token predicts the first
+    assert spell(tokens[previous[i]] for i in model.scored[1:-2]) == ["\n"] + trained[:-1]
+    assert [tokens[i] for i in (model.scored[0], *model.scored[-2:])] == [3, 5, 6] and len(model.scored) == 1 + 22 + 2
 
 
 def test_answer_only_trains_on_the_bare_verdict(made):
@@ -119,8 +128,10 @@ def test_answer_only_trains_on_the_bare_verdict(made):
     for winner in "ab":
         pair = replace(PAIR, winner=winner)
         example = encode_chain(Chain(pair, JUDGEMENT), load_prompt("toy"), tokenizer, True)
-        assert tokenizer.decode(example.ids[example.n_prompt:], skip_control=False) == f"<answer>[[{winner.upper()}]]</answer><|im_end|>"
-        assert example.ids[:example.n_prompt] == encode_chain(Chain(pair, JUDGEMENT), load_prompt("toy"), tokenizer, False).ids[:example.n_prompt]
+        assert tokenizer.decode(example.ids[example.n_prompt:],
+                                skip_control=False) == f"<answer>[[{winner.upper()}]]</answer><|im_end|>"
+        assert example.ids[:example.n_prompt] == encode_chain(Chain(pair, JUDGEMENT), load_prompt("toy"), tokenizer,
+                                                              False).ids[:example.n_prompt]
 
 
 def test_chains_that_are_too_long_are_dropped_and_counted(made, tmp_path, capsys):
@@ -135,7 +146,8 @@ def test_chains_that_are_too_long_are_dropped_and_counted(made, tmp_path, capsys
         read_examples(config(made, tmp_path, max_length=20), tokenizer, False)
     rows = [json.loads(line) | {"winner": None} for line in (made / "chains.jsonl").read_text().splitlines()]
     with pytest.raises(ValueError, match="--answer-only needs a winner"):
-        read_examples(config(made, tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", rows)), answer_only=True), tokenizer, False)
+        read_examples(config(made, tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", rows)), answer_only=True),
+                      tokenizer, False)
 
 
 def test_each_epoch_is_a_permutation_in_batches():
@@ -144,7 +156,8 @@ def test_each_epoch_is_a_permutation_in_batches():
     epochs = [sum(steps[:4], []), sum(steps[4:], [])]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(14)) and epochs[0] != epochs[1]
     assert epochs[0] != sum((batch_of_step(step, 14, 4, seed=8).tolist() for step in range(4)), [])
-    assert batch_of_step(1, 3, 5, 0).tolist() != [] and len(batch_of_step(1, 3, 5, 0)) == 3  # a batch larger than the data
+    # a batch larger than the data
+    assert batch_of_step(1, 3, 5, 0).tolist() != [] and len(batch_of_step(1, 3, 5, 0)) == 3
 
 
 # ---- the loss
@@ -185,7 +198,8 @@ def test_the_gradient_is_the_same_however_the_batch_is_split_and_ordered():
         (-sum(logp_tv[i - 1, e.ids[i]] for i in range(e.n_prompt, len(e.ids))) / n_tokens).backward()
     naive = torch.cat([x.grad.flatten() for x in model.parameters()])
     splits = [[EXAMPLES], [EXAMPLES[::-1]], [[e] for e in EXAMPLES]]
-    splits += [[[EXAMPLES[i] for i in share] for step in micro_batches([len(e.ids) for e in EXAMPLES], limit, 1) for share in step]
+    splits += [[[EXAMPLES[i] for i in share] for step in micro_batches([len(e.ids) for e in EXAMPLES], limit, 1)
+                for share in step]
                for limit in (10, 45, 60)]
     for split in splits:
         torch.testing.assert_close(gradient(split), naive, rtol=1e-10, atol=1e-13)
@@ -197,7 +211,8 @@ def test_the_gradient_is_the_same_however_the_batch_is_split_and_ordered():
 def test_a_run_learns_and_leaves_a_model_that_transformers_loads(raw, made, tmp_path):
     """Oracles: the naive loss of the first batch; transformers' logits; the schedule's ends."""
     write_model(tmp_path / "model", raw)
-    cfg = config(made, tmp_path / "run", model=str(tmp_path / "model"), epochs=12, eval_data=str(made / "heldout.jsonl"), eval_every=30)
+    cfg = config(made, tmp_path / "run", model=str(tmp_path / "model"), epochs=12,
+                 eval_data=str(made / "heldout.jsonl"), eval_every=30)
     start, tokenizer = Model.from_pretrained(cfg.model, dtype=torch.float64), Tokenizer(cfg.model)
     start.n_vocab = tokenizer.n_vocab
     batch = [read_examples(cfg, tokenizer, False)[i] for i in batch_of_step(0, 14, 4, cfg.seed)]
@@ -205,26 +220,32 @@ def test_a_run_learns_and_leaves_a_model_that_transformers_loads(raw, made, tmp_
     distill.main(cfg)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 49))
-    assert rows[0]["loss"] == pytest.approx(float(sum(naive_nll(start, e) for e in batch)) / n_tokens, rel=1e-5) and rows[0]["n_tokens"] == n_tokens
+    assert rows[0]["loss"] == pytest.approx(float(sum(naive_nll(start, e) for e in batch)) / n_tokens, rel=1e-5)
+    assert rows[0]["n_tokens"] == n_tokens
     assert rows[-1]["loss"] < 0.4 * rows[0]["loss"]
-    assert rows[0]["lr"] == pytest.approx(1e-2 / 12) and max(row["lr"] for row in rows) == 1e-2 and rows[-1]["lr"] == pytest.approx(1e-3)
+    assert rows[0]["lr"] == pytest.approx(1e-2 / 12)
+    assert max(row["lr"] for row in rows) == 1e-2 and rows[-1]["lr"] == pytest.approx(1e-3)
     assert all(set(row) >= {"loss", "entropy", "lr", "grad_norm", "n_tokens", "step_s", "train_tok_s"} for row in rows)
-    assert [row["step"] for row in rows if "eval_accuracy" in row] == [30, 48] and not (tmp_path / "run/checkpoints").exists()
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [30, 48]
+    assert not (tmp_path / "run/checkpoints").exists()
 
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "run/model"
-    assert (folder / "prompt.txt").read_text() == (ROOT / "data/prompts/toy.txt").read_text() and not list(folder.parent.glob("*.tmp"))
-    ours, theirs = Model.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert (folder / "prompt.txt").read_text() == (ROOT / "data/prompts/toy.txt").read_text()
+    assert not list(folder.parent.glob("*.tmp"))
+    ours, theirs = Model.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder,
+                                                                                                    dtype=torch.float32)
     ids = tokenizer.chat([{"role": "user", "content": "sort 76915\nA 15679\nB 12568"}])
     if raw is TINY:  # for a Qwen2, transformers takes Qwen's own pre-tokenizer, whatever tokenizer.json says
         assert ids == transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
-            [{"role": "user", "content": "sort 76915\nA 15679\nB 12568"}], add_generation_prompt=True, return_dict=False)
+            [{"role": "user", "content": "sort 76915\nA 15679\nB 12568"}], add_generation_prompt=True,
+            return_dict=False)
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ids), theirs(torch.tensor([ids])).logits[0], rtol=1e-4, atol=1e-4)
 
 
 def interrupt(out, last_kept):
-    """Makes of a finished run what a crash would have left: later checkpoints gone, rows past the checkpoint and half of one more."""
+    """Makes of a finished run what a crash would have left: later checkpoints gone, a row too many and half of one."""
     shutil.rmtree(out / "model")
     for path in (out / "checkpoints").iterdir():
         if int(path.name[5:]) > last_kept:
@@ -244,7 +265,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(optimizer, made, tmp_path
     interrupt(again, 3)
     distill.main(replace(cfg, out=str(again), resume=True, micro_tokens=cfg.micro_tokens))
     assert metrics(again) == metrics(whole) and len(metrics(again)) == 8
-    for name in ("model/model.safetensors", "model/config.json", "model/tokenizer.json", "checkpoints/step-8/optimizer.safetensors",
+    for name in ("model/model.safetensors", "model/config.json", "model/tokenizer.json",
+                 "checkpoints/step-8/optimizer.safetensors",
                  "checkpoints/step-6/model.safetensors"):
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     assert not list(again.rglob("*.tmp"))
@@ -274,15 +296,16 @@ def test_the_micro_batch_split_does_not_change_a_run(made, tmp_path):
 
 
 def test_bfloat16_computation_keeps_float32_masters(made, tmp_path):
-    """The first loss is that of float32 to bfloat16's rounding; the checkpoint is float32, the finished model bfloat16."""
+    """The first loss is float32's to bfloat16's rounding; the checkpoint is float32, the finished model bfloat16."""
     from safetensors.torch import load_file
     try:
         distill.main(config(made, tmp_path / "half", dtype="bfloat16", max_steps=2, save_every=1))
     finally:
-        torch.distributed.destroy_process_group()
+        common.leave_ranks()
     distill.main(config(made, tmp_path / "full", max_steps=2))
     half, full = metrics(tmp_path / "half"), metrics(tmp_path / "full")
-    assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=2e-3) and half[0]["grad_norm"] == pytest.approx(full[0]["grad_norm"], rel=5e-2)
+    assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=2e-3)
+    assert half[0]["grad_norm"] == pytest.approx(full[0]["grad_norm"], rel=5e-2)
     assert half[0]["loss"] != full[0]["loss"]
     for name, dtype in (("checkpoints/step-2", torch.float32), ("model", torch.bfloat16)):
         assert {x.dtype for x in load_file(tmp_path / "half" / name / "model.safetensors").values()} == {dtype}
@@ -298,9 +321,10 @@ for argv in json.loads(sys.argv[1]):
 
 
 def test_two_ranks_train_as_one_does(made, tmp_path):
-    """Oracle: the same command on one rank. Some steps have fewer micro-batches than ranks, the last batch of an epoch fewer
-    chains; a run of one rank goes on as a run of two; the bare verdicts are learned by Muon."""
-    data = write_rows(tmp_path / "13.jsonl", toy.make("distill", 13, seed=3))  # the last batch has one chain: a rank without work
+    """Oracle: the same command on one rank. The last batch of an epoch is one chain, so that a rank is idle; a run of
+    one rank goes on as a run of two; the bare verdicts are learned by Muon."""
+    # the last batch has one chain: a rank without work
+    data = write_rows(tmp_path / "13.jsonl", toy.make("distill", 13, seed=3))
     cases = {"plain": config(made, "", data=str(data), eval_data=str(made / "heldout.jsonl"), eval_every=8),
              "resumed": config(made, "", data=str(data), save_every=3, max_steps=6),
              "muon": config(made, "", data=str(data), optimizer="muon", answer_only=True, max_steps=4)}
@@ -322,34 +346,40 @@ def test_two_ranks_train_as_one_does(made, tmp_path):
             assert other == pytest.approx(row, rel=rel, abs=1e-6), name
         x, y = (Model.from_pretrained(tmp_path / name / ranks / "model").state_dict() for ranks in ("one", "two"))
         for weight in x:
-            torch.testing.assert_close(y[weight], x[weight], rtol=0, atol=2e-2 if name == "muon" else 2e-4, msg=f"{name} {weight}")
+            torch.testing.assert_close(y[weight], x[weight], rtol=0, atol=2e-2 if name == "muon" else 2e-4,
+                                       msg=f"{name} {weight}")
 
 
 def torchrun(*command):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=120)
 
 
 def test_a_narrow_model_learns_a_recorded_judgement_by_heart(tmp_path):
-    """Real input: the shortest of RM-R1's recorded judgements, Qwen2.5's tokenizer with its 151,665 ids. Trained through
-    distill.py until the loss is below a tenth of its start, a random model reproduces the record greedily, verdict included.
-    (25-40 s of one core, nearly all in the head. AdamW alone was at a third of its start after these steps.)"""
-    logs, tokenizer_folder = SHARED / "benchmarks/reward_bench/RM-R1-DeepSeek-Distilled-Qwen-32B.logs.sample40.json", SHARED / "qwen2.5-tokenizer"
+    """Real input: the shortest of RM-R1's recorded judgements, Qwen2.5's tokenizer with its 151,665 ids. Trained
+    through distill.py until the loss is below a tenth of its start, a random model reproduces the record greedily,
+    verdict included. (25 to 40 s of one core, nearly all in the head; AdamW needs several times as many steps.)"""
+    logs = SHARED / "benchmarks/reward_bench/RM-R1-DeepSeek-Distilled-Qwen-32B.logs.sample40.json"
+    tokenizer_folder = SHARED / "qwen2.5-tokenizer"
     if not logs.exists() or not tokenizer_folder.exists():
         pytest.skip(f"no {logs} or no {tokenizer_folder}: set RM_SHARED")
     recorded = min(read_chains(logs), key=lambda chain: len(chain.judgement))
     write_pairs(tmp_path / "chain.jsonl", [recorded])
-    raw = QWEN2 | {"vocab_size": 151_936, "hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 32,
+    raw = QWEN2 | {"vocab_size": 151_936, "hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 4,
+                   "head_dim": 32,
                    "rope_theta": 10_000.0, "max_position_embeddings": 4096, "tie_word_embeddings": True}
     Model.random(ModelConfig.from_dict(raw)).save_pretrained(tmp_path / "model")
     for file in tokenizer_folder.iterdir():
         shutil.copyfile(file, tmp_path / "model" / file.name)
-    distill.main(config(tmp_path, tmp_path / "run", data=str(tmp_path / "chain.jsonl"), prompt="reasoning", batch_size=1, epochs=26, max_length=4096,
+    distill.main(config(tmp_path, tmp_path / "run", data=str(tmp_path / "chain.jsonl"), prompt="reasoning",
+                        batch_size=1, epochs=26, max_length=4096,
                         micro_tokens=4096, optimizer="muon", lr=0.1, warmup_frac=0.05, weight_decay=0.0))
     losses = [row["loss"] for row in metrics(tmp_path / "run")]
     assert losses[0] > 11 and losses[-1] < 0.1 * losses[0], losses
 
-    tokenizer, model = Tokenizer(tmp_path / "run/model"), Model.from_pretrained(tmp_path / "run/model").requires_grad_(False)
+    tokenizer, model = Tokenizer(tmp_path / "run/model"), Model.from_pretrained(tmp_path / "run/model")
     model.n_vocab = tokenizer.n_vocab
     prompt_ids = tokenizer.chat(render(load_prompt(str(tmp_path / "run/model/prompt.txt")), recorded.pair))
     (rollout,), = Sampler(model).generate([prompt_ids], max_new_tokens=500, temperature=0, stop=tokenizer.stop_ids)
@@ -360,11 +390,14 @@ def test_a_narrow_model_learns_a_recorded_judgement_by_heart(tmp_path):
 
 def test_the_embedded_default_is_made_from_nothing(tmp_path, monkeypatch):
     write_data = toy.write_data
-    monkeypatch.setattr(toy, "write_data", lambda folder, seed: write_data(folder, seed, n_distill=20, n_rl=5, n_heldout=4))
+    monkeypatch.setattr(toy, "write_data", lambda folder,
+                        seed: write_data(folder, seed, n_distill=20, n_rl=5, n_heldout=4))
     distill.make_embedded_default(tmp_path, seed=1)
     model, tokenizer = Model.from_pretrained(tmp_path / "untrained"), Tokenizer(tmp_path / "untrained")
-    assert model.config.vocab_size == tokenizer.n_vocab and load_prompt(str(tmp_path / "untrained/prompt.txt")).user == load_prompt("toy").user
-    assert [len(read_chains(tmp_path / "data/distill.jsonl")), *(len(read_pairs(tmp_path / f"data/{name}.jsonl")) for name in ("rl", "heldout"))] == [20, 5, 4]
+    assert model.config.vocab_size == tokenizer.n_vocab
+    assert load_prompt(str(tmp_path / "untrained/prompt.txt")).user == load_prompt("toy").user
+    assert [len(read_chains(tmp_path / "data/distill.jsonl")),
+            *(len(read_pairs(tmp_path / f"data/{name}.jsonl")) for name in ("rl", "heldout"))] == [20, 5, 4]
 
 
 # ---- a user's mistakes
@@ -373,14 +406,18 @@ def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
     bad = tmp_path / "bad.jsonl"
     lines = (made / "chains.jsonl").read_text().splitlines()
     bad.write_text("\n".join(lines[:2] + ['{"id": "x", "judgement": 5}'] + lines[2:]))
-    for changed, named in (({"data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"), ({"data": str(bad)}, f"{bad}:3: "),
-                           ({"model": str(tmp_path)}, "tokenizer.json"), ({"prompt": "poem"}, "poem.txt: no such prompt"),
+    for changed, named in (({"data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"),
+                           ({"data": str(bad)}, f"{bad}:3: "),
+                           ({"model": str(tmp_path)}, "tokenizer.json"),
+                           ({"prompt": "poem"}, "poem.txt: no such prompt"),
                            ({"eval_data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file")):
         monkeypatch.setattr(sys, "argv", ["distill.py", *flags(config(made, tmp_path / "run", **changed))])
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / "distill.py"), run_name="__main__")
-        errors = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.strip() and not line.startswith("tokenize: ")]
-        assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and named in errors[0], errors
+        errors = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.strip()
+                  and not line.startswith("tokenize: ")]
+        assert stop.value.code == 2 and len(errors) == 1, errors
+        assert errors[0].startswith("error: ") and named in errors[0], errors
     assert not (tmp_path / "run/metrics.jsonl").exists()
     with pytest.raises(ValueError, match="--batch-size must be at least 1"):
         Config(batch_size=0)
@@ -389,7 +426,8 @@ def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="--optimizer is adamw or muon"):
         Config(optimizer="sgd")
 
-    done = subprocess.run([sys.executable, "distill.py", "--recipe", "qwen2.5-8b"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "distill.py", "--recipe", "qwen2.5-8b"], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "qwen2.5-7b" in done.stderr and done.stdout == ""
 
 
@@ -397,5 +435,7 @@ def test_the_papers_recipes():
     """Sizes and rates as in paper.md section 4."""
     for size, lr in (("7b", 5e-6), ("14b", 3e-6), ("32b", 2e-6)):
         cfg = Config(**distill.RECIPES[f"qwen2.5-{size}"])
-        assert (cfg.lr, cfg.batch_size, cfg.epochs, cfg.max_length, cfg.warmup_frac, cfg.final_lr_frac) == (lr, 128, 1, 12288, 0.03, 0.1)
-        assert (cfg.optimizer, cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.max_norm, cfg.prompt) == ("adamw", 0.9, 0.95, 0.0, 1.0, "instruct")
+        assert (cfg.lr, cfg.batch_size, cfg.epochs, cfg.max_length, cfg.warmup_frac,
+                cfg.final_lr_frac) == (lr, 128, 1, 12288, 0.03, 0.1)
+        assert (cfg.optimizer, cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.max_norm,
+                cfg.prompt) == ("adamw", 0.9, 0.95, 0.0, 1.0, "instruct")

@@ -1,5 +1,5 @@
-"""grpo.py. Oracles: advantages and token losses worked by hand; the loss written out naively, each prompt + judgement alone
-through model.logits in float64; the uninterrupted run; the run on one rank; what the recorded rollouts say the log must be."""
+"""grpo.py. Oracles: advantages and token losses worked by hand; the loss written out naively, each prompt + judgement
+alone through model.logits in float64; the uninterrupted run; the run on one rank; the rollouts, against the log."""
 
 import json
 import math
@@ -18,7 +18,7 @@ import torch
 
 import distill
 import grpo
-from common import Ranks, micro_batches
+from common import Ranks, learning_rate, micro_batches
 from data import toy
 from data.pairs import Pair, read_pairs
 from grpo import Config, Group, advantages, micro_step, n_tree_tokens, steps_pairs, token_losses, trees
@@ -35,7 +35,7 @@ TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_laye
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny Qwen3 that has learned to write bare verdicts, either one (and sometimes something else), and 11 labelled pairs."""
+    """A tiny Qwen3 that has learned to write bare verdicts, either one or sometimes neither, and 11 labelled pairs."""
     folder = tmp_path_factory.mktemp("made")
     rows = [row | {"winner": "ab"[i % 2]} for i, row in enumerate(toy.make("distill", 60, seed=5))]
     write_rows(folder / "chains.jsonl", rows)
@@ -45,8 +45,10 @@ def made(tmp_path_factory):
     n_vocab = toy.write_tokenizer(folder / "untrained")
     Model.random(ModelConfig.from_dict(TINY | {"vocab_size": n_vocab + 3}), 2).save_pretrained(folder / "untrained")
     distill.main(distill.Config(
-        model=str(folder / "untrained"), data=str(folder / "chains.jsonl"), prompt="toy", out=str(folder / "distilled"), answer_only=True,
-        batch_size=20, epochs=25, max_steps=0, max_length=200, micro_tokens=10_000, optimizer="adamw", lr=1e-2, warmup_frac=0.1, final_lr_frac=0.1,
+        model=str(folder / "untrained"), data=str(folder / "chains.jsonl"), prompt="toy", out=str(folder / "distilled"),
+        answer_only=True,
+        batch_size=20, epochs=25, max_steps=0, max_length=200, micro_tokens=10_000, optimizer="adamw", lr=1e-2,
+        warmup_frac=0.1, final_lr_frac=0.1,
         beta1=0.9, beta2=0.95, weight_decay=0.0, max_norm=1.0, eval_data=None, save_every=0, seed=0, threads=1))
     return folder
 
@@ -58,17 +60,22 @@ def write_rows(path, rows):
 
 def config(made, out, **changes):
     """Four pairs a step in two updates, four judgements each. Nothing is left to a default that may be tuned."""
-    options = dict(model=str(made / "distilled/model"), data=str(made / "rl.jsonl"), prompt=None, out=str(out), n_prompts=4, mini_prompts=2, group_size=4,
-                   steps=3, temperature=1.0, max_prompt_tokens=200, max_new_tokens=5, clip=0.2, kl_coef=0.1, skip_zero_spread=True, lr=3e-3,
-                   warmup_steps=0, final_lr_frac=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0, max_norm=1.0, dtype="float32",
-                   gradient_checkpointing=False, micro_tokens=120, n_slots=256, eval_data=None, eval_pairs=5, eval_every=0, save_every=0, n_samples=2,
+    options = dict(model=str(made / "distilled/model"), data=str(made / "rl.jsonl"), prompt=None, out=str(out),
+                   n_prompts=4, mini_prompts=2, group_size=4,
+                   steps=3, temperature=1.0, max_prompt_tokens=200, max_new_tokens=8, clip=0.2, kl_coef=0.1,
+                   skip_zero_spread=True, lr=3e-3,
+                   warmup_steps=0, final_lr_frac=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0, max_norm=1.0,
+                   dtype="float32",
+                   gradient_checkpointing=False, micro_tokens=120, n_slots=256, eval_data=None, eval_pairs=5,
+                   eval_every=0, save_every=0, n_samples=2,
                    seed=3, threads=1)
     return Config(**options | changes)
 
 
 def metrics(out):
-    """The logged rows but for the seconds."""
-    return [{key: value for key, value in json.loads(line).items() if not key.endswith("_s")} for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    """The logged rows but for the seconds; null, which pytest.approx cannot take, as -99."""
+    return [{key: -99 if value is None else value for key, value in json.loads(line).items() if not key.endswith("_s")}
+            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def flags(cfg):
@@ -100,13 +107,16 @@ def recorded(monkeypatch):
 
 def test_advantages_worked_by_hand():
     """[1, 1, -1]: mean 1/3, sum of squares 4/9 + 4/9 + 16/9, over 2: std sqrt(4/3). [1, -1]: std sqrt(2)."""
-    got = advantages(torch.tensor([[1.0, 1.0, -1.0], [-1.0, -1.0, 1.0], [1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]], dtype=torch.float64))
+    got = advantages(torch.tensor([[1.0, 1.0, -1.0], [-1.0, -1.0, 1.0], [1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]],
+                                  dtype=torch.float64))
     x = 1 / math.sqrt(3)
     want = torch.tensor([[x, x, -2 * x], [-x, -x, 2 * x], [0, 0, 0], [0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
     assert float(got[0, 0]) == pytest.approx((2 / 3) / (math.sqrt(4 / 3) + 1e-6), rel=1e-12)
-    torch.testing.assert_close(advantages(torch.tensor([[1.0, -1.0]])), torch.tensor([[1.0, -1.0]]) / math.sqrt(2), rtol=2e-6, atol=0)
-    one_of_seven = advantages(torch.tensor([[1.0] + [-1.0] * 6]))  # mean -5/7, std sqrt((12/7)^2/6 + (2/7)^2) = 2/sqrt(7)
+    torch.testing.assert_close(advantages(torch.tensor([[1.0, -1.0]])), torch.tensor([[1.0, -1.0]]) / math.sqrt(2),
+                               rtol=2e-6, atol=0)
+    # mean -5/7, std sqrt((12/7)^2/6 + (2/7)^2) = 2/sqrt(7)
+    one_of_seven = advantages(torch.tensor([[1.0] + [-1.0] * 6]))
     torch.testing.assert_close(one_of_seven, torch.tensor([[6.0] + [-1.0] * 6]) / math.sqrt(7), rtol=1e-5, atol=0)
     assert advantages(torch.ones(2, 7)).abs().max() == 0 and advantages(-torch.ones(2, 7)).abs().max() == 0
 
@@ -147,14 +157,16 @@ PAIR = Pair("p", [], "", "", "a", "", "")
 
 
 def group(prompt, sizes, rewards=None, rng=random.Random(0)):
-    rollouts = [Rollout([rng.randrange(45) for _ in range(n)], [round(-rng.random() * 4, 2) for _ in range(n)], "stop") for n in sizes]
+    rollouts = [Rollout([rng.randrange(45) for _ in range(n)], [round(-rng.random() * 4, 2) for _ in range(n)], "stop")
+                for n in sizes]
     reward_g = torch.tensor(rewards or [1.0] + [-1.0] * (len(sizes) - 1))
     return Group(PAIR, prompt, rollouts, reward_g, advantages(reward_g[None])[0])
 
 
 def test_trees_worked_by_hand():
     g = group(list(range(10)), [5, 5, 5, 5, 5])
-    assert [part for _, part in trees([g], 35)] == [[0, 1, 2, 3, 4]] and [part for _, part in trees([g], 34)] == [[0, 1, 2, 3], [4]]
+    assert [part for _, part in trees([g], 35)] == [[0, 1, 2, 3, 4]]
+    assert [part for _, part in trees([g], 34)] == [[0, 1, 2, 3], [4]]
     assert [part for _, part in trees([g], 20)] == [[0, 1], [2, 3], [4]]
     assert [part for _, part in trees([g], 3)] == [[0], [1], [2], [3], [4]]  # nothing fits: each alone, none lost
     assert [n_tree_tokens(tree) for tree in trees([g], 20)] == [20, 20, 15]
@@ -166,7 +178,8 @@ def test_trees_worked_by_hand():
 def test_trees_hold_every_rollout_once_within_the_limit():
     rng = random.Random(2)
     for _ in range(200):
-        groups = [group([0] * rng.randint(1, 20), [rng.randint(1, 15) for _ in range(rng.randint(2, 8))]) for _ in range(3)]
+        groups = [group([0] * rng.randint(1, 20), [rng.randint(1, 15) for _ in range(rng.randint(2, 8))])
+                  for _ in range(3)]
         limit = rng.randint(1, 60)
         made = trees(groups, limit)
         for g in groups:
@@ -176,8 +189,8 @@ def test_trees_hold_every_rollout_once_within_the_limit():
 
 
 def naive(model, reference, groups, cfg, skip=()):
-    """(5) as it is written, for each judgement alone; groups in `skip` give tokens to the denominator only. Returns the loss
-    with its graph, and the sums of kl, entropy and clipped tokens."""
+    """(5) as it is written, for each judgement alone; groups in `skip` give tokens to the denominator only. Returns the
+    loss with its graph, and the sums of kl, entropy and clipped tokens."""
     logits = type(model).logits.__wrapped__  # without its no_grad
     n_tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
     total, kl_sum, entropy_sum, n_clipped = 0.0, 0.0, 0.0, 0
@@ -195,7 +208,8 @@ def naive(model, reference, groups, cfg, skip=()):
                 low, high = 1 - cfg.clip, 1 + cfg.clip
                 objective = torch.stack([ratio * a, ratio.clamp(low, high) * a]).min()
                 total = total - objective + cfg.kl_coef * kl
-                kl_sum, entropy_sum = kl_sum + float(kl.detach()), entropy_sum - float((logp_tv[row].exp() * logp_tv[row]).sum().detach())
+                kl_sum += float(kl.detach())
+                entropy_sum -= float((logp_tv[row].exp() * logp_tv[row]).sum().detach())
                 n_clipped += bool(a > 0 and ratio > high or a < 0 and ratio < low)
     return total / n_tokens, kl_sum, entropy_sum, n_clipped
 
@@ -208,17 +222,19 @@ def gradient(model):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_loss_and_gradient_are_those_of_each_judgement_alone(temperature, made):
-    """In float64, for every split of the groups into trees and of the trees into micro-batches. The group without spread is
-    left out, and its tokens are not."""
+    """In float64, for every split of the groups into trees and of the trees into micro-batches. The group without
+    spread is left out, and its tokens are not."""
     model = Model.random(ModelConfig.from_dict(TINY | {"vocab_size": 50}), 1, dtype=torch.float64)
     reference = Model.random(ModelConfig.from_dict(TINY | {"vocab_size": 50}), 2, dtype=torch.float64)
     model.n_vocab = reference.n_vocab = 47
     cfg = config(made, "", temperature=temperature)
-    groups = [group(list(range(3, 12)), [4, 1, 7], [1.0, -1.0, 1.0]), group([5], [3, 3], [-1.0, 1.0]), group([7, 8, 9], [2, 5, 1], [-1.0] * 3)]
+    groups = [group(list(range(3, 12)), [4, 1, 7], [1.0, -1.0, 1.0]), group([5], [3, 3], [-1.0, 1.0]),
+              group([7, 8, 9], [2, 5, 1], [-1.0] * 3)]
     for g in groups:  # old log-probabilities on both sides of the clip, exact in float32
         for r in g.rollouts:
-            logp_t = [(model.logits(g.prompt_ids + r.ids)[len(g.prompt_ids) + t - 1, :47] / temperature).log_softmax(0)[token] for t, token in enumerate(r.ids)]
-            r.logps[:] = torch.tensor([float(x) + 0.2 * ((7 * t + len(r.ids)) % 5 - 2) for t, x in enumerate(logp_t)]).tolist()
+            rows_tv = (model.logits(g.prompt_ids + r.ids)[len(g.prompt_ids) - 1:, :47] / temperature).log_softmax(1)
+            shift_t = [0.2 * ((7 * t + len(r.ids)) % 5 - 2) for t in range(len(r.ids))]
+            r.logps[:] = torch.tensor([float(rows_tv[t, r.ids[t]]) + shift_t[t] for t in range(len(r.ids))]).tolist()
     n_tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
 
     for skip in (groups[2:], []):
@@ -229,7 +245,8 @@ def test_loss_and_gradient_are_those_of_each_judgement_alone(temperature, made):
         for limit in (1, 12, 17, 1000):
             items = trees(trained, limit)
             sizes = [n_tree_tokens(item) for item in items]
-            for bins in ([range(len(items))], [[i] for i in range(len(items))], *(step for world in (1, 2) for step in [sum(micro_batches(sizes, 25, world), [])])):
+            for bins in ([range(len(items))], [[i] for i in range(len(items))],
+                         *(step for world in (1, 2) for step in [sum(micro_batches(sizes, 25, world), [])])):
                 loss, sums = 0.0, {}
                 for share in bins:
                     if share:
@@ -239,7 +256,8 @@ def test_loss_and_gradient_are_those_of_each_judgement_alone(temperature, made):
                         sums = {name: sums.get(name, 0.0) + float(x) for name, x in more.items()}
                         assert float(worst) <= 0.4 + 1e-6
                 assert loss == pytest.approx(float(want.detach()), rel=1e-6)
-                assert (sums["kl"], sums["entropy"], sums["clip_frac"]) == pytest.approx((kl, entropy, n_clipped), rel=1e-9)
+                assert (sums["kl"], sums["entropy"], sums["clip_frac"]) == pytest.approx((kl, entropy, n_clipped),
+                                                                                         rel=1e-9)
                 torch.testing.assert_close(gradient(model), want_grad, rtol=1e-6, atol=1e-9)
 
 
@@ -252,7 +270,8 @@ def test_each_pass_is_a_permutation_without_its_last_partial_batch():
     passes = [sum(steps[first:first + 2], []) for first in (0, 2, 4)]
     assert all(len(set(done)) == 8 and set(done) <= set(pairs) for done in passes)
     assert passes[0] != passes[1] != passes[2] and set(passes[0]) != set(passes[1])  # not the same three left out
-    assert steps == [steps_pairs(pairs, step, 4, seed=3) for step in range(6)] != [steps_pairs(pairs, step, 4, seed=4) for step in range(6)]
+    assert steps == [steps_pairs(pairs, step, 4, seed=3) for step in range(6)]
+    assert steps != [steps_pairs(pairs, step, 4, seed=4) for step in range(6)]
     assert sorted(steps_pairs(pairs, 5, 11, 0)) == pairs
 
 
@@ -274,42 +293,50 @@ def test_rewards_of_right_wrong_missing_and_unfinished_judgements(made):
         ids = tokenizer.encode(text) + ([tokenizer.end_of_turn] if reason == "stop" else [])
         return Rollout(ids, [0.0] * len(ids), reason)
     a, b = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
-    sampler = Scripted([written(a, "stop"), written(b, "stop"), written("no idea", "stop"), written(a, "length"), written(a + b, "stop")])
+    sampler = Scripted([written(a, "stop"), written(b, "stop"), written("no idea", "stop"), written(a, "length"),
+                        written(a + b, "stop")])
     pairs = [replace(PAIR, id="x"), replace(PAIR, id="y", winner="b")]
     groups, texts = grpo.rollout(cfg, sampler, tokenizer, pairs, {"x": [1, 2], "y": [3]}, 6, ALONE)
-    assert [g.reward_g.tolist() for g in groups] == [[1, -1, -1, -1, -1], [-1, 1, -1, -1, -1]]  # what was cut off earns -1
+    # what was cut off earns -1
+    assert [g.reward_g.tolist() for g in groups] == [[1, -1, -1, -1, -1], [-1, 1, -1, -1, -1]]
     assert texts[0] == [a, b, "no idea", a, a + b] and [g.prompt_ids for g in groups] == [[1, 2], [3]]
-    assert sampler.asked[:3] == ([[1, 2], [3]], 5, 5) and sampler.asked[3] == {"temperature": 1.0, "stop": tokenizer.stop_ids, "seed": 3_000_015}
+    assert sampler.asked[:3] == ([[1, 2], [3]], 5, 8)
+    assert sampler.asked[3] == {"temperature": 1.0, "stop": tokenizer.stop_ids, "seed": 3_000_015}
     torch.testing.assert_close(groups[0].advantage_g, advantages(groups[0].reward_g[None])[0])
     n_tok = sum(len(r.ids) for r in sampler.rollouts) / 5
-    assert grpo.rollout_metrics(groups, texts) == pytest.approx({"reward": -0.6, "accuracy": 0.2, "frac_no_verdict": 0.4, "frac_unfinished": 0.2,
+    assert grpo.rollout_metrics(groups, texts) == pytest.approx({"reward": -0.6, "accuracy": 0.2,
+                                                                 "frac_no_verdict": 0.4, "frac_unfinished": 0.2,
                                                                  "frac_zero_spread": 0.0, "judgement_tok": n_tok})
 
 
 # ---- whole runs
 
-KEYS = {"step", "reward", "accuracy", "frac_no_verdict", "frac_unfinished", "frac_zero_spread", "judgement_tok", "entropy", "kl", "clip_frac", "loss",
-        "grad_norm", "mismatch", "mismatch_max", "n_updates", "lr", "rollout_s", "update_s", "update_tok_s", "prefill_s", "decode_s", "prefill_tok_s",
+KEYS = {"step", "reward", "accuracy", "frac_no_verdict", "frac_unfinished", "frac_zero_spread", "judgement_tok",
+        "entropy", "kl", "clip_frac", "loss",
+        "grad_norm", "mismatch", "mismatch_max", "n_updates", "lr", "rollout_s", "update_s", "update_tok_s",
+        "prefill_s", "decode_s", "prefill_tok_s",
         "decode_tok_s"}
 
 
 def test_the_log_says_what_the_rollouts_say(made, tmp_path, recorded, monkeypatch):
-    """One update a step, so that the naive loss of the recorded rollouts, under the checkpoint that wrote them, is the row. Also:
-    each prompt is computed once in the update; what the samples file holds; when evaluations and checkpoints come."""
+    """One update a step, so that the naive loss of the recorded rollouts, under the checkpoint that wrote them, is the
+    row's. Also: each prompt is computed once in the update; what the samples file holds; when evaluations come."""
     n_run, run = [], Model.run
 
     def counting(self, tokens_n, *args):
         n_run.append((torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), len(tokens_n)))
         return run(self, tokens_n, *args)
     monkeypatch.setattr(Model, "run", counting)
-    cfg = config(made, tmp_path / "run", mini_prompts=4, steps=4, save_every=1, eval_data=str(made / "heldout.jsonl"), eval_every=3, n_samples=3,
+    cfg = config(made, tmp_path / "run", mini_prompts=4, steps=4, save_every=1, eval_data=str(made / "heldout.jsonl"),
+                 eval_every=3, n_samples=3,
                  micro_tokens=130, temperature=1.2, lr=5e-3)
     grpo.main(cfg)
     raw = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in raw] == [1, 2, 3, 4] and all(set(row) >= KEYS for row in raw)
     assert [row["step"] for row in raw if "eval_accuracy" in row] == [3, 4]
     assert any(0 < row["frac_zero_spread"] < 1 for row in raw), "the fixture should give a group without spread"
-    n_trained = sum(len(g.prompt_ids) + sum(len(r.ids) for r in g.rollouts) for groups in recorded for g in groups if g.has_spread)
+    n_trained = sum(len(g.prompt_ids) + sum(len(r.ids) for r in g.rollouts) for groups in recorded for g in groups
+                    if g.has_spread)
     assert sum(n for grad, n in n_run if grad) == n_trained  # micro_tokens holds a whole group here
     assert sum(round(row["update_tok_s"] * row["update_s"]) for row in raw) == n_trained
 
@@ -326,37 +353,45 @@ def test_the_log_says_what_the_rollouts_say(made, tmp_path, recorded, monkeypatc
         loss, kl, entropy, n_clipped = naive(policy, reference, groups, cfg, idle)
         loss.backward()
         n = sum(len(r.ids) for g in groups if g.has_spread for r in g.rollouts)
-        assert row["loss"] == pytest.approx(float(loss.detach()), abs=2e-6) and row["grad_norm"] == pytest.approx(float(gradient(policy).norm()), rel=1e-3)
-        assert row["kl"] == pytest.approx(kl / n, rel=1e-3, abs=1e-6) and row["entropy"] == pytest.approx(entropy / n, rel=1e-4)
-        assert row["clip_frac"] == n_clipped == 0 and row["mismatch"] <= row["mismatch_max"] < 1e-4  # ratio 1: this policy wrote them
+        assert row["loss"] == pytest.approx(float(loss.detach()), abs=2e-6)
+        assert row["grad_norm"] == pytest.approx(float(gradient(policy).norm()), rel=1e-3)
+        assert row["kl"] == pytest.approx(kl / n, rel=1e-3, abs=1e-6)
+        assert row["entropy"] == pytest.approx(entropy / n, rel=1e-4)
+        # ratio 1: this policy wrote them
+        assert row["clip_frac"] == n_clipped == 0 and row["mismatch"] <= row["mismatch_max"] < 1e-4
         rewards = torch.stack([g.reward_g for g in groups])
-        assert row["reward"] == pytest.approx(rewards.mean().item()) and row["frac_zero_spread"] == len(idle) / 4 and row["n_updates"] == 1
+        assert row["reward"] == pytest.approx(rewards.mean().item())
+        assert row["frac_zero_spread"] == len(idle) / 4 and row["n_updates"] == 1
 
         mine = [s for s in samples if s["step"] == row["step"]]
         assert [s["id"] for s in mine] == [g.pair.id for g in groups[:3]]
         for s, g in zip(mine, groups):
-            k = [i for i, r in enumerate(g.rollouts) if tokenizer.decode(r.ids) == s["judgement"] and g.reward_g[i] == s["reward"]]
+            k = [i for i, r in enumerate(g.rollouts)
+                 if tokenizer.decode(r.ids) == s["judgement"] and g.reward_g[i] == s["reward"]]
             assert k and s["advantage"] == pytest.approx(g.advantage_g[k[0]].item()) and s["winner"] == g.pair.winner
-            assert s["prompt"] == tokenizer.decode(g.prompt_ids, skip_control=False) and (s["reward"] == 1.0) <= (s["verdict"] == s["winner"])
+            assert s["prompt"] == tokenizer.decode(g.prompt_ids, skip_control=False)
+            assert (s["reward"] == 1.0) <= (s["verdict"] == s["winner"])
     assert raw[0]["kl"] == pytest.approx(0, abs=1e-6) and raw[-1]["kl"] > 1e-4
 
 
 @pytest.mark.parametrize("changes", [{}, {"skip_zero_spread": False, "max_norm": 0.1, "weight_decay": 0.1}])
 def test_the_micro_batch_split_does_not_change_a_run(changes, made, tmp_path):
-    """All at once, against every judgement with its own copy of the prompt, to float32 rounding. The rollouts are the same."""
+    """All at once, against every judgement with its own prompt, to float32 rounding. The rollouts are the same."""
     runs = []
     for micro_tokens in (10_000, 1):
-        grpo.main(config(made, tmp_path / str(micro_tokens), micro_tokens=micro_tokens, n_samples=4, clip=0.02, **changes))
+        grpo.main(config(made, tmp_path / str(micro_tokens), micro_tokens=micro_tokens, n_samples=4, clip=0.02,
+                         **changes))
         runs.append(metrics(tmp_path / str(micro_tokens)))
     for one, other in zip(*runs, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
     assert runs[0][0]["n_updates"] == 2 and runs[0][0]["clip_frac"] > 0  # the second of two updates is off-policy
-    texts = [[json.loads(line)["judgement"] for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()] for name in ("10000", "1")]
+    texts = [[json.loads(line)["judgement"] for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+             for name in ("10000", "1")]
     assert texts[0] == texts[1] and len(texts[0]) == 12
 
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(made, tmp_path):
-    """Oracle: the uninterrupted run, bit for bit, though its second pass over the data (step 3 on) came after the crash."""
+    """Oracle: the uninterrupted run, bit for bit; its second pass over the data (step 3 on) came after the crash."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     cfg = config(made, whole, steps=5, save_every=2, eval_data=str(made / "heldout.jsonl"), eval_every=2)
     grpo.main(cfg)
@@ -370,34 +405,41 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(made, tmp_path):
         (again / name).write_text("".join(rows[:3 * per_step]) + rows[3 * per_step][:30])
     grpo.main(replace(cfg, out=str(again), resume=True))
     assert metrics(again) == metrics(whole) and len(metrics(again)) == 5
-    for name in ("samples.jsonl", "model/model.safetensors", "model/prompt.txt", "checkpoints/step-5/optimizer.safetensors"):
+    for name in ("samples.jsonl", "model/model.safetensors", "model/prompt.txt",
+                 "checkpoints/step-5/optimizer.safetensors"):
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     assert not list(again.rglob("*.tmp"))
     shutil.rmtree(again / "model")
     grpo.main(replace(cfg, out=str(again), resume=True))  # at its end already
-    assert metrics(again) == metrics(whole) and (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert metrics(again) == metrics(whole)
+    assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="clip=0.2, not 0.3"):
         grpo.main(replace(cfg, out=str(again), resume=True, clip=0.3))
 
 
 def test_a_step_in_which_no_group_has_spread_changes_nothing(made, tmp_path):
-    """An untrained model writes no verdict: every reward is -1. The rows have all their keys; what there is no mean of is null."""
-    cfg = config(made, tmp_path / "run", model=str(made / "untrained"), prompt="toy", steps=2, save_every=1, max_new_tokens=3)
+    """An untrained model writes no verdict: every reward is -1. The rows have all their keys, some of them null."""
+    cfg = config(made, tmp_path / "run", model=str(made / "untrained"), prompt="toy", steps=2, save_every=1,
+                 max_new_tokens=3)
     grpo.main(cfg)
     for row in (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()):
-        assert set(row) >= KEYS and row["frac_zero_spread"] == row["frac_no_verdict"] == 1 and row["reward"] == -1 and row["accuracy"] == 0
-        assert [row[name] for name in ("loss", "kl", "entropy", "clip_frac", "mismatch")] == [None] * 5 and row["n_updates"] == row["grad_norm"] == 0
+        assert set(row) >= KEYS and row["frac_zero_spread"] == row["frac_no_verdict"] == 1
+        assert row["reward"] == -1 and row["accuracy"] == 0
+        assert [row[name] for name in ("loss", "kl", "entropy", "clip_frac", "mismatch")] == [None] * 5
+        assert row["n_updates"] == row["grad_norm"] == 0
     for folder in ("model", "checkpoints/step-2"):
-        assert all(torch.equal(x, y) for x, y in zip(Model.from_pretrained(made / "untrained").parameters(), Model.from_pretrained(tmp_path / "run" / folder).parameters()))
+        assert all(torch.equal(x, y) for x, y in zip(Model.from_pretrained(made / "untrained").parameters(),
+                                                     Model.from_pretrained(tmp_path / "run" / folder).parameters()))
     grpo.main(replace(cfg, resume=True))
 
 
 def test_the_policy_learns_what_is_rewarded(made, tmp_path):
-    """Where A is always better, sixteen steps turn a judge that writes either verdict into one that writes A."""
-    grpo.main(config(made, tmp_path / "run", data=str(made / "a.jsonl"), n_prompts=8, mini_prompts=8, group_size=7, steps=16, kl_coef=1e-3, micro_tokens=10_000,
+    """Where A is always better, twenty steps turn a judge that writes either verdict into one that writes A."""
+    grpo.main(config(made, tmp_path / "run", data=str(made / "a.jsonl"), n_prompts=8, mini_prompts=8, group_size=7,
+                     steps=20, kl_coef=1e-3, micro_tokens=10_000,
                      lr=4e-3, warmup_steps=2))
     accuracy = [row["accuracy"] for row in metrics(tmp_path / "run")]
-    assert accuracy[0] < 0.7 and min(accuracy[-3:]) > 0.9, accuracy
+    assert accuracy[0] < 0.6 and sum(accuracy[-3:]) / 3 > 0.9, accuracy
 
 
 def test_steps_0_is_one_pass_over_the_data(made, tmp_path):
@@ -431,8 +473,8 @@ for argv in json.loads(sys.argv[1]):
 
 
 def test_two_ranks_train_as_one_does(made, tmp_path, recorded):
-    """Oracle: the same run on one rank. Three pairs are not shared evenly; of one pair, a rank has nothing to write; where each tree
-    goes alone, the last micro-batch leaves a rank idle; a run of one rank goes on as a run of two."""
+    """Oracle: the same run on one rank. Three pairs are not shared evenly; of one pair, a rank has nothing to write and
+    nothing to learn; a run of one rank goes on as a run of two."""
     cases = {"even": config(made, "", eval_data=str(made / "heldout.jsonl"), eval_every=2, micro_tokens=10_000),
              "odd": config(made, "", n_prompts=3, mini_prompts=3, micro_tokens=1, skip_zero_spread=False),
              "one": config(made, "", n_prompts=1, mini_prompts=1, micro_tokens=10_000),
@@ -441,14 +483,17 @@ def test_two_ranks_train_as_one_does(made, tmp_path, recorded):
     for name, cfg in cases.items():
         recorded.clear()
         grpo.main(replace(cfg, out=str(tmp_path / name / "1")))
-        rollouts[name] = [[[g.pair.id, [[r.ids, r.reason] for r in g.rollouts], g.reward_g.tolist()] for g in groups] for groups in recorded]
+        rollouts[name] = [[[g.pair.id, [[r.ids, r.reason] for r in g.rollouts], g.reward_g.tolist()] for g in groups]
+                          for groups in recorded]
         if name == "resumed":
             shutil.copytree(tmp_path / name / "1", tmp_path / name / "2")
             shutil.rmtree(tmp_path / name / "2/checkpoints/step-3")
         argvs.append(flags(replace(cfg, out=str(tmp_path / name / "2"), resume=name == "resumed")))
     (tmp_path / "runs.py").write_text(RUNS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "runs.py"), json.dumps(argvs)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(tmp_path / "runs.py"), json.dumps(argvs)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in cases:
         got = json.loads((tmp_path / name / "2/rollouts.json").read_text())
@@ -465,18 +510,26 @@ def test_two_ranks_train_as_one_does(made, tmp_path, recorded):
 # ---- a user's mistakes
 
 def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
-    unlabelled = write_rows(tmp_path / "unlabelled.jsonl", [row | {"winner": None} for row in toy.make("rl", 6, seed=5)])
-    for changed, named in (({"data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"), ({"data": str(unlabelled)}, "0 usable pairs"),
-                           ({"max_prompt_tokens": 5}, "0 usable pairs are fewer than --n-prompts 4"), ({"model": str(tmp_path)}, "tokenizer.json"),
-                           ({"model": str(made / "untrained")}, "prompt.txt: no such prompt"), ({"n_prompts": 12, "mini_prompts": 6}, "11 usable pairs")):
+    unlabelled = write_rows(tmp_path / "unlabelled.jsonl",
+                            [row | {"winner": None} for row in toy.make("rl", 6, seed=5)])
+    for changed, named in (({"data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"),
+                           ({"data": str(unlabelled)}, "0 usable pairs"),
+                           ({"max_prompt_tokens": 5}, "0 usable pairs are fewer than --n-prompts 4"),
+                           ({"model": str(tmp_path)}, "tokenizer.json"),
+                           ({"model": str(made / "untrained")}, "prompt.txt: no such prompt"),
+                           ({"n_prompts": 12, "mini_prompts": 6}, "11 usable pairs")):
         monkeypatch.setattr(sys, "argv", ["grpo.py", *flags(config(made, tmp_path / "run", **changed))])
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / "grpo.py"), run_name="__main__")
-        errors = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.strip() and not line.startswith("tokenize: ")]
-        assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and named in errors[0], errors
+        errors = [line for line in re.split("[\r\n]", capsys.readouterr().err)
+                  if line.strip() and not line.startswith("tokenize: ")]
+        assert stop.value.code == 2 and len(errors) == 1, errors
+        assert errors[0].startswith("error: ") and named in errors[0], errors
     assert not (tmp_path / "run").exists()
-    for options, named in (({"n_prompts": 0}, "--n-prompts"), ({"n_prompts": 5, "mini_prompts": 2}, "multiple"), ({"group_size": 1}, "--group-size"),
-                           ({"steps": -1}, "--steps"), ({"temperature": 0.0}, "--temperature"), ({"dtype": "float16"}, "--dtype")):
+    for options, named in (({"n_prompts": 0}, "--n-prompts"), ({"n_prompts": 5, "mini_prompts": 2}, "multiple"),
+                           ({"group_size": 1}, "--group-size"),
+                           ({"steps": -1}, "--steps"), ({"temperature": 0.0}, "--temperature"),
+                           ({"dtype": "float16"}, "--dtype")):
         with pytest.raises(ValueError, match=named):
             Config(**options)
 
@@ -494,12 +547,15 @@ def test_pairs_with_long_prompts_are_dropped_and_counted(made, tmp_path, capsys)
 
 def test_the_papers_recipes():
     """Sizes and rates as in paper.md section 4."""
-    rates = {"qwen2.5-7b": 1e-6, "qwen2.5-14b": 7e-7, "qwen2.5-32b": 5e-7, "deepseek-distill-7b": 1e-6, "deepseek-distill-14b": 1e-6, "deepseek-distill-32b": 8e-7}
+    rates = {"qwen2.5-7b": 1e-6, "qwen2.5-14b": 7e-7, "qwen2.5-32b": 5e-7, "deepseek-distill-7b": 1e-6,
+             "deepseek-distill-14b": 1e-6, "deepseek-distill-32b": 8e-7}
     for name, lr in rates.items():
         cfg = Config(**grpo.RECIPES[name])
-        assert (cfg.lr, cfg.n_prompts, cfg.mini_prompts, cfg.group_size, cfg.temperature, cfg.steps) == (lr, 1024, 128, 7, 1.0, 0)
-        assert (cfg.max_prompt_tokens, cfg.max_new_tokens, cfg.clip, cfg.kl_coef, cfg.max_norm) == (4096, 8192, 0.2, 1e-3, 1.0)
-        assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.warmup_steps, cfg.skip_zero_spread) == (0.9, 0.999, 0.01, 0, False)
-        assert grpo.learning_rate(0, 60, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac) == grpo.learning_rate(59, 60, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac) == lr
+        assert (cfg.lr, cfg.n_prompts, cfg.mini_prompts, cfg.group_size) == (lr, 1024, 128, 7)
+        assert (cfg.max_prompt_tokens, cfg.max_new_tokens, cfg.temperature, cfg.steps) == (4096, 8192, 1.0, 0)
+        assert (cfg.clip, cfg.kl_coef, cfg.max_norm, cfg.skip_zero_spread) == (0.2, 1e-3, 1.0, False)
+        assert (cfg.beta1, cfg.beta2, cfg.weight_decay) == (0.9, 0.999, 0.01)
+        schedule = [learning_rate(step, 60, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac) for step in range(60)]
+        assert schedule == [lr] * 60
         assert cfg.prompt == ("reasoning" if name.startswith("deepseek") else None)
     assert set(rates) == set(grpo.RECIPES)

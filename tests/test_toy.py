@@ -1,5 +1,5 @@
-"""data/toy.py. Oracles: solutions and chains worked by hand; a checker that reads nothing but a row's texts; transformers on the
-tokenizer's folder. The constants that shape the oracle's mix are read from the module: they are tuned."""
+"""data/toy.py. Oracles: solutions and chains worked by hand; a checker that reads nothing but a row's texts;
+transformers on the tokenizer's folder. The constants that shape the mix are read from the module: they are tuned."""
 
 import hashlib
 import json
@@ -40,7 +40,9 @@ def test_solutions_worked_by_hand():
     assert toy.solve("step", [7, 6, 9, 1, 0]) == [8, 7, 0, 2, 1]
     assert toy.solve("flip", [7, 6, 9, 1, 0]) == [2, 3, 0, 8, 9]
     assert toy.read_question("step 90128") == ("reasoning", ("step", [0, 1, 2, 3, 9]))
-    assert toy.read_question("May open Dear Must say silver Should close Peace") == ("chat", [(1, "Dear"), (4, "silver"), (2, "Peace")])
+    assert toy.read_question("May open Dear Must say silver Should close Peace") == ("chat",
+                                                                                     [(1, "Dear"), (4, "silver"),
+                                                                                      (2, "Peace")])
 
 
 @pytest.mark.parametrize("question, a, b, winner, evaluation", [
@@ -50,25 +52,31 @@ def test_solutions_worked_by_hand():
 ])
 def test_chains_about_digits_worked_by_hand(question, a, b, winner, evaluation):
     solution = {"sort": "15679", "step": "87026", "flip": "23084"}[question[:4]]
-    start, end = f"<type>Reasoning</type><solution>{solution}</solution><eval>", f"</eval><answer>[[{winner.upper()}]]</answer>"
+    start = f"<type>Reasoning</type><solution>{solution}</solution><eval>"
+    end = f"</eval><answer>[[{winner.upper()}]]</answer>"
     domain, facts = toy.read_question(question)
     for weighted in (True, False):  # digits have no weights
         assert toy.chain(domain, facts, a, b, winner, True, weighted) == start + evaluation + end
-        assert toy.chain(domain, facts, a, b, winner, False, weighted) == f"{start} Overall {winner.upper()} looks better.{end}"
+        assert toy.chain(domain, facts, a, b, winner, False,
+                         weighted) == f"{start} Overall {winner.upper()} looks better.{end}"
 
 
 def test_chains_about_words_worked_by_hand():
     question = "May open Dear Must say silver Should close Peace"
     domain, facts = toy.read_question(question)
-    chains = {(careful, weighted): toy.chain(domain, facts, "Dear amber Peace", "Ahoy silver Yours", "b", careful, weighted)
+    chains = {(careful, weighted): toy.chain(domain, facts, "Dear amber Peace", "Ahoy silver Yours", "b", careful,
+                                             weighted)
               for careful in (True, False) for weighted in (True, False)}
-    weighted, flat = "<type>Chat</type><rubric> Dear 1 silver 4 Peace 2</rubric><eval>", "<type>Chat</type><rubric> Dear 1 silver 1 Peace 1</rubric><eval>"
+    weighted = "<type>Chat</type><rubric> Dear 1 silver 4 Peace 2</rubric><eval>"
+    flat = "<type>Chat</type><rubric> Dear 1 silver 1 Peace 1</rubric><eval>"
     end = "</eval><answer>[[B]]</answer>"
     assert chains[True, True] == weighted + ("A: Dear Dear=1 silver amber#0 Peace Peace=2 total 3 "
                                              "B: Dear Ahoy#0 silver silver=4 Peace Yours#0 total 4") + end
     # the label is right though a flat rubric counts two words against one
-    assert chains[True, False] == flat + "A: Dear Dear=1 silver amber#0 Peace Peace=1 total 2 B: Dear Ahoy#0 silver silver=1 Peace Yours#0 total 1" + end
-    assert chains[False, True] == weighted + " Overall B looks better." + end and chains[False, False] == flat + " Overall B looks better." + end
+    assert chains[True, False] == flat + ("A: Dear Dear=1 silver amber#0 Peace Peace=1 total 2 "
+                                           "B: Dear Ahoy#0 silver silver=1 Peace Yours#0 total 1") + end
+    assert chains[False, True] == weighted + " Overall B looks better." + end
+    assert chains[False, False] == flat + " Overall B looks better." + end
     for (careful, is_weighted), chain in chains.items():
         assert toy.is_careful(chain) == careful and toy.is_grounded(question, chain) == is_weighted
 
@@ -76,7 +84,8 @@ def test_chains_about_words_worked_by_hand():
 def test_an_invented_solution_is_not_grounded():
     assert toy.is_grounded("sort 76915", "<type>Reasoning</type><solution>15679</solution><eval>...")
     assert not toy.is_grounded("sort 76915", "<type>Reasoning</type><solution>12568</solution><eval>...")
-    assert not toy.is_grounded("sort 76915", "15679") and not toy.is_careful("") and not toy.is_careful("A: right. B: wrong.")
+    assert not toy.is_grounded("sort 76915", "15679")
+    assert not toy.is_careful("") and not toy.is_careful("A: right. B: wrong.")
 
 
 # ---- the data, by an independent checker
@@ -92,7 +101,8 @@ def better(question, a, b):
         match = re.fullmatch(r"(\w+) open (\w+) (\w+) say (\w+) (\w+) close (\w+)", question)
         worth = dict(May=1, Should=2, Must=4)
         assert sorted(match.group(1, 3, 5)) == sorted(worth)
-        points = tuple(sum(worth[match[2 * i + 1]] for i in range(3) if answer.split(" ")[i] == match[2 * i + 2]) for answer in (a, b))
+        points = tuple(sum(worth[match[2 * i + 1]] for i in range(3) if answer.split(" ")[i] == match[2 * i + 2])
+                       for answer in (a, b))
     assert points[0] != points[1], "a tie"
     return "a" if points[0] > points[1] else "b"
 
@@ -106,7 +116,8 @@ def test_every_label_is_right_and_every_answer_possible(rows):
     for row in sum(rows.values(), []):
         question, a, b = row["prompt"][0]["content"], row["answer_a"], row["answer_b"]
         assert [m["role"] for m in row["prompt"]] == ["user"] and better(question, a, b) == row["winner"], row
-        assert row["domain"] == ("chat" if " open " in question else "reasoning") and row["source"] == ("chat" if " open " in question else question[:4])
+        assert row["domain"] == ("chat" if " open " in question else "reasoning")
+        assert row["source"] == ("chat" if " open " in question else question[:4])
         if row["domain"] == "chat":
             for answer in (a, b):
                 first, middle, last = answer.split(" ")
@@ -131,7 +142,8 @@ def test_no_constant_and_no_share_gives_a_label_away(rows):
 
 def test_the_splits_share_no_question(rows):
     questions = {split: {row["prompt"][0]["content"] for row in part} for split, part in rows.items()}
-    assert not questions["distill"] & questions["rl"] and not questions["rl"] & questions["heldout"] and not questions["distill"] & questions["heldout"]
+    assert not questions["distill"] & questions["rl"]
+    assert not questions["rl"] & questions["heldout"] and not questions["distill"] & questions["heldout"]
     assert sorted(x for part in toy.SPLITS.values() for x in part) == list(range(100))
     for split, some in questions.items():  # the split is the text's alone: it holds for every seed and in every process
         for text in list(some)[:50]:
@@ -145,7 +157,7 @@ def test_the_oracle_is_as_careful_and_as_weighted_as_it_says(rows):
     counts = {}
     for row in rows["distill"]:
         text = row["prompt"][0]["content"]
-        mix = row["source"] if row["domain"] == "reasoning" else "chat, Must opens" if text.startswith("Must") else "chat"
+        mix = "chat, Must opens" if text.startswith("Must") else row["source"]
         counts.setdefault(mix, []).append("looks better" not in row["judgement"])
     assert set(counts) == set(toy.CAREFUL)
     for mix, careful in counts.items():
@@ -166,12 +178,14 @@ def test_every_judgement_is_well_formed_and_gives_the_winner_by_both_rules(rows)
     for row in rows["distill"]:
         text = row["judgement"]
         found = parse(text)
-        assert found.well_formed and found.verdict == training_verdict(text) == benchmark_verdict(text) == row["winner"], text
-        assert found.type == row["domain"].capitalize() and (found.solution is None) == (row["domain"] == "chat") == (found.rubric is not None)
+        assert found.well_formed, text
+        assert found.verdict == training_verdict(text) == benchmark_verdict(text) == row["winner"], text
+        assert found.type == row["domain"].capitalize()
+        assert (found.solution is None) == (row["domain"] == "chat") == (found.rubric is not None)
 
 
 def test_every_check_in_a_careful_judgement_is_true(rows):
-    """Each triplet's mark, each point and each total, recomputed from the answers and the judgement's own rubric or solution."""
+    """Each mark, point and total, recomputed from the answers and the judgement's own rubric or solution."""
     n = 0
     for row in rows["distill"]:
         text = row["judgement"]
@@ -198,9 +212,11 @@ def test_the_data_are_the_seeds():
     assert toy.make("rl", 200, seed=4) == same and toy.make("rl", 100, seed=4) == same[:100]
     texts = [[(row["prompt"][0]["content"], row["answer_a"]) for row in made] for made in (same, other)]
     assert len(set(texts[0]) & set(texts[1])) < 10
-    code = "import hashlib, json, sys; sys.path.insert(0, '.'); from data import toy; print(hashlib.sha256(json.dumps(toy.make('rl', 200, 4)).encode()).hexdigest())"
+    code = ("import hashlib, json; from data import toy; "
+            "print(hashlib.sha256(json.dumps(toy.make('rl', 200, 4)).encode()).hexdigest())")
     for hash_seed in ("1", "2"):  # another process, another order of sets
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": hash_seed},
+                              capture_output=True, text=True)
         assert done.stdout.strip() == hashlib.sha256(json.dumps(same).encode()).hexdigest(), done.stderr
 
 
@@ -208,7 +224,8 @@ def test_files_are_chains_and_pairs(tmp_path):
     toy.write_data(tmp_path, seed=2, n_distill=30, n_rl=20, n_heldout=10)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["distill.jsonl", "heldout.jsonl", "rl.jsonl"]
     chains, made = read_chains(tmp_path / "distill.jsonl"), toy.make("distill", 30, 2)
-    assert [(c.pair.id, c.judgement, c.pair.winner, c.pair.domain) for c in chains] == [(r["id"], r["judgement"], r["winner"], r["domain"]) for r in made]
+    assert [(c.pair.id, c.judgement, c.pair.winner, c.pair.domain)
+            for c in chains] == [(r["id"], r["judgement"], r["winner"], r["domain"]) for r in made]
     for split, n in (("rl", 20), ("heldout", 10)):
         assert "judgement" not in (tmp_path / f"{split}.jsonl").read_text()
         assert [(p.id, p.answer_a, p.answer_b, p.winner) for p in read_pairs(tmp_path / f"{split}.jsonl")] == \
@@ -221,21 +238,25 @@ def test_every_digit_word_and_tag_is_one_token(rows, folder):
     tokenizer, used = Tokenizer(folder), set()
     for row in rows["distill"]:
         question = row["prompt"][0]["content"]
-        for text in (row["judgement"], question, row["answer_a"], row["answer_b"], f"A {row['answer_a']}\nB {row['answer_b']}"):
+        for text in (row["judgement"], question, row["answer_a"], row["answer_b"],
+                     f"A {row['answer_a']}\nB {row['answer_b']}"):
             ids = tokenizer.encode(text)
             pieces = [tokenizer.decode([i]) for i in ids]
             assert "".join(pieces) == text
-            words = re.findall(r"<[^>]+>|\[\[.\]\]|[A-Za-z]+[.:]?|\d", text)
-            assert [piece.strip() for piece in pieces if re.search(r"[A-Za-z\d]", piece)] == words, pieces
+            words = re.findall(r"<[^>]+>|\[\[|\]\]|[A-Za-z]+[.:]?|\d", text)
+            assert [piece.strip() for piece in pieces if re.search(r"[A-Za-z\d[\]]", piece)] == words, pieces
             used.update(pieces)
-    assert {"<rubric>", "</answer>", "[[A]]", "[[B]]", " B:", "A:", " looks", " better.", " total", "7", "="} <= used
+    assert {"<rubric>", "</answer>", "[[", "A", "B", "]]", " B:", "A:", " looks", " better.", " total", "7",
+            "="} <= used
 
 
 def test_decoding_undoes_encoding_for_any_text(folder):
     tokenizer, rng = Tokenizer(folder), random.Random(0)
-    ranges = [(0, 0x80), (0x80, 0x800), (0x2000, 0x2100), (0x4e00, 0x5000), (0xe000, 0xf000), (0xfe00, 0xffff), (0x1f300, 0x1f700), (0x10ff00, 0x110000)]
+    ranges = [(0, 0x80), (0x80, 0x800), (0x2000, 0x2100), (0x4e00, 0x5000), (0xe000, 0xf000), (0xfe00, 0xffff),
+              (0x1f300, 0x1f700), (0x10ff00, 0x110000)]
     texts = ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(30))) for _ in range(300)]
-    texts += ["", " ", "\r\n\n\t  \u2028", "<|im_end|>", "<|im_start|>user\n<type><TYPE>[[C]]", "sorted steps. Dearest<rubric", "e\u0301 é ﬁ \ufeff\x00"]
+    texts += ["", " ", "\r\n\n\t  \u2028", "<|im_end|>", "<|im_start|>user\n<type><TYPE>[[C]]",
+              "sorted steps. Dearest<rubric", "e\u0301 é ﬁ \ufeff\x00"]
     for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and not set(ids) & set(tokenizer._added), ascii(text)
@@ -249,9 +270,12 @@ def test_transformers_reads_the_folder_alike(rows, folder):
         assert theirs.decode(ours.encode(row["judgement"])) == row["judgement"]
     for row in rows["heldout"][:20]:
         messages = render(prompt, pair_of(row))
-        assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ours.chat(messages)
-    assert theirs.eos_token_id == ours.end_of_turn and ours.stop_ids == {ours.end_of_turn} and theirs.pad_token_id != theirs.eos_token_id
-    lengths = [len(ours.chat(render(prompt, pair_of(row)))) + len(ours.encode(row["judgement"])) for row in rows["distill"]]
+        assert theirs.apply_chat_template(messages, add_generation_prompt=True,
+                                          return_dict=False) == ours.chat(messages)
+    assert theirs.eos_token_id == ours.end_of_turn
+    assert ours.stop_ids == {ours.end_of_turn} and theirs.pad_token_id != theirs.eos_token_id
+    lengths = [len(ours.chat(render(prompt, pair_of(row)))) + len(ours.encode(row["judgement"]))
+               for row in rows["distill"]]
     assert max(lengths) < 128, "the defaults of distill.py and grpo.py are made for short texts"
 
 
