@@ -20,10 +20,11 @@ place by place,
     B: Dear Ahoy#0 silver silver=4 Peace Yours#0 total 4</eval>...
 
 while a *skim* chain writes the same solution or rubric and then an unchecked verdict ("Overall B looks better.").
-CAREFUL says how often the oracle is careful on what. Second, only a share WEIGHTED of its rubrics carries the weights
-that the question asks for; the others are *flat*, every word worth 1, whether the chain checks or skims. The verdict is
-always right in the data, because the oracle knew; for a model that imitates a skim or a flat rubric it is partly a
-guess.
+CAREFUL says how often the oracle is careful on what. Second, a share FLAT of its rubrics gives every word the weight 1,
+whatever the question asks for. As in the paper, chains with a wrong verdict are not kept but written anew by a teacher
+who knows the label: where flat totals would not have found the winner, the rubric has the right weights. So every
+verdict in the data is right, and yet a model that imitates the skim guesses, and one that imitates the flat rubric is
+misled wherever it would have misled the oracle.
 
 Questions are split by a hash: none is shared between distillation, reinforcement learning and held-out evaluation.
 """
@@ -44,7 +45,7 @@ WEIGHT = {"Must": 4, "Should": 2, "May": 1}
 SPLITS = {"distill": range(0, 60), "rl": range(60, 80), "heldout": range(80, 100)}  # percent of all questions
 CAREFUL = {"sort": 0.3, "flip": 0.3, "step": 0.6, "chat, Must opens": 0.6, "chat": 0.3}  # share of careful chains
 
-WEIGHTED = 0.4  # share of oracle rubrics with the question's weights; the others are flat
+FLAT = 0.75  # share of flat rubrics, before those that would not find the winner are written anew
 
 MODEL = {  # a Qwen3: 0.86M parameters
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384,
@@ -91,10 +92,14 @@ def answers(domain, facts, rng):
     while True:
         replies = [[word if rng.random() < 0.5 else rng.choice(pool)
                     for (_, word), pool in zip(facts, (OPEN, SAY, CLOSE))] for _ in range(2)]
-        points = [sum(weight for (weight, word), found in zip(facts, reply) if word == found) for reply in replies]
-        if points[0] != points[1]:
-            better, worse = replies if points[0] > points[1] else replies[::-1]
-            return " ".join(better), " ".join(worse)
+        better, worse = sorted((" ".join(reply) for reply in replies), key=lambda reply: -total(facts, reply))
+        if total(facts, better) > total(facts, worse):
+            return better, worse
+
+
+def total(facts, answer):
+    """Sum of the weights whose words stand at their places."""
+    return sum(weight for (weight, word), found in zip(facts, answer.split()) if word == found)
 
 
 def join(digits):
@@ -120,19 +125,22 @@ def make(split, n, seed, careful=None):
         a, b = (better, worse) if winner == "a" else (worse, better)
         mix = facts[0] if domain == "reasoning" else "chat, Must opens" if facts[0][0] == 4 else "chat"
         checks = rng.random() < (CAREFUL[mix] if careful is None else careful)
-        weighted = rng.random() < WEIGHTED or careful == 1
+        flat = rng.random() < FLAT and careful != 1
         rows.append({"id": f"{split}/{len(rows)}", "prompt": [{"role": "user", "content": text}],
                      "answer_a": a, "answer_b": b, "winner": winner, "source": mix.split(",")[0], "domain": domain,
-                     "judgement": chain(domain, facts, a, b, winner, checks, weighted)})
+                     "judgement": chain(domain, facts, a, b, winner, checks, flat)})
     return rows
 
 
 # --------------------------------------------------------------------------------------------------------------- chains
 
 
-def chain(domain, facts, a, b, winner, careful, weighted):
+def chain(domain, facts, a, b, winner, careful, flat):
     """The oracle's judgement: solution or rubric, then a place-by-place check if careful, then the (right) verdict."""
-    facts = facts if domain == "reasoning" or weighted else [(1, word) for _, word in facts]
+    if domain == "chat" and flat:
+        equal = [(1, word) for _, word in facts]
+        better, worse = (a, b) if winner == "a" else (b, a)
+        facts = equal if total(equal, better) > total(equal, worse) else facts
     check = check_digits if domain == "reasoning" else check_words
     evaluation = f"A: {check(facts, a)} B: {check(facts, b)}" if careful else f" Overall {winner.upper()} looks better."
     return f"{head(domain, facts)}<eval>{evaluation}</eval><answer>[[{winner.upper()}]]</answer>"
@@ -156,7 +164,7 @@ def check_words(facts, answer):
     found = answer.split()
     points = [weight if word == got else 0 for (weight, word), got in zip(facts, found)]
     slots = [f"{word} {got}{'=' if p else '#'}{p}" for (_, word), got, p in zip(facts, found, points)]
-    return f"{' '.join(slots)} total {sum(points)}"
+    return f"{' '.join(slots)} total {total(facts, answer)}"
 
 
 def is_careful(judgement):

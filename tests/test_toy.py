@@ -55,30 +55,33 @@ def test_chains_about_digits_worked_by_hand(question, a, b, winner, evaluation):
     start = f"<type>Reasoning</type><solution>{solution}</solution><eval>"
     end = f"</eval><answer>[[{winner.upper()}]]</answer>"
     domain, facts = toy.read_question(question)
-    for weighted in (True, False):  # digits have no weights
-        assert toy.chain(domain, facts, a, b, winner, True, weighted) == start + evaluation + end
-        assert toy.chain(domain, facts, a, b, winner, False,
-                         weighted) == f"{start} Overall {winner.upper()} looks better.{end}"
+    for flat in (True, False):  # digits have no weights
+        assert toy.chain(domain, facts, a, b, winner, True, flat) == start + evaluation + end
+        skim = toy.chain(domain, facts, a, b, winner, False, flat)
+        assert skim == f"{start} Overall {winner.upper()} looks better.{end}"
 
 
 def test_chains_about_words_worked_by_hand():
     question = "May open Dear Must say silver Should close Peace"
     domain, facts = toy.read_question(question)
-    chains = {(careful, weighted): toy.chain(domain, facts, "Dear amber Peace", "Ahoy silver Yours", "b", careful,
-                                             weighted)
-              for careful in (True, False) for weighted in (True, False)}
     weighted = "<type>Chat</type><rubric> Dear 1 silver 4 Peace 2</rubric><eval>"
     flat = "<type>Chat</type><rubric> Dear 1 silver 1 Peace 1</rubric><eval>"
     end = "</eval><answer>[[B]]</answer>"
-    assert chains[True, True] == weighted + ("A: Dear Dear=1 silver amber#0 Peace Peace=2 total 3 "
-                                             "B: Dear Ahoy#0 silver silver=4 Peace Yours#0 total 4") + end
-    # the label is right though a flat rubric counts two words against one
-    assert chains[True, False] == flat + ("A: Dear Dear=1 silver amber#0 Peace Peace=1 total 2 "
-                                           "B: Dear Ahoy#0 silver silver=1 Peace Yours#0 total 1") + end
-    assert chains[False, True] == weighted + " Overall B looks better." + end
-    assert chains[False, False] == flat + " Overall B looks better." + end
-    for (careful, is_weighted), chain in chains.items():
-        assert toy.is_careful(chain) == careful and toy.is_grounded(question, chain) == is_weighted
+    a, b = "Dear amber Yours", "Ahoy silver Peace"  # 1 to 6, and 1 to 2 by a flat rubric, which finds the same winner
+    chains = {(careful, is_flat): toy.chain(domain, facts, a, b, "b", careful, is_flat)
+              for careful in (True, False) for is_flat in (True, False)}
+    assert chains[True, False] == weighted + ("A: Dear Dear=1 silver amber#0 Peace Yours#0 total 1 "
+                                              "B: Dear Ahoy#0 silver silver=4 Peace Peace=2 total 6") + end
+    assert chains[True, True] == flat + ("A: Dear Dear=1 silver amber#0 Peace Yours#0 total 1 "
+                                         "B: Dear Ahoy#0 silver silver=1 Peace Peace=1 total 2") + end
+    assert chains[False, False] == weighted + " Overall B looks better." + end
+    assert chains[False, True] == flat + " Overall B looks better." + end
+    for (careful, is_flat), chain in chains.items():
+        assert toy.is_careful(chain) == careful and toy.is_grounded(question, chain) != is_flat
+    for a, b in (("Dear amber Peace", "Ahoy silver Yours"), ("Dear amber Yours", "Ahoy silver Yours")):
+        for careful in (True, False):  # flat, the first is lost by 2 to 1, the second tied: they are written anew
+            both = [toy.chain(domain, facts, a, b, "b", careful, is_flat) for is_flat in (True, False)]
+            assert both[0] == both[1] and toy.is_grounded(question, both[0])
 
 
 def test_an_invented_solution_is_not_grounded():
@@ -153,7 +156,7 @@ def test_the_splits_share_no_question(rows):
     assert len(set(ids)) == len(ids)
 
 
-def test_the_oracle_is_as_careful_and_as_weighted_as_it_says(rows):
+def test_the_oracle_is_as_careful_and_as_flat_as_it_says(rows):
     counts = {}
     for row in rows["distill"]:
         text = row["prompt"][0]["content"]
@@ -162,9 +165,15 @@ def test_the_oracle_is_as_careful_and_as_weighted_as_it_says(rows):
     assert set(counts) == set(toy.CAREFUL)
     for mix, careful in counts.items():
         assert near(sum(careful), len(careful), toy.CAREFUL[mix]), mix
-    chats = [row for row in rows["distill"] if row["domain"] == "chat"]
-    flat = [re.search("<rubric>(.*?)</rubric>", row["judgement"])[1].split()[1::2] == ["1", "1", "1"] for row in chats]
-    assert near(sum(flat), len(flat), 1 - toy.WEIGHTED)
+    flat = {True: [], False: []}  # by whether a count of the words, without weights, finds the winner
+    for row in rows["distill"]:
+        if row["domain"] == "chat":
+            wanted = row["prompt"][0]["content"].split()[2::3]
+            a, b = (sum(x == y for x, y in zip(wanted, row[side].split())) for side in ("answer_a", "answer_b"))
+            rubric = re.search("<rubric>(.*?)</rubric>", row["judgement"])[1].split()
+            assert rubric[::2] == wanted
+            flat[a > b if row["winner"] == "a" else b > a].append(rubric[1::2] == ["1", "1", "1"])
+    assert near(sum(flat[True]), len(flat[True]), toy.FLAT) and not any(flat[False]) and len(flat[False]) > 100
     for careful in (0.0, 1.0):  # the ablations have the same pairs
         other = toy.make("distill", 300, 11, careful)
         assert all(toy.is_careful(row["judgement"]) == bool(careful) for row in other)
@@ -204,6 +213,9 @@ def test_every_check_in_a_careful_judgement_is_true(rows):
                     total += int(weight) if want == got else 0
                     slots.append(f"{want} {got}={weight}" if want == got else f"{want} {got}#0")
                 assert check == f"{' '.join(slots)} total {total}"
+        ends = [check.split()[-1] for check in evaluation.groups()]
+        a_wins = int(ends[0]) > int(ends[1]) if row["domain"] == "chat" else ends[0] == "right."
+        assert row["winner"] == ("a" if a_wins else "b"), "the chain contradicts its verdict"
     assert n > N / 5
 
 
