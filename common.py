@@ -18,6 +18,7 @@ import sys
 import time
 import typing
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +29,15 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# ------------------------------------------------------------------------------------------------------------------ options
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 def parse_config(cls, recipes=None, argv=None):
     """An instance of the frozen dataclass `cls` from the command line: one flag a field, its trailing comment the help.
 
-    An empty value of an option that may be None is None: --eval-data "" evaluates on nothing.
-    `recipes` maps a name to overrides that --recipe applies before the flags. Unknown, abbreviated or mistyped flags, and
-    values that cls.__post_init__ refuses with ValueError, end the program with one line and status 2.
+    An empty value of an option that may be None is None: --eval-data "" evaluates on nothing. `recipes` maps a name to
+    overrides that --recipe applies before the flags. Unknown, abbreviated or mistyped flags, and values that
+    cls.__post_init__ refuses with ValueError, end the program with one line and status 2.
     """
     source = inspect.getsource(cls)
     types = typing.get_type_hints(cls)
@@ -72,7 +73,7 @@ def fail(message):
 
 @contextmanager
 def one_line_errors():
-    """Turns a user's mistake (ValueError, OSError) into one line and status 2. RM_TRACEBACK=1 shows where it came from."""
+    """Turns a user's mistake (ValueError, OSError) into one line and status 2. RM_TRACEBACK=1 shows its origin."""
     try:
         yield
     except (ValueError, OSError) as e:
@@ -84,7 +85,7 @@ def one_line_errors():
         raise SystemExit(130) from None
 
 
-# -------------------------------------------------------------------------------------------------------------------- ranks
+# ---------------------------------------------------------------------------------------------------------------- ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Ranks:
     @property
     def main(self):
         return self.rank == 0
+
+    @property
+    def loading_device(self):
+        """Where to load a model that will be sharded: no GPU needs to hold the whole of it."""
+        return self.device if self.world == 1 else torch.device("cpu")
 
     def sum(self, x):
         """Sum of a tensor over the ranks."""
@@ -119,22 +125,26 @@ class Ranks:
 
 
 def init_ranks(threads=0):
-    """Joins the process group that torchrun announced (nccl on GPUs, gloo on CPUs). threads: CPU threads, 0 = PyTorch's."""
+    """Joins torchrun's process group: nccl on GPUs, gloo on CPUs. threads: CPU threads, 0 = PyTorch's choice."""
     if threads:
         torch.set_num_threads(threads)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        fail(f"process {device.index} has no GPU of its own; --nproc_per_node is at most {torch.cuda.device_count()}")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        # ranks wait for each other's longest rollouts, and for rank 0 to write a checkpoint
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=timedelta(hours=4))
     atexit.register(leave_ranks)
     return Ranks(rank, world, device)
 
 
 def leave_ranks():
-    """Ends the process group. Left to the interpreter, gloo's threads abort a finished run (SIGABRT, one time in seven)."""
+    """Ends the process group. Left to the interpreter, gloo's threads abort one finished run in seven (SIGABRT)."""
     gc.collect()  # sharded models hold the group in reference cycles
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -144,13 +154,15 @@ def shard(model, ranks, compute_dtype):
     """FSDP2: each rank keeps 1/world of every weight, gradient and optimizer state, and gathers a block when it runs.
 
     Weights stay in their own dtype (float32 masters) and compute in compute_dtype; gradients are summed, not averaged,
-    because the losses are already divided by a global count. One process that computes in the weights' dtype is left alone.
+    because the losses are already divided by a global count. One process that computes in the weights' dtype is left
+    alone.
     """
     own_dtype = next(model.parameters()).dtype
     if ranks.world == 1 and compute_dtype == own_dtype:
         return model
     if not dist.is_initialized():  # one GPU: a group of one, for the mixed precision
-        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=own_dtype, cast_forward_inputs=False)
     for module in [*model.model.layers, model]:
@@ -173,14 +185,15 @@ def copy_weights(source, target):
 
 
 def micro_batches(sizes, max_size, world):
-    """Splits items of these sizes (tokens) into micro-batches: a list over micro-steps of a list over ranks of item indices.
+    """Splits items of these sizes (tokens) into micro-batches: a list over micro-steps of a list over ranks of item
+    indices.
 
     Every rank makes the same number of micro-steps (their collectives must match), with about equal tokens; a bin over
     max_size holds one item. A bin may be empty when there are fewer items than bins. Example, 2 ranks:
     micro_batches([9, 3, 2], 6, 2) == [[[0], [1]], [[2], []]].
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    fewest = min(len(sizes), math.ceil(sum(sizes) / (max_size * world)))  # the first: long items alone can exceed the second
+    fewest = min(len(sizes), math.ceil(sum(sizes) / (max_size * world)))  # long items alone can exceed the second
     for n_steps in range(fewest, len(sizes) + 1):
         bins, load = [[] for _ in range(n_steps * world)], np.zeros(n_steps * world, dtype=np.int64)
         for i in order:
@@ -209,7 +222,7 @@ class Tally:
         return {n: total / count if count else None for n, (total, count) in zip(names, table)}
 
 
-# ------------------------------------------------------------------------------------------------- optimizer and schedule
+# ----------------------------------------------------------------------------------------------- optimizer and schedule
 
 
 def make_optimizers(model, name, lr, betas, weight_decay):
@@ -228,7 +241,7 @@ def make_optimizers(model, name, lr, betas, weight_decay):
 
 
 def learning_rate(step, n_steps, peak, n_warmup, final_frac=1.0):
-    """Linear warm-up to `peak` over n_warmup steps, then a cosine down to final_frac * peak at the last step (0-based)."""
+    """Linear warm-up to `peak` over n_warmup steps, then a cosine to final_frac * peak at the last step (0-based)."""
     if step < n_warmup:
         return peak * (step + 1) / n_warmup
     done = (step - n_warmup) / max(1, n_steps - 1 - n_warmup)
@@ -246,15 +259,21 @@ def optimizer_step(model, optimizers, lr, max_norm):
     return float(norm)
 
 
-# -------------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_model(folder, model, ranks, add_files, dtype=None, tensors=None):
+def gathered(x, ranks, dtype=None):
+    """The whole tensor on rank 0's CPU, None elsewhere; every rank must ask for it."""
+    whole = full(x.detach())
+    return whole.to("cpu", dtype or x.dtype).contiguous() if ranks.main else None
+
+
+def save_model(folder, model, ranks, add_files, dtype=None):
     """Writes an ordinary Hugging Face folder; add_files(folder) puts the tokenizer and the rest beside the weights.
 
     Written to a temporary name and renamed: a folder that has its final name is whole.
     """
-    weights = {name: full(x.detach()).to("cpu", dtype or x.dtype) for name, x in model.named_parameters()}
+    weights = {name: gathered(x, ranks, dtype) for name, x in model.named_parameters()}
     if ranks.main:
         temporary = Path(f"{folder}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -266,13 +285,14 @@ def save_model(folder, model, ranks, add_files, dtype=None, tensors=None):
 
 
 def save_checkpoint(folder, model, optimizers, state, ranks, add_files):
-    """Everything that a run needs to go on: the model's folder, optimizer.safetensors and state.json (the dict `state`).
+    """Everything that a run needs to go on: the model's folder, optimizer.safetensors and state.json (the dict
+    `state`).
 
-    Tensors are gathered, so that any number of ranks can resume. There is no random state to save: data order and rollouts
-    are functions of the run's seed and the step.
+    Tensors are gathered, so that any number of ranks can resume. There is no random state to save: data order and
+    rollouts are functions of the run's seed and the step.
     """
     names = {x: name for name, x in model.named_parameters()}
-    moments = {f"{names[x]}/{key}": full(value).cpu().contiguous() if torch.is_tensor(value) else torch.tensor(value)
+    moments = {f"{names[x]}/{key}": gathered(torch.as_tensor(value), ranks)
                for optimizer in optimizers for x, slots in optimizer.state.items() for key, value in slots.items()}
 
     def add_state(temporary):
@@ -283,9 +303,11 @@ def save_checkpoint(folder, model, optimizers, state, ranks, add_files):
 
 
 def latest_checkpoint(folder):
-    """The newest step-N folder of a run's checkpoints, or None."""
+    """The newest step-N folder of a run's checkpoints; ValueError if there is none."""
     found = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+    if not found:
+        raise ValueError(f"{folder}: no checkpoint to resume from; delete the run and start it again")
+    return max(found, key=lambda p: int(p.name[5:]))
 
 
 def restore_optimizers(folder, model, optimizers):
@@ -303,11 +325,11 @@ def restore_optimizers(folder, model, optimizers):
             owner[weight].state[weight][key] = value
 
 
-# --------------------------------------------------------------------------------------------------------------- run folder
+# ----------------------------------------------------------------------------------------------------------- run folder
 
 
 class Run:
-    """runs/NAME/: config.json, metrics.jsonl (one flat row a step), samples.jsonl, checkpoints/step-N/. Rank 0 writes."""
+    """runs/NAME/: config.json, metrics.jsonl (a flat row a step), samples.jsonl, checkpoints/step-N/. Rank 0 writes."""
 
     def __init__(self, folder, config, ranks, resume, may_differ=()):
         """A new run refuses a folder that already holds one; a resumed one refuses other options than the run's own."""
@@ -317,14 +339,17 @@ class Run:
         if resume:
             if not file.exists():
                 raise ValueError(f"{file}: no run to resume there; drop --resume to start one")
-            before = json.loads(file.read_text())["options"]
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))["options"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file}: is not a run's config.json; the run cannot be resumed") from None
             for name in sorted(set(options) | set(before)):
                 if name not in ("resume", "out", *may_differ) and options.get(name) != before.get(name):
-                    raise ValueError(f"{file}: the run was started with {name}={before.get(name)!r}, not {options.get(name)!r}; "
-                                     "resume it with its own options")
+                    raise ValueError(f"{file}: the run was started with {name}={before.get(name)!r}, "
+                                     f"not {options.get(name)!r}; resume it with its own options")
         elif (self.folder / "metrics.jsonl").exists():
-            raise ValueError(f"{self.folder}: already holds a run; --resume continues it, --out chooses another folder, "
-                             "or delete it")
+            raise ValueError(f"{self.folder}: already holds a run; --resume continues it, --out chooses another "
+                             "folder, or delete it")
         ranks.barrier()
         if ranks.main and not resume:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -336,11 +361,12 @@ class Run:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def truncate(self, step):
-        """Drops rows past `step`: those that an interrupted run wrote after its last checkpoint, and a half-written line."""
+        """Drops rows past `step`, which an interrupted run wrote after its last checkpoint, and a half-written line."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if self.ranks.main and path.exists():
-                lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= step]
+                lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+                lines = [line for line in lines if json.loads(line)["step"] <= step]
                 path.with_suffix(".tmp").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
                 os.replace(path.with_suffix(".tmp"), path)
         self.ranks.barrier()
@@ -349,9 +375,12 @@ class Run:
 def machine(ranks):
     """What a reader needs to repeat a run: commit, versions, device."""
     def git(*args):
+        if shutil.which("git") is None:
+            return None
         out = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
         return out.stdout.strip() if out.returncode == 0 else None
+    changes = git("status", "--porcelain")
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain")), "torch": torch.__version__,
-            "python": sys.version.split()[0], "device": device, "ranks": ranks.world, "threads": torch.get_num_threads(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
+            "torch": torch.__version__, "python": sys.version.split()[0], "device": device, "ranks": ranks.world,
+            "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}

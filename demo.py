@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import distill
 import grpo
@@ -49,7 +50,8 @@ def judge_all(model_folder, pairs, temperature, seed, file):
     model = Model.from_pretrained(model_folder).requires_grad_(False)
     model.n_vocab = tokenizer.n_vocab
     judge = Judge(Sampler(model), tokenizer, load_prompt("toy"), 96, temperature, seed=seed)
-    records = [record for _, record in sorted(judge.judge(pairs), key=lambda item: item[0])]
+    done = tqdm(judge.judge(pairs), f"judge {file.stem}", len(pairs), leave=False)
+    records = [record for _, record in sorted(done, key=lambda item: item[0])]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     texts = [record["votes"][0]["text"] for record in records]

@@ -1,20 +1,23 @@
 """Stage 1, distillation: supervised fine-tuning on an oracle's judgements (RM-R1 section 4, eq. 4).
 
-For a chain (prompt x, judgement j of T tokens):   loss = - sum over the batch of log p(j_t | x, j_<t) / tokens of the batch
+For a batch of chains (prompt x, judgement j):    loss = - sum log p(j_t | x, j_<t) / (judgement tokens of the batch)
 
-Only the judgement's tokens and the end-of-turn token count. Sequences are packed without padding, and the token count that
-divides the loss is the whole batch's, over all ranks and micro-batches.
+Only the judgement's tokens and the end-of-turn token count. Sequences are packed without padding, and the token count
+that divides the loss is the whole batch's, over all ranks and micro-batches.
 
 Departures from the paper and its released code:
   1. The assistant header belongs to the prompt and is not trained on (the released code trains on it).
   2. The learning rate follows the paper for every size (the released scripts use the 7B value throughout).
   3. Norm weights and biases are never decayed.
 
-    python distill.py                                                        the embedded default, two minutes on two CPU cores
-    python distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl --out runs/distill            one GPU
-    torchrun --nproc_per_node 4 distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl ...      four GPUs
+The embedded default, one GPU, four GPUs:
+
+    python distill.py
+    python distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl --out runs/distill
+    torchrun --nproc_per_node 4 distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl --out runs/distill
 """
 
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -24,13 +27,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers, micro_batches, one_line_errors,
-                    optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model, shard)
+from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
+                    one_line_errors, optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model,
+                    shard)
 from data.pairs import read_chains
 from data import toy
 from evaluate import HeldOut
 from model import Model, ModelConfig, pack
 from reward import load_prompt, prompt_path, render
+from sample import refresh, whole_model
 from tokenizer import Tokenizer
 
 
@@ -60,6 +65,7 @@ class Config:
     eval_pairs: int = 200  # how many of them
     eval_every: int = 0  # steps between evaluations; the last step always evaluates; 0 = only then
     eval_tokens: int = 128  # longest judgement in an evaluation
+    n_samples: int = 4  # judgements of an evaluation that samples.jsonl keeps
     save_every: int = 200  # steps between checkpoints, 0 = none
     seed: int = 0  # of the data order
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
@@ -67,11 +73,13 @@ class Config:
 
     def __post_init__(self):
         for name, low in (("batch_size", 1), ("epochs", 1), ("max_length", 2), ("micro_tokens", 1), ("lr", 0.0),
-                          ("max_steps", 0)):
+                          ("seed", 0), ("max_steps", 0), ("eval_pairs", 1), ("eval_every", 0), ("eval_tokens", 1),
+                          ("save_every", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
         if self.optimizer not in ("adamw", "muon") or self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--optimizer is adamw or muon, --dtype float32 or bfloat16; got {self.optimizer}, {self.dtype}")
+            raise ValueError(f"--optimizer is adamw or muon, --dtype float32 or bfloat16; got {self.optimizer}, "
+                             f"{self.dtype}")
 
 
 PAPER = dict(prompt="instruct", batch_size=128, epochs=1, max_length=12288, micro_tokens=12288, optimizer="adamw",
@@ -98,7 +106,8 @@ def read_examples(cfg, tokenizer, say):
     prompt, chains = load_prompt(cfg.prompt), read_chains(cfg.data)
     if cfg.answer_only and any(chain.pair.winner is None for chain in chains):
         raise ValueError(f"{cfg.data}: --answer-only needs a winner in every row")
-    examples = [encode_chain(chain, prompt, tokenizer, cfg.answer_only) for chain in tqdm(chains, "tokenize", disable=not say)]
+    examples = [encode_chain(chain, prompt, tokenizer, cfg.answer_only)
+                for chain in tqdm(chains, "tokenize", leave=False, disable=not say)]
     kept = [e for e in examples if len(e.ids) <= cfg.max_length]
     if not kept:
         raise ValueError(f"{cfg.data}: all {len(examples)} chains are longer than --max-length {cfg.max_length}")
@@ -108,7 +117,7 @@ def read_examples(cfg, tokenizer, say):
 
 
 def batch_of_step(step, n, batch_size, seed):
-    """Indices of a step's examples: each epoch is a permutation that (seed, epoch) fixes, its last batch may be short."""
+    """Indices of a step's examples: (seed, epoch) fixes each epoch's permutation; its last batch may be short."""
     per_epoch = -(-n // batch_size)
     epoch, place = divmod(step, per_epoch)
     return np.random.default_rng((seed, epoch)).permutation(n)[place * batch_size:(place + 1) * batch_size]
@@ -134,38 +143,39 @@ def make_embedded_default(folder, seed=0):
 def main(cfg):
     ranks = init_ranks(cfg.threads)
     if ranks.main:
-        if cfg.model == Config.model and not Path(cfg.model).exists():
+        if cfg.model == Config.model and not Path(cfg.model, "prompt.txt").exists():  # which is written last
             make_embedded_default(Path(cfg.model).parent)
     ranks.barrier()
-    tokenizer = Tokenizer(cfg.model)
+    tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     examples = read_examples(cfg, tokenizer, ranks.main)
     n_steps = cfg.epochs * -(-len(examples) // cfg.batch_size)
     n_steps = min(n_steps, cfg.max_steps) if cfg.max_steps else n_steps
 
-    run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=("micro_tokens", "threads", "save_every"))
+    run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=("micro_tokens", "threads", "save_every", "n_samples"))
     checkpoint = latest_checkpoint(run.folder / "checkpoints") if cfg.resume else None
-    model = Model.from_pretrained(checkpoint or cfg.model, ranks.device, torch.float32)
+    model = Model.from_pretrained(checkpoint or cfg.model, ranks.loading_device, torch.float32)
     model.n_vocab, model.gradient_checkpointing = tokenizer.n_vocab, cfg.gradient_checkpointing
-    model = shard(model, ranks, getattr(torch, cfg.dtype))
+    model = shard(model, ranks, dtype)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, cfg.prompt, cfg.eval_tokens, tokenizer, ranks, getattr(torch, cfg.dtype)) \
-        if cfg.eval_data else None
+    held_out = None
+    if cfg.eval_data:
+        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, cfg.prompt, cfg.eval_tokens, tokenizer, ranks)
 
     def add_files(folder):
         tokenizer.save(folder)
-        shutil.copyfile(prompt_path(cfg.prompt), folder / "prompt.txt")  # so that the model is always asked as it was trained
+        shutil.copyfile(prompt_path(cfg.prompt), folder / "prompt.txt")  # it will be asked as it was trained
     first_step = 0
     if checkpoint:
         restore_optimizers(checkpoint, model, optimizers)
-        first_step = int(checkpoint.name[5:])
+        first_step = json.loads((checkpoint / "state.json").read_text())["step"]
     run.truncate(first_step)
 
-    bar = tqdm(range(first_step, n_steps), "answer-only" if cfg.answer_only else "distill", initial=first_step, total=n_steps,
-               disable=not ranks.main)
+    bar = tqdm(range(first_step, n_steps), "answer-only" if cfg.answer_only else "distill", initial=first_step,
+               total=n_steps, disable=not ranks.main)
     for step in bar:
         began = time.perf_counter()
         batch = [examples[i] for i in batch_of_step(step, len(examples), cfg.batch_size, cfg.seed)]
-        n_tokens = sum(len(e.ids) - e.n_prompt for e in batch)  # of all ranks and micro-batches: the loss's one denominator
+        n_tokens = sum(len(e.ids) - e.n_prompt for e in batch)  # of all ranks and micro-batches: the one denominator
         tally = Tally()
 
         for shares in micro_batches([len(e.ids) for e in batch], cfg.micro_tokens, ranks.world):
@@ -185,13 +195,18 @@ def main(cfg):
         row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_tokens": n_tokens, "step_s": seconds,
                "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
         if held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
-            row |= held_out.scores(model)
+            whole = whole_model(model, dtype)
+            refresh(whole, model)
+            scores, records = held_out.judge(whole)
+            row |= scores
+            for record in records[:cfg.n_samples]:
+                run.row("samples.jsonl", {"step": done, **record})
         run.row("metrics.jsonl", row)
         bar.set_postfix(loss=f"{means['loss']:.3f}", tok_s=f"{row['train_tok_s']:.0f}")
         if cfg.save_every and (done % cfg.save_every == 0 or done == n_steps):
-            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers, {"step": done, "seed": cfg.seed}, ranks,
-                            add_files)
-    save_model(run.folder / "model", model, ranks, add_files, getattr(torch, cfg.dtype))
+            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
+                            {"step": done, "seed": cfg.seed}, ranks, add_files)
+    save_model(run.folder / "model", model, ranks, add_files, dtype)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ Writes judgements.jsonl (every vote's text; resumable) and scores.json into --ou
 import json
 import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from common import one_line_errors, parse_config
 from data.pairs import read_pairs
+from model import read_json
 from reward import load_prompt
-from sample import Judge, Sampler, check_sampling, judge_file, judge_settings, load_judge, refresh, whole_model
+from sample import Judge, Sampler, check_sampling, judge_file, judge_settings, load_judge
 
 
 @dataclass(frozen=True)
@@ -84,23 +84,23 @@ def table(rows):
 class HeldOut:
     """The evaluation inside a training loop: greedy judgements of some pairs, shared out over the ranks."""
 
-    def __init__(self, path, n_pairs, prompt, max_new_tokens, tokenizer, ranks, dtype):
+    def __init__(self, path, n_pairs, prompt, max_new_tokens, tokenizer, ranks):
         self.pairs = [pair for pair in read_pairs(path) if pair.winner is not None][:n_pairs]
         if not self.pairs:
             raise ValueError(f"{path}: no labelled pairs to evaluate on")
         self.prompt, self.max_new_tokens, self.tokenizer = load_prompt(prompt), max_new_tokens, tokenizer
-        self.ranks, self.dtype = ranks, dtype
+        self.ranks = ranks
 
-    def scores(self, model):
-        """{"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens"}"""
-        copy = whole_model(model, self.dtype)
-        refresh(copy, model)
-        judge = Judge(Sampler(copy), self.tokenizer, self.prompt, self.max_new_tokens)
-        mine = self.pairs[self.ranks.rank::self.ranks.world]
-        rows = score([r for records in self.ranks.gather([r for _, r in judge.judge(mine)]) for r in records])
+    def judge(self, model):
+        """({"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens", "eval_s"}, the records)."""
+        began = time.perf_counter()
+        judge = Judge(Sampler(model), self.tokenizer, self.prompt, self.max_new_tokens)
+        mine = [record for _, record in judge.judge(self.pairs[self.ranks.rank::self.ranks.world])]
+        records = [record for share in self.ranks.gather(mine) for record in share]
+        rows = score(records)
         domains = {f"eval_accuracy_{name[7:]}": r["accuracy"] for name, r in rows.items() if name.startswith("domain ")}
         return {"eval_accuracy": rows["all"]["accuracy"], **domains, "eval_no_verdict": rows["all"]["no_verdict"],
-                "eval_tokens": rows["all"]["n_tokens"]}
+                "eval_tokens": rows["all"]["n_tokens"], "eval_s": time.perf_counter() - began}, records
 
 
 def main(cfg):
@@ -108,13 +108,21 @@ def main(cfg):
     pairs = pairs[:cfg.limit] if cfg.limit else pairs
     if all(pair.winner is None for pair in pairs):
         raise ValueError(f"{cfg.data}: no pair has a winner, nothing to score; sample.py judges unlabelled pairs")
-    judge = load_judge(cfg)
-    settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.data).resolve())}
-    records = judge_file(judge, pairs, Path(cfg.out) / "judgements.jsonl", settings)
+    judge, out = load_judge(cfg), Path(cfg.out)
+    settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.data).resolve()), "limit": cfg.limit}
+    whole = out / "judgements.jsonl"
+    if not whole.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "settings.json").write_text(json.dumps(settings))
+        records = judge_file(judge, pairs, whole, settings, cfg.skip_bad)
+    elif read_json(out / "settings.json") == settings:  # judged, but not scored: the run ended between the two
+        records = [json.loads(line) for line in whole.read_text(encoding="utf-8").split("\n")[:-1]]
+    else:
+        raise ValueError(f"{whole}: was judged with other settings (settings.json beside it); choose another --out")
     rows = score(records)
-    temporary = Path(cfg.out) / "scores.json.tmp"
+    temporary = out / "scores.json.tmp"
     temporary.write_text(json.dumps({"settings": settings, "scores": rows, **judge.sampler.stats()}, indent=2))
-    os.replace(temporary, Path(cfg.out) / "scores.json")
+    os.replace(temporary, out / "scores.json")
     print(table(rows))
 
 

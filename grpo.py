@@ -3,28 +3,33 @@
 For a pair with label l the policy writes G judgements o_1..o_G and is paid by their verdicts alone:
 
     (1)  r_g = +1 if verdict(o_g) = l else -1
-    (2)  A_g = (r_g - mean(r)) / (std(r) + 1e-6)                       over the pair's G judgements, unbiased std
-    (3)  ratio_gt = p(o_gt) / p_old(o_gt)                              p_old: the policy that wrote the judgement
-    (4)  kl_gt = ref/p - log(ref/p) - 1                                the "k3" estimate of KL(policy || distilled model)
+    (2)  A_g = (r_g - mean(r)) / (std(r) + 1e-6)        over the pair's G judgements, unbiased std
+    (3)  ratio_gt = p(o_gt) / p_old(o_gt)               p_old: the policy that wrote the judgement
+    (4)  kl_gt = ref/p - log(ref/p) - 1                 the "k3" estimate of KL(policy || distilled model)
     (5)  loss = - sum_gt [ min(ratio A, clip(ratio, 1-e, 1+e) A) - beta kl ] / tokens
 
-The sums in (5) run over all judgement tokens of a mini-batch, over all ranks and micro-batches, and so does `tokens`. A group's
-prompt goes through the model once, not G times (model.Forest).
+The sums in (5) run over all judgement tokens of a mini-batch, over all ranks and micro-batches, and so does `tokens`. A
+group's prompt goes through the model once, not G times (model.Forest).
 
 Departures from the paper and its released code:
-  1. p_old is the sampler's own log-probability, since sampler and trainer are one model; `mismatch` is logged every step.
-     (Stacks with two engines recompute it.)
-  2. The loss averages over the tokens of the whole mini-batch; the released code averages per micro-batch and then over those,
-     the paper writes a mean per judgement.
-  3. A judgement that was cut off earns -1 whatever its last characters spell.
+  1. p_old is the sampler's own log-probability, since sampler and trainer are one model; `mismatch` is logged every
+     step. (Stacks with two engines recompute it.)
+  2. The loss averages over the tokens of the whole mini-batch; the released code averages per micro-batch and then over
+     those, the paper writes a mean per judgement.
+  3. A judgement that was cut off earns -1 whatever its last characters spell, and so does one whose verdict stands
+     inside a quotation. The end-of-turn token's text does not count among the 80 characters that are searched.
   4. Weight decay spares norms and biases.
-  5. Embedded default only: groups whose rewards are all equal have no gradient from (2) and are left out of the update, with
-     their KL term; their tokens stay in the denominator (--skip-zero-spread, off in the recipes).
+  5. Embedded default only: groups whose rewards are all equal have no gradient from (2) and are left out of the update,
+     with their KL term; their tokens stay in the denominator (--skip-zero-spread, off in the recipes). And the learning
+     rate falls along a cosine (--final-lr-frac); the recipes keep it constant.
 
-    python grpo.py                                                  the embedded default; runs distill.py's if need be
-    torchrun --nproc_per_node 8 grpo.py --recipe qwen2.5-7b --model runs/distill/model --data pairs.jsonl --out runs/grpo
+The embedded default (it runs distill.py's first if that has not been done), and eight GPUs:
+
+    python grpo.py torchrun --nproc_per_node 8 grpo.py --recipe qwen2.5-7b --model runs/distill/model --data pairs.jsonl
+    --out runs/grpo
 """
 
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -34,8 +39,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers, micro_batches, one_line_errors,
-                    optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model, shard)
+from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
+                    one_line_errors, optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model,
+                    shard)
 from data.pairs import Pair, read_pairs
 from evaluate import HeldOut
 from model import Model, pack
@@ -81,23 +87,28 @@ class Config:
     resume: bool = False  # continue the run in --out from its newest checkpoint
 
     def __post_init__(self):
-        for name, low in (("mini_prompts", 1), ("group_size", 2), ("max_new_tokens", 1), ("micro_tokens", 1), ("n_slots", 1),
-                          ("n_prompts", 1), ("steps", 0)):
+        for name, low in (("n_prompts", 1), ("mini_prompts", 1), ("group_size", 2), ("max_new_tokens", 1),
+                          ("micro_tokens", 1), ("n_slots", 1), ("steps", 0), ("max_prompt_tokens", 1), ("lr", 0.0),
+                          ("clip", 0.0), ("kl_coef", 0.0), ("eval_pairs", 1), ("eval_every", 0), ("save_every", 0),
+                          ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
         if self.n_prompts % self.mini_prompts:
             raise ValueError(f"--n-prompts {self.n_prompts} must be a multiple of --mini-prompts {self.mini_prompts}")
         if self.temperature <= 0 or self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--temperature must be positive and --dtype float32 or bfloat16; got {self.temperature}, {self.dtype}")
+            raise ValueError("--temperature must be positive and --dtype float32 or bfloat16; "
+                             f"got {self.temperature}, {self.dtype}")
 
 
-PAPER = dict(n_prompts=1024, mini_prompts=128, group_size=7, steps=0, temperature=1.0, max_prompt_tokens=4096, max_new_tokens=8192,
-             clip=0.2, kl_coef=1e-3, skip_zero_spread=False, warmup_steps=0, final_lr_frac=1.0, beta1=0.9, beta2=0.999, weight_decay=0.01, max_norm=1.0,
-             dtype="bfloat16", gradient_checkpointing=True, micro_tokens=12288, eval_data=None, save_every=10, seed=1)
+PAPER = dict(n_prompts=1024, mini_prompts=128, group_size=7, steps=0, temperature=1.0, max_prompt_tokens=4096,
+             max_new_tokens=8192, n_slots=32, clip=0.2, kl_coef=1e-3, skip_zero_spread=False, warmup_steps=0,
+             final_lr_frac=1.0, beta1=0.9, beta2=0.999, weight_decay=0.01, max_norm=1.0, dtype="bfloat16",
+             gradient_checkpointing=True, micro_tokens=12288, eval_data=None, save_every=10, seed=1)
+THINKER = PAPER | {"prompt": "reasoning"}
 RECIPES = {
-    "qwen2.5-7b": PAPER | {"lr": 1e-6}, "qwen2.5-14b": PAPER | {"lr": 7e-7}, "qwen2.5-32b": PAPER | {"lr": 5e-7},
-    "deepseek-distill-7b": PAPER | {"lr": 1e-6, "prompt": "reasoning"}, "deepseek-distill-14b": PAPER | {"lr": 1e-6, "prompt": "reasoning"},
-    "deepseek-distill-32b": PAPER | {"lr": 8e-7, "prompt": "reasoning"},
+    "qwen2.5-7b": PAPER | {"lr": 1e-6}, "deepseek-distill-7b": THINKER | {"lr": 1e-6},
+    "qwen2.5-14b": PAPER | {"lr": 7e-7}, "deepseek-distill-14b": THINKER | {"lr": 1e-6},
+    "qwen2.5-32b": PAPER | {"lr": 5e-7}, "deepseek-distill-32b": THINKER | {"lr": 8e-7},
 }
 
 
@@ -132,7 +143,7 @@ def token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, clip, kl_coef):
 
 
 def steps_pairs(pairs, step, n_prompts, seed):
-    """The pairs of a step: each pass over the data is a permutation that (seed, pass) fixes, its last partial batch dropped."""
+    """The pairs of a step: (seed, pass) fixes the order of a pass over the data; its last partial batch is dropped."""
     per_pass = len(pairs) // n_prompts
     data_pass, place = divmod(step, per_pass)
     order = np.random.default_rng((seed, data_pass)).permutation(len(pairs))
@@ -142,19 +153,19 @@ def steps_pairs(pairs, step, n_prompts, seed):
 def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks):
     """Every rank samples its share of the pairs; all get all groups, in the pairs' order."""
     mine = range(ranks.rank, len(pairs), ranks.world)
-    done = sampler.generate([prompts[pairs[i].id] for i in mine], cfg.group_size, cfg.max_new_tokens, temperature=cfg.temperature,
-                            stop=tokenizer.stop_ids, seed=1_000_003 * cfg.seed + step)
+    done = sampler.generate([prompts[pairs[i].id] for i in mine], cfg.group_size, cfg.max_new_tokens,
+                            temperature=cfg.temperature, stop=tokenizer.stop_ids, seed=1_000_003 * cfg.seed + step)
     rollouts = dict(item for share in ranks.gather(list(zip(mine, done))) for item in share)
     texts = [[tokenizer.decode(r.ids) for r in rollouts[i]] for i in range(len(pairs))]
-    reward_pg = torch.tensor([[reward(text, pair.winner) if r.finished else -1.0 for text, r in zip(texts[i], rollouts[i])]
-                              for i, pair in enumerate(pairs)])
+    reward_pg = torch.tensor([[reward(text, pair.winner) if r.finished else -1.0
+                               for text, r in zip(texts[i], rollouts[i])] for i, pair in enumerate(pairs)])
     groups = [Group(pair, prompts[pair.id], rollouts[i], *row)
               for i, (pair, row) in enumerate(zip(pairs, zip(reward_pg, advantages(reward_pg))))]
     return groups, texts
 
 
 def trees(groups, max_tokens):
-    """(group, rollout indices) pairs of at most about max_tokens: a group whole, or its prompt again for each part of it."""
+    """(group, rollout indices) of at most about max_tokens: a group whole, or its prompt again for each part of it."""
     out = []
     for group in groups:
         part, room = [], max_tokens - len(group.prompt_ids)
@@ -176,8 +187,8 @@ def n_tree_tokens(tree):
 def micro_step(model, reference, micro, cfg, device):
     """The summed loss (5) of some trees, and sums over their tokens for the log."""
     forest = pack([(group.prompt_ids, [group.rollouts[g].ids for g in part]) for group, part in micro], device)
-    is_response = forest.segments_s3[:, 2] >= 0
-    scored_m = torch.cat([torch.arange(start, start + n) for start, n, _ in forest.segments_s3[is_response].tolist()]).to(device)
+    responses = [row for row in forest.segments_s3.tolist() if row[2] >= 0]
+    scored_m = torch.cat([torch.arange(start, start + n) for start, n, _ in responses]).to(device)
     chosen = [(group.rollouts[g], group.advantage_g[g]) for group, part in micro for g in part]
     old_logp_m = torch.tensor([x for r, _ in chosen for x in r.logps], device=device)
     advantage_m = torch.cat([a.expand(len(r.ids)) for r, a in chosen]).to(device)
@@ -187,8 +198,37 @@ def micro_step(model, reference, micro, cfg, device):
     logp_m, entropy_m = model(forest, scored_m, cfg.temperature)
     loss_m, kl_m, clipped_m = token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, cfg.clip, cfg.kl_coef)
     mismatch_m = (logp_m - old_logp_m).detach().abs()
-    sums = {"entropy": entropy_m.sum(), "kl": kl_m.detach().sum(), "clip_frac": clipped_m.sum(), "mismatch": mismatch_m.sum()}
+    sums = {"entropy": entropy_m.sum(), "kl": kl_m.detach().sum(), "clip_frac": clipped_m.sum(),
+            "mismatch": mismatch_m.sum()}
     return loss_m.sum(), sums, mismatch_m.max()
+
+
+def accumulate_gradients(cfg, ranks, model, reference, groups, tally, fresh):
+    """Backward passes of (5) over a mini-batch; returns the packed tokens trained on and each micro-batch's max
+    mismatch.
+
+    `fresh`: nothing has been updated since the rollouts, so that sampler and trainer should differ by rounding only.
+    """
+    # the one denominator: of all ranks and micro-batches, skipped groups too
+    n_tokens = sum(len(r.ids) for group in groups for r in group.rollouts)
+    tally.add("loss", 0.0, n_tokens if ranks.main else 0)
+    for name in ("entropy", "kl", "clip_frac", "mismatch"):
+        tally.add(name, 0.0, 0)  # null in the log if no group is trained on
+    items = trees([group for group in groups if group.has_spread or not cfg.skip_zero_spread], cfg.micro_tokens)
+    sizes, mismatches = [n_tree_tokens(item) for item in items], []
+    for shares in micro_batches(sizes, cfg.micro_tokens, ranks.world) if items else []:
+        mine = [items[i] for i in shares[ranks.rank]]
+        # a rank without trees still runs one, at weight zero: the others wait for its share of the collectives
+        loss, sums, mismatch = micro_step(model, reference, mine or items[:1], cfg, ranks.device)
+        weight = 1.0 if mine else 0.0
+        (weight * loss / n_tokens).backward()
+        n_mine = sum(len(group.rollouts[g].ids) for group, part in mine for g in part)
+        tally.add("loss", weight * loss, 0)
+        for name in sums if fresh else sums.keys() - {"mismatch"}:
+            tally.add(name, weight * sums[name], n_mine)
+        if fresh and mine:
+            mismatches.append(float(mismatch))
+    return sum(sizes), mismatches
 
 
 def rollout_metrics(groups, texts):
@@ -207,37 +247,44 @@ def main(cfg):
     ranks = init_ranks(cfg.threads)
     if cfg.model == Config.model and not Path(cfg.model).exists():  # the embedded default begins with its first stage
         import distill
-        distill.main(distill.Config(threads=cfg.threads))
+        begun = Path(distill.Config.out, "config.json").exists()
+        distill.main(distill.Config(threads=cfg.threads, resume=begun))
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     prompt_file = prompt_path(cfg.prompt) if cfg.prompt else Path(cfg.model) / "prompt.txt"
     prompt = load_prompt(str(prompt_file))
     labelled = [pair for pair in read_pairs(cfg.data) if pair.winner is not None]
-    prompts = {pair.id: tokenizer.chat(render(prompt, pair)) for pair in tqdm(labelled, "tokenize", disable=not ranks.main)}
+    prompts = {pair.id: tokenizer.chat(render(prompt, pair))
+               for pair in tqdm(labelled, "tokenize", leave=False, disable=not ranks.main)}
     pairs = [pair for pair in labelled if len(prompts[pair.id]) <= cfg.max_prompt_tokens]
     if ranks.main and len(pairs) < len(labelled):
-        print(f"dropped {len(labelled) - len(pairs)} of {len(labelled)} pairs with prompts over {cfg.max_prompt_tokens} tokens")
+        print(f"dropped {len(labelled) - len(pairs)} of {len(labelled)} pairs with over {cfg.max_prompt_tokens} "
+              "prompt tokens")
     if len(pairs) < cfg.n_prompts:
         raise ValueError(f"{cfg.data}: {len(pairs)} usable pairs are fewer than --n-prompts {cfg.n_prompts}")
     n_steps = cfg.steps or len(pairs) // cfg.n_prompts
 
-    run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=("micro_tokens", "n_slots", "threads", "save_every", "n_samples"))
+    free = ("micro_tokens", "n_slots", "threads", "save_every", "n_samples")  # a resumed run may choose them anew
+    run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=free)
     checkpoint = latest_checkpoint(run.folder / "checkpoints") if cfg.resume else None
-    model = Model.from_pretrained(checkpoint or cfg.model, ranks.device, torch.float32)
-    reference = Model.from_pretrained(cfg.model, ranks.device, dtype).requires_grad_(False)
-    model.n_vocab = reference.n_vocab = tokenizer.n_vocab
-    model.gradient_checkpointing = cfg.gradient_checkpointing
-    model, reference = shard(model, ranks, dtype), shard(reference, ranks, dtype)
+    model = Model.from_pretrained(checkpoint or cfg.model, ranks.loading_device, torch.float32)
+    model.n_vocab, model.gradient_checkpointing = tokenizer.n_vocab, cfg.gradient_checkpointing
+    model = shard(model, ranks, dtype)  # before the reference is loaded
+    reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
+    reference.n_vocab = tokenizer.n_vocab
+    reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.micro_tokens)
-    held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, str(prompt_file), cfg.max_new_tokens, tokenizer, ranks, dtype) if cfg.eval_data else None
+    held_out = None
+    if cfg.eval_data:
+        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt_file, cfg.max_new_tokens, tokenizer, ranks)
 
     def add_files(folder):
         tokenizer.save(folder)
-        shutil.copyfile(prompt_file, folder / "prompt.txt")  # so that the model is always asked as it was trained
+        shutil.copyfile(prompt_file, folder / "prompt.txt")  # it will be asked as it was trained
     first_step = 0
     if checkpoint:
         restore_optimizers(checkpoint, model, optimizers)
-        first_step = int(checkpoint.name[5:])
+        first_step = json.loads((checkpoint / "state.json").read_text())["step"]
     run.truncate(first_step)
 
     bar = tqdm(range(first_step, n_steps), "grpo", initial=first_step, total=n_steps, disable=not ranks.main)
@@ -245,55 +292,41 @@ def main(cfg):
         began = time.perf_counter()
         refresh(sampler.model, model)
         sampler.reset_stats()
-        groups, texts = rollout(cfg, sampler, tokenizer, steps_pairs(pairs, step, cfg.n_prompts, cfg.seed), prompts, step, ranks)
+        step_pairs = steps_pairs(pairs, step, cfg.n_prompts, cfg.seed)
+        groups, texts = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks)
         rollout_s = time.perf_counter() - began
 
-        began, tally, norms, mismatch_max, n_trained = time.perf_counter(), Tally(), [], torch.zeros(()), 0
+        began, tally, norms, worst, n_trained = time.perf_counter(), Tally(), [], [0.0], 0
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
-        for name in ("loss", "entropy", "kl", "clip_frac", "mismatch"):
-            tally.add(name, 0.0, 0)  # null in the row if no group had spread
         for first in range(0, cfg.n_prompts, cfg.mini_prompts):
             mini = groups[first:first + cfg.mini_prompts]
-            n_tokens = sum(len(r.ids) for group in mini for r in group.rollouts)  # all ranks and micro-batches, skipped groups too
-            items = trees([group for group in mini if group.has_spread or not cfg.skip_zero_spread], cfg.micro_tokens)
-            if not items:
-                continue  # no group has anything to say: no optimizer step
-            n_trained += sum(n_tree_tokens(item) for item in items)
-
-            for shares in micro_batches([n_tree_tokens(item) for item in items], cfg.micro_tokens, ranks.world):
-                mine = [items[i] for i in shares[ranks.rank]]
-                # a rank without trees still runs one, at weight zero: the others wait for its share of the collectives
-                loss, sums, worst = micro_step(model, reference, mine or items[:1], cfg, ranks.device)
-                weight = 1.0 if mine else 0.0
-                (weight * loss / n_tokens).backward()
-                n_mine = weight * sum(len(group.rollouts[g].ids) for group, part in mine for g in part)
-                tally.add("loss", weight * loss.detach(), 0)
-                for name, total in sums.items():
-                    if name != "mismatch":
-                        tally.add(name, weight * total, n_mine)
-                    elif not norms:  # before the first update the policy is the one that sampled: only rounding differs
-                        tally.add(name, weight * total, n_mine)
-                        mismatch_max = max(mismatch_max, weight * worst.cpu())
-            tally.add("loss", 0.0, n_tokens if ranks.main else 0)
-            norms.append(optimizer_step(model, optimizers, lr, cfg.max_norm))
+            n_mini_trained, mismatches = accumulate_gradients(cfg, ranks, model, reference, mini, tally, not norms)
+            if n_mini_trained:  # else no group has anything to say: no optimizer step
+                norms.append(optimizer_step(model, optimizers, lr, cfg.max_norm))
+            n_trained, worst = n_trained + n_mini_trained, worst + mismatches
         update_s = time.perf_counter() - began
 
         done = step + 1
-        row = {"step": done, **rollout_metrics(groups, texts), **tally.means(ranks), "mismatch_max": max(ranks.gather(float(mismatch_max))),
-               "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "lr": lr, "rollout_s": rollout_s,
-               "update_s": update_s, "update_tok_s": n_trained / update_s, **sampler.stats()}
+        row = {"step": done, **rollout_metrics(groups, texts), **tally.means(ranks),
+               "mismatch_max": max(ranks.gather(max(worst))),
+               "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "lr": lr,
+               "rollout_s": rollout_s, "update_s": update_s, "update_tok_s": n_trained / update_s, **sampler.stats()}
         if held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
-            row |= held_out.scores(model)
+            refresh(sampler.model, model)
+            row |= held_out.judge(sampler.model)[0]
         run.row("metrics.jsonl", row)
         for p in range(min(cfg.n_samples, cfg.n_prompts)):
-            group, g = groups[p], step % cfg.group_size
-            run.row("samples.jsonl", {"step": done, "id": group.pair.id, "prompt": tokenizer.decode(group.prompt_ids, skip_control=False),
-                                      "judgement": texts[p][g], "winner": group.pair.winner, "verdict": training_verdict(texts[p][g]),
-                                      "reward": group.reward_g[g].item(), "advantage": group.advantage_g[g].item()})
-        bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", tokens=f"{row['judgement_tok']:.0f}", kl=f"{row.get('kl') or 0:.3f}",
-                        prefill=f"{row['prefill_tok_s']:.0f}/s", decode=f"{row['decode_tok_s']:.0f}/s")
+            group, g, text = groups[p], step % cfg.group_size, texts[p][step % cfg.group_size]
+            run.row("samples.jsonl", {
+                "step": done, "id": group.pair.id, "prompt": tokenizer.decode(group.prompt_ids, skip_control=False),
+                "judgement": text, "winner": group.pair.winner, "verdict": training_verdict(text),
+                "reward": group.reward_g[g].item(), "advantage": group.advantage_g[g].item()})
+        bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", tokens=f"{row['judgement_tok']:.0f}",
+                        kl=f"{row['kl'] or 0:.3f}", prefill=f"{row['prefill_tok_s']:.0f}/s",
+                        decode=f"{row['decode_tok_s']:.0f}/s")
         if cfg.save_every and (done % cfg.save_every == 0 or done == n_steps):
-            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers, {"step": done, "seed": cfg.seed}, ranks, add_files)
+            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
+                            {"step": done, "seed": cfg.seed}, ranks, add_files)
     save_model(run.folder / "model", model, ranks, add_files, dtype)
 
 

@@ -25,7 +25,7 @@ def wide(dtype):
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-def attention(q_nhc, k_nkc, v_nkc, segments_s3):
+def attention(q_nhc, k_nkc, v_nkc, segments_s3, impl=None):
     """softmax(q k^T / sqrt(C)) v over a forest of segments; returns out_nhc.
 
     segments_s3 is an int64 CPU table of (start, length, parent). A token sees its own segment up to itself and, if
@@ -39,12 +39,15 @@ def attention(q_nhc, k_nkc, v_nkc, segments_s3):
     Segments of similar size are padded into one scaled_dot_product_attention call, so that a forest of many short
     segments costs a handful of calls and a long segment is never padded by more than 31 keys.
     """
+    assert impl in (None, "torch"), f"impl {impl!r} is unknown; there is only 'torch' so far"
     N, H, C = q_nhc.shape
     assert k_nkc.shape == v_nkc.shape and k_nkc.shape[0] == N and H % k_nkc.shape[1] == 0, (q_nhc.shape, k_nkc.shape)
     out_nhc = torch.zeros_like(q_nhc)
     for query_st, key_su, real_st, visible in _padded_segments(segments_s3, q_nhc.device):
         q = _gather(q_nhc, query_st).transpose(1, 2)  # [S, H, T, C]
         k, v = _gather(k_nkc, key_su).transpose(1, 2), _gather(v_nkc, key_su).transpose(1, 2)
+        if q.is_cuda and visible is not None:  # masked GQA would fall to the kernel that keeps all scores
+            k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=True)
         out_nhc[query_st[real_st]] = out.transpose(1, 2)[real_st]
     return out_nhc
@@ -146,12 +149,13 @@ def _row_blocks(N, V):
     return [slice(i, min(i + step, N)) for i in range(0, N, step)]
 
 
-def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0):
+def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None):
     """log softmax(hidden weight^T / temperature)[target] and that distribution's entropy, in nats: logp_n, entropy_n.
 
     float32 (float64 for float64 inputs); the entropy carries no gradient. Peak extra memory is a few blocks of
     LOGIT_CHUNK elements plus the gradients, whatever N is.
     """
+    assert impl in (None, "torch"), f"impl {impl!r} is unknown; there is only 'torch' so far"
     assert temperature > 0, f"temperature must be positive, got {temperature}"
     assert hidden_nd.shape[0] == target_n.shape[0] and hidden_nd.shape[1] == weight_vd.shape[1], \
         (hidden_nd.shape, weight_vd.shape, target_n.shape)

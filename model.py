@@ -1,11 +1,11 @@
 """The Qwen2 / Qwen2.5 / Qwen3 decoder (and DeepSeek-R1-Distill-Qwen, which is a Qwen2), and its Hugging Face folder.
 
-    model = Model.from_pretrained("Qwen2.5-7B-Instruct", device="cuda", dtype=torch.bfloat16) model.logits(ids)
-    [T, V] float32: one sequence, for looking and for tests model(forest)                              hidden_nd:
-    training and prefill, see Forest model(forest, scored_m)                    log-probability and entropy of chosen
-    tokens, logits never materialized model.run(tokens_n, positions_n, attend)   the same blocks with the caller's
-    attention: this is how the sampler decodes model.save_pretrained(path)                config.json +
-    model.safetensors, which transformers loads
+    model = Model.from_pretrained("Qwen2.5-7B-Instruct", device="cuda", dtype=torch.bfloat16)
+    model.logits(ids)                          [T, V] float32: one sequence, for looking and for tests
+    model(forest)                              hidden_nd: training and prefill, see Forest
+    model(forest, scored_m)                    log-probability and entropy of chosen tokens, without their logits
+    model.run(tokens_n, positions_n, attend)   the same blocks with the caller's attention: how the sampler decodes
+    model.save_pretrained(path)                config.json + model.safetensors, which transformers loads
 
 Parameter names are Hugging Face's, so loading is a strict match of names and shapes. Every config field that changes
 the mathematics is honoured or refused by name. Norms, rotary angles and softmax are float32 or wider whatever the
@@ -65,9 +65,9 @@ class ModelConfig:
         kind = raw.get("model_type")
         if kind not in ("qwen2", "qwen3"):
             refuse(f"model_type is {kind!r}; supported are qwen2 (Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen) and qwen3")
-        for architecture in raw.get("architectures") or []:
-            if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-                refuse(f"architecture {architecture} is not supported; need Qwen2ForCausalLM or Qwen3ForCausalLM")
+        wanted = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]
+        if raw.get("architectures", [wanted]) not in ([wanted], None):
+            refuse(f"architectures {raw['architectures']!r} is not supported; model_type {kind} needs [{wanted!r}]")
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for key in required + tuple(k for k in ("num_key_value_heads", "head_dim") if raw.get(k) is not None):
             if not isinstance(raw.get(key), int) or raw[key] < 1:
@@ -76,9 +76,13 @@ class ModelConfig:
             refuse(f"rms_norm_eps must be a number like 1e-6, got {raw['rms_norm_eps']!r}")
         if raw.get("hidden_act", "silu") != "silu":
             refuse(f"hidden_act {raw['hidden_act']!r} is not supported; only silu is")
+        for key in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
+            if raw.get(key) not in (True, False, None):
+                refuse(f"{key} must be true or false, got {raw[key]!r}")
         sliding = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
+        first_sliding = raw.get("max_window_layers", 28) or 0
         slides = raw.get("layer_types") or ["sliding_attention"] * (
-            raw["num_hidden_layers"] - raw.get("max_window_layers", 28) if sliding else 0)
+            raw["num_hidden_layers"] - first_sliding if sliding else 0)
         if any(kind != "full_attention" for kind in slides):
             refuse("sliding-window attention is in use (use_sliding_window, max_window_layers, layer_types); "
                    "only full attention is supported")
@@ -118,7 +122,9 @@ def read_rope(raw, head_dim, refuse):
         for value in (rope.get(key), raw.get(key)):
             if value is not None and (not isinstance(value, (int, float)) or value < 0):
                 refuse(f"{key} must be a number, zero or more, got {value!r}")
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    theta = next((x for x in (rope.get("rope_theta"), raw.get("rope_theta")) if x is not None), 10000.0)
+    if theta <= 1:
+        refuse(f"rope_theta must be above 1, got {theta!r}")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
         refuse("partial_rotary_factor other than 1 is not supported")

@@ -134,9 +134,14 @@ def _only(a, b):
 
 
 def reward(text, winner):
-    """+1.0 if the training verdict is the winner, else -1.0: no verdict costs as much as a wrong one."""
+    """+1.0 if the training verdict is the winner, else -1.0: no verdict costs as much as a wrong one.
+
+    A verdict that stands in the last 80 characters only because it is quoted from an answer earns -1.0 too; RM-R1's
+    code would pay for it. (No recorded judgement is paid differently.)
+    """
     assert winner in ("a", "b"), f"winner is {winner!r}, need 'a' or 'b'"
-    return 1.0 if training_verdict(text) == winner else -1.0
+    own = f"<answer>[[{winner.upper()}]]</answer>" in _without_quotes(text)
+    return 1.0 if training_verdict(text) == winner and own else -1.0
 
 
 def majority(verdicts):

@@ -1,9 +1,7 @@
-"""Prompts in, rollouts out: KV cache, continuous batching, sampling. On the command line: judge a pair, or a file of
-pairs.
+"""Prompts in, rollouts out: KV cache, continuous batching, sampling. On the command line: judge a pair, or a file.
 
-    python sample.py --model DIR --question "..." --answer-a "..." --answer-b "..."       streams the judgement as it is
-    written python sample.py --model DIR --pairs pairs.jsonl --out judgements.jsonl --votes 5     resumable: start it
-    again to go on
+    python sample.py --model DIR --question "..." --answer-a "..." --answer-b "..."    streams the judgement python
+    sample.py --model DIR --pairs pairs.jsonl --out judgements.jsonl            resumable: start it again to go on
 
 The sampler runs the trainer's own model code (Model.run) with a cache for attention, so its log-probabilities are the
 trainer's up to rounding. A prompt is computed once for its n rollouts. A rollout's random numbers come from (seed, the
@@ -383,8 +381,7 @@ class JudgementFile:
     def __init__(self, out, settings):
         self.out, self.partial = Path(out), Path(f"{out}.partial")
         self.done = {}
-        if self.out.exists():
-            raise ValueError(f"{self.out}: already there and whole; delete it or choose another --out")
+        refuse_existing(self.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         # up to the last line break: an interrupted run may have left half a line
         whole = self.partial.read_bytes().rpartition(b"\n")[0] if self.partial.exists() else b""
@@ -420,10 +417,28 @@ class JudgementFile:
         self.partial.unlink()
 
 
-def judge_file(judge, pairs, out, settings):
-    """Judges the pairs that OUT.partial does not hold yet; returns all records in the pairs' order."""
-    file = JudgementFile(out, settings)
-    keys = [(pair.id, f"{prompt_key(judge.encode(pair)):016x}") for pair in pairs]
+def refuse_existing(out):
+    if Path(out).exists():
+        raise ValueError(f"{out}: already there and whole; delete it or choose another --out")
+
+
+def judge_file(judge, pairs, out, settings, skip_bad=False):
+    """Judges the pairs that OUT.partial does not hold yet; returns all records in the pairs' order.
+
+    A pair that the prompt cannot show (a conversation, say) stops the job before it begins, or is skipped and counted.
+    """
+    keys, fit = [], []
+    for pair in pairs:
+        try:
+            keys.append((pair.id, f"{prompt_key(judge.encode(pair)):016x}"))
+            fit.append(pair)
+        except ValueError as e:
+            if not skip_bad:
+                raise
+            print(f"skipped: {e}", file=sys.stderr)
+    if len(fit) < len(pairs):
+        print(f"skipped {len(pairs) - len(fit)} of {len(pairs)} pairs", file=sys.stderr)
+    pairs, file = fit, JudgementFile(out, settings)
     todo = [pair for pair, key in zip(pairs, keys) if key not in file.done]
     bar = tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="judge", unit="pair")
     for _, record in judge.judge(todo):
@@ -432,6 +447,8 @@ def judge_file(judge, pairs, out, settings):
         stats = judge.sampler.stats()
         bar.set_postfix(prefill_tok_s=f"{stats['prefill_tok_s']:.0f}", decode_tok_s=f"{stats['decode_tok_s']:.0f}")
     bar.close()
+    for pair, key in zip(pairs, keys):
+        file.done[key]["winner"] = pair.winner  # the labels may have been corrected since an interrupted run
     file.finish(keys)
     return [file.done[key] for key in keys]
 
@@ -513,9 +530,11 @@ def load_judge(cfg):
 
 def judge_settings(cfg, judge):
     """What a judgements file depends on: it may only be continued with the same."""
+    files = sorted(Path(cfg.model).glob("*.safetensors"))
+    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return {"model": str(Path(cfg.model).resolve()), "prompt": asdict(judge.prompt), "votes": cfg.votes,
             "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k,
-            "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
+            "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "weights": weights,
             "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
 
 
@@ -535,11 +554,12 @@ def pair_from_options(cfg):
 
 def main(cfg):
     if cfg.pairs:
+        refuse_existing(cfg.out)
         pairs = read_pairs(cfg.pairs, cfg.seed, cfg.skip_bad)
         pairs = pairs[:cfg.limit] if cfg.limit else pairs
         judge = load_judge(cfg)
         settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.pairs).resolve())}
-        records = judge_file(judge, pairs, cfg.out, settings)
+        records = judge_file(judge, pairs, cfg.out, settings, cfg.skip_bad)
         n_none = sum(r["verdict"] is None for r in records)
         print(f"{len(records)} pairs judged, {n_none} without a verdict: {cfg.out}")
         return
@@ -562,4 +582,3 @@ def main(cfg):
 if __name__ == "__main__":
     with one_line_errors():
         main(parse_config(Config))
-    sys.exit(0)

@@ -1,1 +1,1 @@
-"""Benchmarks against peers: each runs ours and the peer on the same work, alternately, and prints one JSON line last."""
+"""Benchmarks against peers: ours and the peer on the same work, alternately; the last line printed is JSON."""

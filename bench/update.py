@@ -1,10 +1,10 @@
-"""The GRPO update's forward and backward pass: our forest against transformers on padded rows, as trainers commonly do it.
+"""The GRPO update's forward and backward pass: our forest against transformers on one row per response.
 
     python -m bench.update --groups 2 --samples 7 --prompt 512 --new 128
 
-Ours runs each prompt once and scores responses through linear_logp. The peer runs [prompt + response] rows in one batch and
-takes log_softmax of the logits of the response positions (`logits_to_keep`). Same weights, same tokens; the loss is the mean
-log-probability, and both must find the same one. The unit is response tokens a second.
+Ours runs each prompt once and scores responses through linear_logp. The peer runs [prompt + response] rows in one batch
+and takes log_softmax of the logits of the response positions (`logits_to_keep`). Same weights, same tokens; the loss is
+the mean log-probability, and both must find the same one. The unit is response tokens a second.
 """
 
 import torch

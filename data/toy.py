@@ -1,5 +1,4 @@
-"""The generated task of the embedded default: small enough for a 0.9M-parameter model, verifiable, and worth thinking
-about.
+"""The generated task of the embedded default: small enough for a 0.86M-parameter model, verifiable, worth thinking.
 
     python data/toy.py --out runs/toy/data --seed 0
 

@@ -287,7 +287,9 @@ def test_a_saved_folder_is_whole_or_not_there(tmp_path):
 
 
 def test_the_latest_checkpoint_is_the_highest_number(tmp_path):
-    assert latest_checkpoint(tmp_path / "none") is None and latest_checkpoint(tmp_path) is None
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(ValueError, match=f"^{folder}: no checkpoint to resume from"):
+            latest_checkpoint(folder)
     for name in ("step-9", "step-10", "step-100.tmp", "step-", "step-x", "other-99"):
         (tmp_path / name).mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "step-10"

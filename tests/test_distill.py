@@ -227,6 +227,9 @@ def test_a_run_learns_and_leaves_a_model_that_transformers_loads(raw, made, tmp_
     assert max(row["lr"] for row in rows) == 1e-2 and rows[-1]["lr"] == pytest.approx(1e-3)
     assert all(set(row) >= {"loss", "entropy", "lr", "grad_norm", "n_tokens", "step_s", "train_tok_s"} for row in rows)
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [30, 48]
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    judged = [pair.id for pair in read_pairs(made / "heldout.jsonl")]
+    assert sorted((s["step"], s["id"]) for s in samples) == sorted((step, name) for step in (30, 48) for name in judged)
     assert not (tmp_path / "run/checkpoints").exists()
 
     transformers = pytest.importorskip("transformers")
@@ -271,16 +274,17 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(optimizer, made, tmp_path
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     assert not list(again.rglob("*.tmp"))
 
-    shutil.rmtree(again / "model")  # resumed at its end, it only writes the model; without a checkpoint it starts again
+    shutil.rmtree(again / "model")  # resumed at its end, it only writes the model
     distill.main(replace(cfg, out=str(again), resume=True))
     assert metrics(again) == metrics(whole)
     assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     if optimizer == "adamw":
-        shutil.rmtree(again / "checkpoints")
-        distill.main(replace(cfg, out=str(again), resume=True))
-        assert metrics(again) == metrics(whole)
         with pytest.raises(ValueError, match="lr=0.01, not 0.02"):
             distill.main(replace(cfg, out=str(again), resume=True, lr=0.02))
+        shutil.rmtree(again / "checkpoints")
+        with pytest.raises(ValueError, match="checkpoints: no checkpoint to resume from"):
+            distill.main(replace(cfg, out=str(again), resume=True))
+        assert metrics(again) == metrics(whole)
         with pytest.raises(ValueError, match="already holds a run"):
             distill.main(replace(cfg, out=str(again)))
 
@@ -357,35 +361,40 @@ def torchrun(*command):
                           timeout=120)
 
 
-def test_a_narrow_model_learns_a_recorded_judgement_by_heart(tmp_path):
-    """Real input: the shortest of RM-R1's recorded judgements, Qwen2.5's tokenizer with its 151,665 ids. Trained
-    through distill.py until the loss is below a tenth of its start, a random model reproduces the record greedily,
-    verdict included. (25 to 40 s of one core, nearly all in the head; AdamW needs several times as many steps.)"""
-    logs = SHARED / "benchmarks/reward_bench/RM-R1-DeepSeek-Distilled-Qwen-32B.logs.sample40.json"
+def test_a_narrow_model_learns_recorded_judgements_by_heart(tmp_path):
+    """Real input: the two shortest judgements that RM-R1's instruct model recorded, Qwen2.5's tokenizer with its
+    151,665 ids. Trained through distill.py until the loss is below a tenth of its start, a random model reproduces the
+    shorter greedily, verdict included. (Nearly all the time goes into the head; AdamW needs several times as many
+    steps.)"""
+    logs = SHARED / "benchmarks/reward_bench/RM-R1-Qwen2.5-Instruct-32B.logs.sample40.json"
     tokenizer_folder = SHARED / "qwen2.5-tokenizer"
     if not logs.exists() or not tokenizer_folder.exists():
         pytest.skip(f"no {logs} or no {tokenizer_folder}: set RM_SHARED")
-    recorded = min(read_chains(logs), key=lambda chain: len(chain.judgement))
-    write_pairs(tmp_path / "chain.jsonl", [recorded])
+    recorded = sorted(read_chains(logs), key=lambda chain: len(chain.judgement))[:2]
+    write_pairs(tmp_path / "chains.jsonl", recorded)
     raw = QWEN2 | {"vocab_size": 151_936, "hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 4,
-                   "head_dim": 32,
-                   "rope_theta": 10_000.0, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+                   "head_dim": 32, "rope_theta": 10_000.0, "max_position_embeddings": 4096, "tie_word_embeddings": True}
     Model.random(ModelConfig.from_dict(raw)).save_pretrained(tmp_path / "model")
     for file in tokenizer_folder.iterdir():
         shutil.copyfile(file, tmp_path / "model" / file.name)
-    distill.main(config(tmp_path, tmp_path / "run", data=str(tmp_path / "chain.jsonl"), prompt="reasoning",
-                        batch_size=1, epochs=26, max_length=4096,
-                        micro_tokens=4096, optimizer="muon", lr=0.1, warmup_frac=0.05, weight_decay=0.0))
+    n_threads = torch.get_num_threads()
+    try:
+        distill.main(config(tmp_path, tmp_path / "run", data=str(tmp_path / "chains.jsonl"), prompt="instruct",
+                            batch_size=1, epochs=18, max_length=4096, micro_tokens=4096, optimizer="muon", lr=0.1,
+                            warmup_frac=0.05, weight_decay=0.0, threads=2))
+    finally:
+        torch.set_num_threads(n_threads)
     losses = [row["loss"] for row in metrics(tmp_path / "run")]
-    assert losses[0] > 11 and losses[-1] < 0.1 * losses[0], losses
+    assert min(losses[:2]) > 10 and max(losses[-2:]) < 0.1 * losses[0], losses
 
     tokenizer, model = Tokenizer(tmp_path / "run/model"), Model.from_pretrained(tmp_path / "run/model")
     model.n_vocab = tokenizer.n_vocab
-    prompt_ids = tokenizer.chat(render(load_prompt(str(tmp_path / "run/model/prompt.txt")), recorded.pair))
-    (rollout,), = Sampler(model).generate([prompt_ids], max_new_tokens=500, temperature=0, stop=tokenizer.stop_ids)
+    prompt = load_prompt(str(tmp_path / "run/model/prompt.txt"))
+    (rollout,), = Sampler(model).generate([tokenizer.chat(render(prompt, recorded[0].pair))], max_new_tokens=700,
+                                          temperature=0, stop=tokenizer.stop_ids)
     text = tokenizer.decode(rollout.ids)
-    assert rollout.finished and text == recorded.judgement
-    assert benchmark_verdict(text) == benchmark_verdict(recorded.judgement) == recorded.pair.winner
+    assert rollout.finished and text == recorded[0].judgement
+    assert benchmark_verdict(text) == benchmark_verdict(recorded[0].judgement) is not None
 
 
 def test_the_embedded_default_is_made_from_nothing(tmp_path, monkeypatch):

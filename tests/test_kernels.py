@@ -1,5 +1,6 @@
-"""Oracles: attention and decode_attention against a naive softmax over a [N, N] mask written from the visibility rule, and
-linear_logp against torch.log_softmax, all in float64. Lower precisions may err at most twice as much as plain torch does."""
+"""Oracles: attention and decode_attention against a naive softmax over a [N, N] mask written from the visibility rule,
+and linear_logp against torch.log_softmax, all in float64. Lower precisions may err at most twice as much as plain torch
+does."""
 
 import math
 import re
@@ -25,10 +26,11 @@ def error(x, oracle):
 def assert_no_worse_than_torch(ours, plain, oracle, times=2.0):
     """Each of ours errs at most `times` as much as plain torch in the same dtype, both against float64."""
     for i, (x, y, z) in enumerate(zip(ours, plain, oracle, strict=True)):
-        assert error(x, z) <= times * error(y, z) + 1e-8, f"output {i}: ours {error(x, z):.2e}, torch's {error(y, z):.2e}"
+        error_x, error_y = error(x, z), error(y, z)
+        assert error_x <= times * error_y + 1e-8, f"output {i}: ours {error_x:.2e}, torch's {error_y:.2e}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def table(*trees):
@@ -67,7 +69,8 @@ def visible(segments_s3):
 
 
 def dense(q_nhc, k_nkc, v_nkc, visible_nn, softmax=torch.softmax):
-    """The oracle: every score, minus infinity where unseen, one softmax; query head h reads key/value head h // (H / K)."""
+    """The oracle: every score, minus infinity where unseen, one softmax; query head h reads key/value head
+    h // (H / K)."""
     share = q_nhc.shape[1] // k_nkc.shape[1]
     k_nhc, v_nhc = k_nkc.repeat_interleave(share, 1), v_nkc.repeat_interleave(share, 1)
     score_hnn = torch.einsum("nhc,mhc->hnm", q_nhc, k_nhc) / math.sqrt(q_nhc.shape[2])
@@ -76,7 +79,7 @@ def dense(q_nhc, k_nkc, v_nkc, visible_nn, softmax=torch.softmax):
 
 
 def qkv(N, heads, kv_heads, head_dim, peak=1.0, seed=0):
-    """Float64 q, k, v and the output's gradient. Values that float32 holds exactly, so that dtypes compare like with like."""
+    """Float64 q, k, v and the output's gradient. Values that float32 holds exactly, so that dtypes compare alike."""
     rng = torch.Generator().manual_seed(seed)
     q, k, v, grad = (torch.randn(N, n, head_dim, generator=rng).double() for n in (heads, kv_heads, kv_heads, heads))
     return (q * peak).float().double(), k, v, grad
@@ -117,7 +120,8 @@ def test_attention_of_head_shapes_and_peaked_softmax(heads, kv_heads, head_dim, 
 
 
 def test_attention_docstring_example():
-    """Oracle: the table in attention's docstring. Rows of v are one-hot, q is zero: the output is uniform over what is seen."""
+    """Oracle: the table in attention's docstring. Rows of v are one-hot, q is zero: the output is uniform over what is
+    seen."""
     lines = attention.__doc__.splitlines()
     segments = torch.tensor(eval(next(line for line in lines if "segments =" in line).split("=")[1]))
     seen = re.sub(r"\|", " ", next(line for line in lines if line.split()[:1] == ["sees"])).split()[1:]
@@ -136,7 +140,8 @@ def test_attention_refuses_grandparents():
 
 
 def test_attention_of_nothing_and_of_one_token():
-    """No segments, or only empty ones: an empty output, not an error. One token: its own value, by hand, and only v learns."""
+    """No segments, or only empty ones: an empty output, not an error. One token: its own value, by hand, and only v
+    learns."""
     x = torch.randn(0, 2, 8)
     for segments in (torch.zeros(0, 3, dtype=torch.int64), table((0, 0))):
         assert attention(x, x, x, segments).shape == (0, 2, 8)
@@ -157,9 +162,11 @@ def test_attention_never_holds_all_scores():
     assert largest.numel < N * N / 8, (largest.numel, N)
 
 
-@pytest.mark.parametrize("heads,kv_heads,head_dim,peak", [(4, 4, 32, 1), (8, 2, 80, 1), (14, 2, 64, 1), (8, 1, 128, 20)])
+@pytest.mark.parametrize("heads,kv_heads,head_dim,peak", [(4, 4, 32, 1), (8, 2, 80, 1), (14, 2, 64, 1),
+                                                              (8, 1, 128, 20)])
 def test_decode_attention_is_the_last_row_of_attention(heads, kv_heads, head_dim, peak):
-    """Oracle: the last row of dense causal attention over each slot's first length entries; the cache beyond is garbage."""
+    """Oracle: the last row of dense causal attention over each slot's first length entries; the cache beyond is
+    garbage."""
     lengths, T = [1, 2, 17, 32, 33, 48], 48
     rng = torch.Generator().manual_seed(1)
     q = torch.randn(len(lengths), heads, head_dim, generator=rng) * peak
@@ -169,8 +176,8 @@ def test_decode_attention_is_the_last_row_of_attention(heads, kv_heads, head_dim
 
     def rows(dtype):
         def row(b, n):
-            return dense(q[b:b + 1].to(dtype), k[b, :, :n].to(dtype).transpose(0, 1), v[b, :, :n].to(dtype).transpose(0, 1),
-                         torch.ones(1, n, dtype=torch.bool))
+            return dense(q[b:b + 1].to(dtype), k[b, :, :n].to(dtype).transpose(0, 1),
+                         v[b, :, :n].to(dtype).transpose(0, 1), torch.ones(1, n, dtype=torch.bool))
         return torch.cat([row(b, n) for b, n in enumerate(lengths)])
 
     length_b = torch.tensor(lengths)
@@ -179,7 +186,7 @@ def test_decode_attention_is_the_last_row_of_attention(heads, kv_heads, head_dim
     assert_no_worse_than_torch([decode_attention(q, k, v, length_b)], [rows(torch.float32)], [oracle])
 
 
-# -------------------------------------------------------------------------------------------- log-probabilities of tokens
+# ------------------------------------------------------------------------------------------ log-probabilities of tokens
 
 
 def dense_logp(hidden_nd, weight_vd, target_n, temperature):
@@ -190,7 +197,8 @@ def dense_logp(hidden_nd, weight_vd, target_n, temperature):
 
 
 def logp_problem(dtype, N=11, D=24, V=50, peak=1.0, seed=0):
-    """hidden, weight, target, gradient of logp; rounded to dtype, then held in float64. Targets repeat, 0 and V - 1 occur."""
+    """hidden, weight, target, gradient of logp; rounded to dtype, then held in float64. Targets repeat, 0 and V - 1
+    occur."""
     rng = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(N, D, generator=rng) * peak, torch.randn(V, D, generator=rng) / math.sqrt(D) * 2
     target = torch.randint(V, (N,), generator=rng)
@@ -231,7 +239,8 @@ def test_linear_logp_in_low_precision(monkeypatch, dtype, temperature, peak):
 
 
 def test_linear_logp_adds_many_blocks_in_float32(monkeypatch):
-    """Oracle: log_softmax in float64. 2,000 blocks of one row in bfloat16: the weight's gradient must not be summed there."""
+    """Oracle: log_softmax in float64. 2,000 blocks of one row in bfloat16: the weight's gradient must not be summed
+    there."""
     monkeypatch.setattr(kernels, "LOGIT_CHUNK", 1)
     problem = logp_problem(torch.bfloat16, N=2000, D=8, V=5)
     ours = logp_and_gradients(linear_logp, torch.bfloat16, problem, 1.0)
@@ -249,8 +258,8 @@ def test_linear_logp_gradcheck(monkeypatch):
 
 
 def test_linear_logp_of_a_sliced_head(monkeypatch):
-    """Oracle: log_softmax over the slice. As Model.head_vd gives it (the first rows), and with strides that are not contiguous;
-    one gradient arrives in the whole weight, zero outside the slice; a frozen side gets none."""
+    """Oracle: log_softmax over the slice. As Model.head_vd gives it (the first rows), and with strides that are not
+    contiguous; one gradient arrives in the whole weight, zero outside the slice; a frozen side gets none."""
     monkeypatch.setattr(kernels, "LOGIT_CHUNK", 100)
     hidden, weight, target, grad = logp_problem(torch.float64)
     for cut in (lambda w: torch.cat([w, w + 9])[:50], lambda w: w.t().contiguous().t(),
@@ -277,7 +286,8 @@ def test_linear_logp_hand_worked():
 
 
 def test_linear_logp_of_nothing_and_of_certainty():
-    """No rows: empty outputs and zero gradients. One token certain: logp and entropy are exactly zero, nothing is NaN."""
+    """No rows: empty outputs and zero gradients. One token certain: logp and entropy are exactly zero, nothing is
+    NaN."""
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     logp, entropy = linear_logp(hidden, weight, torch.zeros(0, dtype=torch.int64))
     logp.sum().backward()
@@ -301,8 +311,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_linear_logp_never_holds_all_logits(monkeypatch):
-    """N x V logits would be 1.2 million elements; the largest tensor of forward and backward is the weight, 40,000. That the
-    recorder sees what it should is checked on the dense oracle."""
+    """N x V logits would be 1.2 million elements; the largest tensor of forward and backward is the weight, 40,000.
+    That the recorder sees what it should is checked on the dense oracle."""
     N, D, V = 600, 20, 2000
     monkeypatch.setattr(kernels, "LOGIT_CHUNK", 30_000)
     problem = logp_problem(torch.float32, N, D, V)

@@ -1,5 +1,6 @@
-"""Oracles: transformers' Qwen2 and Qwen3 on the same folder, as they are and with their float32 islands lifted to float64;
-each sequence of a forest computed alone; hand-worked tables. Wrong folders and configs must end in one line with the name."""
+"""Oracles: transformers' Qwen2 and Qwen3 on the same folder, as they are and with their float32 islands lifted to
+float64; each sequence of a forest computed alone; hand-worked tables. Wrong folders and configs must end in one line
+with the name."""
 
 import json
 import math
@@ -17,7 +18,8 @@ from model import Forest, Model, ModelConfig, copy_tokenizer, pack
 
 torch.set_num_threads(1)
 
-QWEN2 = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=97, hidden_size=48, intermediate_size=80,
+QWEN2 = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=97, hidden_size=48,
+             intermediate_size=80,
              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_act="silu", rms_norm_eps=1e-5,
              max_position_embeddings=128, tie_word_embeddings=False, use_sliding_window=False, sliding_window=16,
              rope_parameters={"rope_type": "default", "rope_theta": 1000.0})
@@ -45,7 +47,8 @@ CASES = {
     "linear": QWEN2 | dict(rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}),
     "yarn": yarn(),
     "yarn no theta": QWEN2 | dict(rope_parameters={key: value for key, value in YARN.items() if key != "rope_theta"}),
-    "yarn of the whole context": QWEN2 | dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1000.0, "factor": 2.0}),
+    "yarn of the whole context": QWEN2 | dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1000.0,
+                                                               "factor": 2.0}),
     "yarn original outside": yarn() | dict(original_max_position_embeddings=64),
     "yarn factor null": yarn(factor=None),
     "yarn attention_factor": yarn(attention_factor=1.5),
@@ -59,7 +62,8 @@ IDS = torch.randint(97, (90,), generator=torch.Generator().manual_seed(5)).tolis
 
 
 def randomize(module, seed=0):
-    """Weights at which nothing can be dropped unseen: norms far from 1, biases far from 0, attention far from uniform."""
+    """Weights at which nothing can be dropped unseen: norms far from 1, biases far from 0, attention far from
+    uniform."""
     rng = torch.Generator().manual_seed(seed)
     for name, x in module.named_parameters():
         noise = torch.randn(x.shape, generator=rng)
@@ -147,7 +151,7 @@ def of_ours(path, dtype, ids=IDS):
     return logits_and_gradients(forward, dict(ours.named_parameters()), ids)
 
 
-# ------------------------------------------------------------------------------------------------------------------- parity
+# --------------------------------------------------------------------------------------------------------------- parity
 
 
 def whole(gradients):
@@ -157,9 +161,9 @@ def whole(gradients):
 
 @pytest.mark.parametrize("case", CASES)
 def test_parity_with_transformers(case, folder, lift):
-    """Oracle: transformers on the same folder: logits, and gradients of the next-token loss. Float32 against its float32 and
-    float64 against its float64 with the islands lifted, per parameter; float64 against it as it is, where its own float32
-    rounding is all of the difference, for the logits and the gradient as one vector."""
+    """Oracle: transformers on the same folder: logits, and gradients of the next-token loss. Float32 against its
+    float32 and float64 against its float64 with the islands lifted, per parameter; float64 against it as it is, where
+    its own float32 rounding is all of the difference, for the logits and the gradient as one vector."""
     path = folder(CASES[case])
     ours, peer = of_ours(path, torch.float64), of_peer(path, torch.float64)
     assert ours.keys() == peer.keys() and ours["logits"].dtype == torch.float64
@@ -175,7 +179,8 @@ def assert_close(ours, peer, limit):
 
 
 def old_spelling(config):
-    """The same model as files before transformers 5 spell it: rope_theta and rope_scaling {"type"} beside, torch_dtype."""
+    """The same model as files before transformers 5 spell it: rope_theta and rope_scaling {"type"} beside,
+    torch_dtype."""
     rope = dict(config["rope_parameters"])
     old = {key: value for key, value in config.items() if key != "rope_parameters"} | {"torch_dtype": "float32"}
     old |= {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
@@ -183,9 +188,11 @@ def old_spelling(config):
     return old | {"rope_scaling": None if kind == "default" else {"type": kind} | rope}
 
 
-@pytest.mark.parametrize("case", ["Qwen2", "Qwen3 tied", "Qwen3 yarn", "linear", "yarn", "yarn no theta", "yarn mscale"])
+@pytest.mark.parametrize("case", ["Qwen2", "Qwen3 tied", "Qwen3 yarn", "linear", "yarn", "yarn no theta",
+                                  "yarn mscale"])
 def test_old_spelling_is_the_same_model(case, folder, tmp_path):
-    """Oracle: the logits under the new spelling, to the last bit; and transformers reads the old file as the same model."""
+    """Oracle: the logits under the new spelling, to the last bit; and transformers reads the old file as the same
+    model."""
     shutil.copytree(folder(CASES[case]), tmp_path, dirs_exist_ok=True)
     ours = Model.from_pretrained(tmp_path, dtype=torch.float64).logits(IDS)
     old = old_spelling(CASES[case])
@@ -196,23 +203,27 @@ def test_old_spelling_is_the_same_model(case, folder, tmp_path):
 
 
 def test_published_configs():
-    """Oracle: Qwen2.5-7B's and Qwen3-8B's shapes as published, and what they leave out: heads of 128, no bias in o, and a
-    window that is not in use. Absent key/value heads mean as many as heads."""
+    """Oracle: Qwen2.5-7B's and Qwen3-8B's shapes as published, and what they leave out: heads of 128, no bias in o, and
+    a window that is not in use. Absent key/value heads mean as many as heads."""
     qwen25 = ModelConfig.from_dict(dict(
-        model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu", hidden_size=3584, intermediate_size=18944,
+        model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu", hidden_size=3584,
+        intermediate_size=18944,
         max_position_embeddings=32768, max_window_layers=28, num_attention_heads=28, num_hidden_layers=28,
-        num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=1e6, sliding_window=131072, tie_word_embeddings=False, torch_dtype="bfloat16",
+        num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=1e6, sliding_window=131072, tie_word_embeddings=False,
+        torch_dtype="bfloat16",
         use_sliding_window=False, use_mrope=False, attention_dropout=0.0, vocab_size=152064, eos_token_id=151645))
     assert (qwen25.head_dim, qwen25.qkv_bias, qwen25.o_bias, qwen25.qk_norm) == (128, True, False, False)
     assert qwen25.rope.scale == 1 and qwen25.rope.inv_freq[-1] == pytest.approx(1e6 ** (-126 / 128))
-    bare = {key: value for key, value in QWEN3.items() if key not in ("head_dim", "num_key_value_heads", "rope_parameters")}
+    bare = {key: value for key, value in QWEN3.items()
+            if key not in ("head_dim", "num_key_value_heads", "rope_parameters")}
     qwen3 = ModelConfig.from_dict(bare)
     assert (qwen3.head_dim, qwen3.num_key_value_heads, qwen3.qkv_bias, qwen3.qk_norm) == (128, 4, False, True)
     assert qwen3.rope.inv_freq[1] == pytest.approx(10000 ** (-2 / 128))
 
 
 REFUSED = [
-    (dict(model_type="llama"), "llama"), (dict(model_type=None), "model_type"), (dict(model_type="qwen2_moe"), "qwen2_moe"),
+    (dict(model_type="llama"), "llama"), (dict(model_type=None), "model_type"),
+    (dict(model_type="qwen2_moe"), "qwen2_moe"),
     (dict(architectures=["Qwen2ForSequenceClassification"]), "Qwen2ForSequenceClassification"),
     (dict(use_sliding_window=True, max_window_layers=1), "use_sliding_window"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
@@ -220,7 +231,8 @@ REFUSED = [
     (dict(hidden_act="gelu"), "hidden_act"), (dict(attention_dropout=0.1), "attention_dropout"),
     (dict(use_mrope=True), "use_mrope"), (dict(quantization_config={"quant_method": "awq"}), "quantization_config"),
     (dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
-    (dict(rope_parameters={"rope_type": "longrope"}), "longrope"), (dict(rope_parameters={"rope_type": "llama3"}), "llama3"),
+    (dict(rope_parameters={"rope_type": "longrope"}), "longrope"),
+    (dict(rope_parameters={"rope_type": "llama3"}), "llama3"),
     (dict(rope_parameters={"type": "ntk"}), "ntk"), (dict(rope_parameters={"rope_type": "linear"}), "factor"),
     (dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "rope_parameters"),
     (dict(rope_parameters="yarn"), "rope_parameters"), (dict(rope_parameters={"rope_theta": "1e6"}), "rope_theta"),
@@ -238,7 +250,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("change,name", REFUSED, ids=lambda x: x if isinstance(x, str) else None)
 def test_config_refused_by_name(change, name):
-    """What we would compute wrongly, or cannot read, ends in one line with the file's and the field's or value's name."""
+    """What we would compute wrongly, or cannot read, ends in one line with the file's and the field's or value's
+    name."""
     ModelConfig.from_dict(QWEN2, "here.json")
     with pytest.raises(ValueError) as e:
         ModelConfig.from_dict(QWEN2 | change, "here.json")
@@ -246,13 +259,15 @@ def test_config_refused_by_name(change, name):
 
 
 def test_windows_that_are_not_in_use_are_accepted():
-    """Oracle: transformers' layer_types: only layers from max_window_layers on slide, and only if use_sliding_window."""
-    for change in (dict(use_sliding_window=True, max_window_layers=2), dict(use_sliding_window=True, sliding_window=None),
+    """Oracle: transformers' layer_types: only layers from max_window_layers on slide, and only if
+    use_sliding_window."""
+    for change in (dict(use_sliding_window=True, max_window_layers=2),
+                   dict(use_sliding_window=True, sliding_window=None),
                    dict(layer_types=["full_attention"] * 2), dict(layer_types=None), dict(max_window_layers=0)):
         ModelConfig.from_dict(QWEN2 | change)
 
 
-# ------------------------------------------------------------------------------------------------------------------- forest
+# --------------------------------------------------------------------------------------------------------------- forest
 
 
 def small(case="Qwen2", dtype=torch.float64):
@@ -266,7 +281,8 @@ def test_pack_docstring_example():
     lines = Forest.__doc__.splitlines()
     top = next(i for i, line in enumerate(lines) if "segments  start length parent" in line)
     column = lines[top].index("segments")
-    left, right = [line[:column].split() for line in lines[top:top + 3]], [line[column:].split() for line in lines[top + 1:top + 5]]
+    left = [line[:column].split() for line in lines[top:top + 3]]
+    right = [line[column:].split() for line in lines[top + 1:top + 5]]
     drawn = {name: [-1 if x == "." else int(x) for x in numbers] for name, *numbers in left}
     assert drawn == {"tokens": forest.tokens_n.tolist(), "positions": forest.positions_n.tolist(),
                      "previous": forest.previous_n.tolist()}
@@ -274,13 +290,14 @@ def test_pack_docstring_example():
 
 
 def test_pack_of_empty_prompts_and_responses():
-    """Oracle: by hand. The first token after an empty prompt has no predictor: it was once given the last token of the tree
-    before, and so a log-probability from somebody else's hidden state."""
+    """Oracle: by hand. The first token after an empty prompt has no predictor: it was once given the last token of the
+    tree before, and so a log-probability from somebody else's hidden state."""
     forest = pack([([1, 2], [[], [3]]), ([], [[5, 6], [7]]), ([], [])])
     assert forest.tokens_n.tolist() == [1, 2, 3, 5, 6, 7]
     assert forest.positions_n.tolist() == [0, 1, 2, 0, 1, 0]
     assert forest.previous_n.tolist() == [-1, 0, 1, -1, 3, -1]
-    assert forest.segments_s3.tolist() == [[0, 2, -1], [2, 0, 0], [2, 1, 0], [3, 0, -1], [3, 2, 3], [5, 1, 3], [6, 0, -1]]
+    assert forest.segments_s3.tolist() == [[0, 2, -1], [2, 0, 0], [2, 1, 0], [3, 0, -1], [3, 2, 3], [5, 1, 3],
+                                           [6, 0, -1]]
     empty = pack([])
     assert empty.tokens_n.shape == empty.previous_n.shape == (0,) and empty.segments_s3.shape == (0, 3)
 
@@ -297,7 +314,8 @@ def weights_of(trees):
 
 
 def forest_loss(model, trees, order, temperature):
-    """logp and entropy by (tree, segment, place), and the gradients of the weighted sum of logp, from one packed forest."""
+    """logp and entropy by (tree, segment, place), and the gradients of the weighted sum of logp, from one packed
+    forest."""
     forest = pack([trees[t] for t in order])
     keys = [(t, s, i) for t in order for s, ids in enumerate([trees[t][0], *trees[t][1]]) for i in range(len(ids))]
     scored = (forest.previous_n >= 0).nonzero()[:, 0]
@@ -310,7 +328,8 @@ def forest_loss(model, trees, order, temperature):
 
 
 def alone_loss(model, trees, temperature):
-    """The oracle of forest_loss: each prompt + response run on its own, whole logits, log_softmax; prompts scored once."""
+    """The oracle of forest_loss: each prompt + response run on its own, whole logits, log_softmax; prompts scored
+    once."""
     values, loss, weight = {}, 0, weights_of(trees)
     for t, (prompt, responses) in enumerate(trees):
         for s, response in [(0, [])] + list(enumerate(responses, 1)):
@@ -326,14 +345,15 @@ def alone_loss(model, trees, temperature):
 def assert_same(ours, oracle, limit):
     (values, grads), (oracle_values, oracle_grads) = ours, oracle
     assert values.keys() == oracle_values.keys()
-    assert error(torch.tensor([values[key] for key in oracle_values]), torch.tensor(list(oracle_values.values()))) < limit
+    assert error(torch.tensor([values[key] for key in oracle_values]),
+                 torch.tensor(list(oracle_values.values()))) < limit
     assert max(map(error, grads, oracle_grads)) < limit
 
 
 @pytest.mark.parametrize("case,temperature", [("Qwen2", 1.0), ("Qwen3 tied", 0.7), ("yarn attention_factor", 1.3)])
 def test_forest_is_its_sequences_alone(case, temperature):
-    """Oracle: every prompt + response computed on its own: logp, entropy, gradients, in two orders of the trees, also when
-    blocks are recomputed in the backward pass (which must change no bit)."""
+    """Oracle: every prompt + response computed on its own: logp, entropy, gradients, in two orders of the trees, also
+    when blocks are recomputed in the backward pass (which must change no bit)."""
     model = small(case)
     oracle = alone_loss(model, TREES, temperature)
     packed = forest_loss(model, TREES, [0, 1, 2, 3], temperature)
@@ -380,14 +400,17 @@ def test_n_vocab_hides_the_rows_past_the_tokenizer(case):
 
 
 def test_bfloat16_stays_near_float64():
-    """Oracle: the same weights in float64. Norms, angles and softmax are wide, so the error is that of bfloat16 products."""
+    """Oracle: the same weights in float64. Norms, angles and softmax are wide, so the error is that of bfloat16
+    products."""
     half = small(dtype=torch.bfloat16)
     logits = half.logits(IDS)
     assert logits.dtype == torch.float32 and half(pack([(IDS, [])])).dtype == torch.bfloat16
     assert error(logits, half.double().logits(IDS)) < 0.03
-    norm, x = small(dtype=torch.bfloat16).model.norm, torch.randn(200, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    norm = small(dtype=torch.bfloat16).model.norm
+    x = torch.randn(200, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
     x_wide = x.double()
-    once = (x_wide / (x_wide.square().mean(-1, keepdim=True) + norm.eps).sqrt()).bfloat16()  # rounded once, and then the weight
+    # rounded once, and then the weight
+    once = (x_wide / (x_wide.square().mean(-1, keepdim=True) + norm.eps).sqrt()).bfloat16()
     assert (norm(x) == norm.weight * once).float().mean() > 0.99
 
 
@@ -399,7 +422,7 @@ def test_rotary_angles_at_long_positions():
     assert sin_nc[0].tolist() == pytest.approx([math.sin(100_003 * f) for f in rope.inv_freq], abs=1e-10)
 
 
-# ------------------------------------------------------------------------------------------------------------------- folder
+# --------------------------------------------------------------------------------------------------------------- folder
 
 
 def weights_equal(a, b):
@@ -409,7 +432,8 @@ def weights_equal(a, b):
 
 @pytest.mark.parametrize("case", ["Qwen2", "Qwen2 tied", "Qwen3 attention_bias", "yarn mscale"])
 def test_transformers_loads_what_we_save(case, tmp_path, lift):
-    """Oracle: transformers on our folder: equal weights, equal logits; and we read our own folder back to the last bit."""
+    """Oracle: transformers on our folder: equal weights, equal logits; and we read our own folder back to the last
+    bit."""
     pytest.importorskip("transformers")
     model = small(case, torch.float32)
     model.save_pretrained(tmp_path)
@@ -447,14 +471,15 @@ def test_sharded_and_any_dtype_on_disk(disk, folder, tmp_path):
 
 
 def test_saved_over_a_sharded_folder(folder, tmp_path):
-    """A fine-tuned model saved into the folder it came from must not be read back as the old shards (transformers, too, reads
-    model.safetensors first)."""
+    """A fine-tuned model saved into the folder it came from must not be read back as the old shards (transformers, too,
+    reads model.safetensors first)."""
     load_peer(folder(QWEN2), torch.float32).save_pretrained(tmp_path, max_shard_size="20KB")
     model = Model.from_pretrained(tmp_path)
     with torch.no_grad():
         model.model.norm.weight += 1
     model.save_pretrained(tmp_path)
-    assert weights_equal(Model.from_pretrained(tmp_path), model) and weights_equal(load_peer(tmp_path, torch.float32), model)
+    assert weights_equal(Model.from_pretrained(tmp_path), model)
+    assert weights_equal(load_peer(tmp_path, torch.float32), model)
 
 
 def test_copy_tokenizer(tmp_path):
@@ -481,7 +506,8 @@ NORM, HEAD, EMBED = "model.layers.1.input_layernorm.weight", "lm_head.weight", "
     (lambda t: t.pop(NORM), [NORM, "missing"]),
     (lambda t: (t.pop(NORM), t.pop(EMBED)), [EMBED, "1 more", "missing"]),
     (lambda t: t.pop(HEAD), [HEAD, "missing"]),
-    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(2)}), ["layers.2.mlp.up_proj.weight", "unexpected"]),
+    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(2)}),
+     ["layers.2.mlp.up_proj.weight", "unexpected"]),
     (lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(48)}), ["o_proj.bias", "unexpected"]),
     (lambda t: t.update({NORM: torch.ones(47)}), [NORM, "47", "48"]),
     (lambda t: t.update({NORM: torch.ones(48, 1)}), [NORM, "(48, 1)"]),
@@ -558,20 +584,19 @@ samples, done = [megabytes()], threading.Event()
 def sample():
     while not done.wait(0.0005):
         samples.append(megabytes())
-thread = threading.Thread(target=sample)
-thread.start()
-model = Model.from_pretrained(path, dtype=dtype)
-total = sum(float(x.sum(dtype=torch.float32)) for x in model.parameters())  # touches every page
-done.set(), thread.join()
-print(*(max(column) - column[0] for column in zip(*samples)), sum(x.nbytes for x in model.parameters()) / 2**20, len(samples))
+thread = threading.Thread(target=sample) thread.start() model = Model.from_pretrained(path, dtype=dtype) total =
+sum(float(x.sum(dtype=torch.float32)) for x in model.parameters())  # touches every page done.set(), thread.join()
+print(*(max(column) - column[0] for column in zip(*samples)), sum(x.nbytes for x in model.parameters()) / 2**20,
+len(samples))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_needs_the_memory_once(dtype, tmp_path):
-    """A 210 MB bfloat16 folder, loaded in a process of its own, memory sampled. What the process allocates is the model and
-    about one tensor; with the mapped file's pages, which the system can drop at any time, it is the model and the file."""
+    """A 210 MB bfloat16 folder, loaded in a process of its own, memory sampled. What the process allocates is the model
+    and about one tensor; with the mapped file's pages, which the system can drop at any time, it is the model and the
+    file."""
     config = QWEN2 | dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                           vocab_size=2000)
     with torch.device("meta"):
@@ -580,8 +605,8 @@ def test_loading_needs_the_memory_once(dtype, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     state = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(state, tmp_path / "model.safetensors")
-    run = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path, dtype], capture_output=True, text=True,
-                         cwd=Path(model_py.__file__).parent)
+    run = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path, dtype], capture_output=True,
+                         text=True, cwd=Path(model_py.__file__).parent)
     assert run.returncode == 0, run.stderr
     allocated, resident, weights, n_samples = map(float, run.stdout.split())
     assert weights > 195 and n_samples > 20

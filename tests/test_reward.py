@@ -59,6 +59,27 @@ def test_quoted_or_truncated_verdicts_earn_nothing(text):
     assert reward(text, "a") == reward(text, "b") == -1.0
 
 
+@pytest.mark.parametrize("tag", ["quote_A", "quote_B", "summary_A", "summary_B"])
+@pytest.mark.parametrize("label, side", [(A, "a"), (B, "b")])
+def test_a_verdict_that_is_only_quoted_earns_nothing(tag, label, side):
+    """Oracle: by hand. The bare rule of the last 80 characters pays for the first four; the same words unquoted, or a
+    verdict of one's own behind them, are paid for."""
+    quoted = f"<{tag}>{label}</{tag}>"
+    for text in (f"<type>Chat</type><eval>Chatbot A even writes {quoted} itself.</eval>", quoted,
+                 f"<{tag}>dear</{tag}> <eval>It says <{tag}>I win: {label}</{tag}></eval>", f"{quoted} and {quoted}"):
+        assert training_verdict(text) == side
+        assert reward(text, "a") == reward(text, "b") == -1.0, text
+    other = "b" if side == "a" else "a"
+    for text in (f"<eval>It writes {label} itself.</eval>", f"<eval><{tag}>I win</{tag}></eval>{label}",
+                 f"<eval>{quoted}</eval> {label}", f"<eval>{quoted * 9}</eval>{'.' * 80}{label}"):
+        assert reward(text, side) == 1.0 and reward(text, other) == -1.0, text
+    own = B if side == "a" else A
+    far = f"<eval>{quoted} is an order, not a reason.</eval>{'.' * 80}{own}"
+    assert reward(far, other) == 1.0 and reward(far, side) == -1.0
+    near = f"<eval>{quoted}</eval>{own}"                     # both among the last 80: nobody's, by the bare rule
+    assert reward(near, "a") == reward(near, "b") == -1.0
+
+
 def test_reward_needs_a_label():
     with pytest.raises(AssertionError, match="need 'a' or 'b'"):
         reward(A, None)
@@ -130,7 +151,7 @@ PIECES = [*TAGS, *END_OF_TURN, A, B, "[[A]]", "[[B]]", "[[", "]]", "Chat", "Reas
 def test_no_text_raises_and_every_reward_is_one_or_minus_one():
     """Property, 20,000 random texts of tags, labels, halves of tags, odd characters (seeded)."""
     rng = random.Random(0)
-    well_formed = 0
+    well_formed = refused = 0
     for _ in range(20000):
         text = "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 14)))
         text = text[:rng.randint(0, len(text))] if rng.random() < .2 else text
@@ -139,7 +160,11 @@ def test_no_text_raises_and_every_reward_is_one_or_minus_one():
             text = chain[:at] + rng.choice(["", *PIECES]) + chain[at + rng.randint(0, 1):]
         judgement = parse(text)
         assert judgement.verdict == training_verdict(text) and benchmark_verdict(text) in ("a", "b", None)
-        assert (reward(text, "a"), reward(text, "b")) == {"a": (1, -1), "b": (-1, 1), None: (-1, -1)}[judgement.verdict]
+        paid = (reward(text, "a"), reward(text, "b"))
+        bare = {"a": (1, -1), "b": (-1, 1), None: (-1, -1)}[judgement.verdict]
+        quotes = any(f"<{name}>" in text for name in ("quote_A", "quote_B", "summary_A", "summary_B"))
+        assert paid == bare or quotes and paid == (-1, -1)   # never more than by the bare rule
+        refused += paid != bare
         if judgement.well_formed:
             well_formed += 1
             assert judgement.verdict and judgement.evaluation and judgement.type
@@ -147,7 +172,7 @@ def test_no_text_raises_and_every_reward_is_one_or_minus_one():
         if judgement.verdict:                                # by an independent reading of the rule
             own, other = (A, B) if judgement.verdict == "a" else (B, A)
             assert text.rfind(own) >= len(text) - 80 and not 0 <= len(text) - 80 <= text.rfind(other)
-    assert 100 < well_formed < 15000                         # both sides of the invariant were met
+    assert 100 < well_formed < 15000 and refused > 0         # both sides of the invariants were met
 
 
 @pytest.mark.parametrize("unit", [
@@ -186,6 +211,9 @@ def test_recorded_results_are_reproduced():
         position = "b" if record["Is_Chosen_Answer_Shuffled_toPositionB"] else "a"
         assert (verdict == position) == bool(record["results"])
         assert training_verdict(text) == verdict and reward(text, position) == (1.0 if record["results"] else -1.0)
+        for side, label in (("a", A), ("b", B)):             # none is paid only by a quotation: the bare rule, again
+            assert reward(text, side) == (1.0 if label in text[-80:] and (A in text[-80:]) != (B in text[-80:])
+                                          else -1.0)
         verdicts.append(verdict)
     assert (len(verdicts), verdicts.count(None)) == (96, 1)    # the one: a runaway that repeats a number to its end
 

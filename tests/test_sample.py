@@ -1,6 +1,7 @@
-"""sample.py. Oracles: the uncached model on the growing sequence, token by token; the trainer's own forest forward; exact
-probabilities, by chi-square tests whose seeds are fixed and whose false-alarm probability is 1e-5; splitmix64 on Python's
-integers; top-k and top-p in a few lines of numpy; an interrupted file of judgements against one written in one go."""
+"""sample.py. Oracles: the uncached model on the growing sequence, token by token; the trainer's own forest forward;
+exact probabilities, by chi-square tests whose seeds are fixed and whose false-alarm probability is 1e-5; splitmix64 on
+Python's integers; top-k and top-p in a few lines of numpy; an interrupted file of judgements against one written in one
+go."""
 
 import json
 import math
@@ -25,16 +26,19 @@ from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, to_json, write_pairs  # noqa: E402
 from model import Model, ModelConfig, copy_tokenizer, pack  # noqa: E402
 from reward import benchmark_verdict, load_prompt, majority, prompt_path, render  # noqa: E402
-from sample import Cache, Config, Judge, JudgementFile, Sampler, choose, judge_file, main, prompt_key, uniforms  # noqa: E402
+from sample import Cache, Config, Judge, JudgementFile, Sampler, choose, judge_file, main  # noqa: E402
+from sample import prompt_key, uniforms  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 SHARED = (ROOT / os.environ.get("RM_SHARED", "../shared")).resolve()
 
 QWEN2 = dict(model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000.0, tie_word_embeddings=True)
+             num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000.0,
+             tie_word_embeddings=True)
 QWEN3 = QWEN2 | dict(model_type="qwen3", num_attention_heads=6, head_dim=8, tie_word_embeddings=False)
-ONE_LAYER = QWEN2 | dict(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+ONE_LAYER = QWEN2 | dict(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         num_key_value_heads=1)
 PROMPTS = [[7] * 3, [1], list(range(40)), [5, 9, 2, 60, 3], [11, 12], list(range(60, 20, -2)), [3] * 9, [44, 1, 8, 30]]
 
 
@@ -67,7 +71,8 @@ def exact(logits, temperature=1.0, top_p=1.0, top_k=0):
 
 
 def assert_follows(counts, p):
-    """Chi-square: counts could be draws from p. Raises for one true case in 1e5; cells that expect under 5 are merged."""
+    """Chi-square: counts could be draws from p. Raises for one true case in 1e5; cells that expect under 5 are
+    merged."""
     counts, p = np.asarray(counts, dtype=np.float64).ravel(), np.asarray(p, dtype=np.float64).ravel()
     assert counts[p == 0].sum() == 0, "drew what has probability 0"
     expected = counts.sum() * p
@@ -115,7 +120,8 @@ def test_greedy_equals_the_uncached_model_token_by_token(raw, monkeypatch):
 def test_logps_are_those_of_the_sampling_distribution(raw, options):
     """Oracle: the uncached model's logits, tempered, cut and renormalized by `exact`."""
     model = tiny(raw)
-    for prompt, rollouts in zip(PROMPTS, Sampler(model, n_slots=6).generate(PROMPTS, 2, 20, **options, stop={17}, seed=3)):
+    done = Sampler(model, n_slots=6).generate(PROMPTS, 2, 20, **options, stop={17}, seed=3)
+    for prompt, rollouts in zip(PROMPTS, done):
         for r in rollouts:
             rows = model.logits(prompt + r.ids)[len(prompt) - 1:-1].double().numpy()
             p = [exact(row, **options)[token] for row, token in zip(rows, r.ids, strict=True)]
@@ -125,11 +131,13 @@ def test_logps_are_those_of_the_sampling_distribution(raw, options):
 @pytest.mark.parametrize("raw", [QWEN2, QWEN3], ids=["Qwen2", "Qwen3"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_and_trainer_agree(raw, temperature):
-    """DESIGN: within 1e-4 in float32, of the same tokens; the trainer sees one forest, the sampler a cache and refilled slots."""
+    """DESIGN: within 1e-4 in float32, of the same tokens; the trainer sees one forest, the sampler a cache and refilled
+    slots."""
     model, n_new = tiny(raw), 80
     groups = Sampler(model, n_slots=8).generate(PROMPTS, 4, n_new, temperature=temperature, stop={17}, seed=5)
     forest = pack([(prompt, [r.ids for r in rollouts]) for prompt, rollouts in zip(PROMPTS, groups)])
-    scored = [torch.arange(start, start + length) for start, length, parent in forest.segments_s3.tolist() if parent >= 0]
+    scored = [torch.arange(start, start + length) for start, length, parent in forest.segments_s3.tolist()
+              if parent >= 0]
     logp, _ = model(forest, torch.cat(scored), temperature)
     sampled = torch.tensor([x for rollouts in groups for r in rollouts for x in r.logps])
     worst = (logp - sampled).abs().max().item()
@@ -157,8 +165,8 @@ def test_tokens_follow_the_exact_probabilities(options):
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(temperature=0.3), dict(top_k=1), dict(top_k=5), dict(top_k=40), dict(top_k=99), dict(top_p=1e-9), dict(top_p=0.5),
-    dict(top_p=0.999), dict(temperature=2.0, top_k=9, top_p=0.7)], ids=str)
+    dict(), dict(temperature=0.3), dict(top_k=1), dict(top_k=5), dict(top_k=40), dict(top_k=99), dict(top_p=1e-9),
+    dict(top_p=0.5), dict(top_p=0.999), dict(temperature=2.0, top_k=9, top_p=0.7)], ids=str)
 def test_choose_inverts_the_distribution(options):
     """Oracle: the first token whose cumulative exact probability is above u."""
     rng = np.random.default_rng(0)
@@ -174,7 +182,8 @@ def test_choose_keeps_ties_at_top_k_and_the_smallest_set_of_top_p():
 
     def support(logits_bv, **options):
         ids, logps = choose(logits_bv, u, **options)
-        assert torch.allclose(logps, torch.tensor(-math.log(len(ids.unique()))), atol=1e-6)  # all cases here are uniform
+        # all cases here are uniform
+        assert torch.allclose(logps, torch.tensor(-math.log(len(ids.unique()))), atol=1e-6)
         return ids.unique().tolist()
     assert support(equal, top_k=2) == [0, 1, 2, 3]  # all tie with the second
     assert support(equal, top_p=0.25) == [0] and support(equal, top_p=0.26) == [0, 1]
@@ -187,7 +196,8 @@ def test_choose_keeps_ties_at_top_k_and_the_smallest_set_of_top_p():
 @pytest.mark.parametrize("V", [5, 151_936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_choose_never_draws_what_has_no_probability(V, dtype):
-    """At the ends of (0, 1), and beyond: the product u * total may round up to the total, which is past the last token."""
+    """At the ends of (0, 1), and beyond: the product u * total may round up to the total, which is past the last
+    token."""
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(1, V, generator=rng, dtype=dtype)
     logits[0, [0, 1, V - 1]] = -torch.inf
@@ -201,7 +211,8 @@ def test_choose_never_draws_what_has_no_probability(V, dtype):
 
 
 def test_choose_is_exact_over_a_whole_vocabulary():
-    """V equal tokens: u falls into token floor(u V). A sum of 151,936 float32 numbers would be off by several tokens."""
+    """V equal tokens: u falls into token floor(u V). A sum of 151,936 float32 numbers would be off by several
+    tokens."""
     V, u = 151_936, torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ids, logps = choose(torch.zeros(1, V).expand(64, V), u)
     assert ids.tolist() == (u * V).long().tolist() and torch.allclose(logps, torch.tensor(-math.log(V)))
@@ -249,7 +260,8 @@ def test_uniforms_are_splitmix64_bit_for_bit():
 
 
 def test_uniforms_stay_inside_0_and_1():
-    """The token index whose hash is all ones, found by running splitmix64 backwards: with 53 bits it gave 1.0, no token."""
+    """The token index whose hash is all ones, found by running splitmix64 backwards: with 53 bits it gave 1.0, no
+    token."""
     before = splitmix(splitmix(splitmix(9) ^ 8) ^ 7)
     assert splitmix(unmix(before)) == before
     for output, u in ((M64, 1 - 2.0**-53), (0, 2.0**-53)):
@@ -359,7 +371,8 @@ def test_on_token_sees_every_token_in_order_and_groups_come_when_they_are_done()
     for i, rollouts in Sampler(model, n_slots=4).stream(PROMPTS, 2, 15, stop={17, 18, 19}, on_token=hear):
         order.append(i)
         assert [heard[i, k] for k in range(2)] == [r.ids for r in rollouts]  # whole when it comes
-        assert not any((j, 0) in heard for j in range(max(order) + 3, len(PROMPTS))), "admitted more than the slots hold"
+        beyond = range(max(order) + 3, len(PROMPTS))
+        assert not any((j, 0) in heard for j in beyond), "admitted more than the slots hold"
     assert sorted(order) == list(range(len(PROMPTS))) and len(heard) == 2 * len(PROMPTS)
 
 
@@ -371,7 +384,8 @@ def folder(tmp_path_factory):
     """A random Qwen3 with the toy tokenizer and more embedding rows than tokens, as published models have."""
     path = tmp_path_factory.mktemp("judge")
     n_vocab = toy.write_tokenizer(path)
-    raw = toy.MODEL | dict(vocab_size=n_vocab + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
+    raw = toy.MODEL | dict(vocab_size=n_vocab + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           head_dim=8)
     tiny(raw).save_pretrained(path)
     (path / "prompt.txt").write_text(prompt_path("toy").read_text())
     return path
@@ -386,7 +400,8 @@ def pairs():
 
 
 def config(folder, **options):
-    return Config(model=str(folder), **dict(max_new_tokens=24, votes=3, temperature=1.0, n_slots=6, threads=1) | options)
+    standard = dict(max_new_tokens=24, votes=3, temperature=1.0, n_slots=6, threads=1)
+    return Config(model=str(folder), **standard | options)
 
 
 SECONDS = re.compile(r'"seconds": [0-9.]+')
@@ -409,7 +424,8 @@ def test_judgements_hold_what_scoring_needs(folder, pairs):
     verdicts = Counter()
     for i, pair in enumerate(pairs):
         r, texts = records[i], [judge.tokenizer.decode(rollout.ids) for rollout in groups[i]]
-        assert set(r) == {"id", "prompt_hash", "n_prompt_tokens", "votes", "verdict", "winner", "source", "domain", "seconds"}
+        assert set(r) == {"id", "prompt_hash", "n_prompt_tokens", "votes", "verdict", "winner", "source", "domain",
+                          "seconds"}
         assert (r["id"], r["winner"], r["source"], r["domain"]) == (pair.id, pair.winner, pair.source, pair.domain)
         assert r["prompt_hash"] == f"{prompt_key(prompts[i]):016x}" and r["n_prompt_tokens"] == len(prompts[i])
         assert r["votes"] == [{"text": text, "n_tokens": len(rollout.ids), "finished": rollout.finished,
@@ -447,11 +463,13 @@ def test_an_interrupted_file_goes_on_to_the_same_bytes(folder, pairs, tmp_path, 
         f.write(b'{"id": "\xe2\x80')
 
     prefilled, judge_it = [], Judge.judge
-    monkeypatch.setattr(Judge, "judge", lambda self, todo, *rest: (prefilled.extend(todo), judge_it(self, todo, *rest))[1])
+    monkeypatch.setattr(Judge, "judge",
+                        lambda self, todo, *rest: (prefilled.extend(todo), judge_it(self, todo, *rest))[1])
     main(cfg)
     assert len(prefilled) == 5, "judged again what was done"
     assert without_seconds(out) == whole and not partial.exists()
-    lines = [out.read_text(encoding="utf-8").split("\n"), (tmp_path / "whole.jsonl").read_text(encoding="utf-8").split("\n")]
+    lines = [out.read_text(encoding="utf-8").split("\n"),
+             (tmp_path / "whole.jsonl").read_text(encoding="utf-8").split("\n")]
     assert [SECONDS.sub("", x) for x in lines[0]] == [SECONDS.sub("", x) for x in lines[1]]
     with pytest.raises(ValueError, match="already there and whole"):
         main(cfg)
@@ -475,7 +493,8 @@ def test_other_settings_are_refused_by_name(folder, pairs, tmp_path):
     judge = sample.load_judge(cfg)
     settings = sample.judge_settings(cfg, judge) | {"pairs": str(source)}
     JudgementFile(out, settings)
-    for name, value in dict(votes=4, temperature=0.9, top_p=0.5, top_k=2, max_new_tokens=25, seed=1, dtype="bfloat16").items():
+    for name, value in dict(votes=4, temperature=0.9, top_p=0.5, top_k=2, max_new_tokens=25, seed=1,
+                            dtype="bfloat16").items():
         changed = replace(cfg, **{name: value})
         with pytest.raises(ValueError) as e:
             JudgementFile(out, sample.judge_settings(changed, sample.load_judge(changed)) | {"pairs": str(source)})
@@ -496,7 +515,8 @@ def test_other_settings_are_refused_by_name(folder, pairs, tmp_path):
 
 def test_rendered_pairs_and_limit(folder, tmp_path, capsys):
     """RM-R1's rows bring their own messages, and those are what the judge is shown."""
-    source, messages = tmp_path / "rows.jsonl", [{"role": "system", "content": "Judge."}, {"role": "user", "content": "A or B?"}]
+    source, messages = tmp_path / "rows.jsonl", [{"role": "system", "content": "Judge."},
+                                                 {"role": "user", "content": "A or B?"}]
     source.write_text("".join(json.dumps({"context_messages": messages, "winner": f"model_{x}"}) + "\n" for x in "aba"))
     main(config(folder, pairs=str(source), out=str(tmp_path / "out.jsonl"), limit=2))
     records = without_seconds(tmp_path / "out.jsonl")
@@ -515,7 +535,8 @@ def test_rendered_pairs_and_limit(folder, tmp_path, capsys):
     (["--dtype", "float16"], "--dtype"), (["--device", "tpu"], "--device"), (["--limit", "-1"], "--limit"),
     (["--seed", "-1"], "--seed"), (["--seed", str(2**63)], "--seed"), (["--seed", "x"], "--seed"),
     (["--pairs", "x.jsonl"], "--out"), (["--out", "x.jsonl"], "--pairs"),
-    (["--question", "q", "--question-file", "f"], "--question"), (["--answer-b", "q", "--answer-b-file", "f"], "--answer-b"),
+    (["--question", "q", "--question-file", "f"], "--question"),
+    (["--answer-b", "q", "--answer-b-file", "f"], "--answer-b"),
     (["--pairs", "x", "--out", "y", "--answer-a", "z"], "--answer-a"), (["--quest", "q"], "--quest"),
 ], ids=" ".join)
 def test_wrong_options_end_in_one_line(argv, word, capsys):
@@ -526,11 +547,13 @@ def test_wrong_options_end_in_one_line(argv, word, capsys):
 
 
 def test_a_pair_from_files_is_the_pair_from_flags(folder, tmp_path):
-    """A final newline and a byte order mark are the editor's, not the answer's; what is not there or not UTF-8 is named."""
+    """A final newline and a byte order mark are the editor's, not the answer's; what is not there or not UTF-8 is
+    named."""
     (tmp_path / "q.txt").write_bytes(b"\xef\xbb\xbfsort 76915\n")
     (tmp_path / "a.txt").write_bytes(b"15679")
     (tmp_path / "b.txt").write_bytes(b"12568\n\n")
-    files = {f"{name}_file": str(tmp_path / f"{x}.txt") for name, x in (("question", "q"), ("answer_a", "a"), ("answer_b", "b"))}
+    files = {f"{name}_file": str(tmp_path / f"{x}.txt")
+             for name, x in (("question", "q"), ("answer_a", "a"), ("answer_b", "b"))}
     pair = sample.pair_from_options(config(folder, **files))
     assert pair == sample.pair_from_options(config(folder, question="sort 76915", answer_a="15679", answer_b="12568\n"))
     (tmp_path / "a.txt").write_bytes(b"1567\xff")
@@ -554,9 +577,11 @@ def test_a_judgement_is_streamed_as_it_is_written(folder, monkeypatch):
         printed.append((len(drawn), text + end, flush))
     monkeypatch.setattr(sample, "choose", choose_and_note)
     monkeypatch.setattr(sample, "print", print_and_note, raising=False)
-    main(config(folder, votes=1, temperature=1.0, max_new_tokens=40, question="sort 31", answer_a="13", answer_b="31", seed=4))
+    main(config(folder, votes=1, temperature=1.0, max_new_tokens=40, question="sort 31", answer_a="13", answer_b="31",
+                seed=4))
     text = "".join(text for n, text, _ in printed[:len(drawn)])
-    assert [n for n, _, flush in printed[:len(drawn)] if flush] == list(range(1, len(drawn) + 1)), "one flushed print per token"
+    flushed = [n for n, _, flush in printed[:len(drawn)] if flush]
+    assert flushed == list(range(1, len(drawn) + 1)), "one flushed print per token"
     assert tokenizer.decode(drawn).startswith(text) and printed[-1][1].startswith("verdict: ")
     assert "".join(text for _, text, _ in printed[:-1]) == tokenizer.decode(drawn) + "\n"
 
@@ -575,16 +600,18 @@ def test_a_folder_whose_parts_do_not_fit(folder, tmp_path):
 
 
 def command(*args):
-    return subprocess.run([sys.executable, str(ROOT / "sample.py"), "--threads", "1", *map(str, args)], cwd=tempfile.gettempdir(),
+    return subprocess.run([sys.executable, str(ROOT / "sample.py"), "--threads", "1", *map(str, args)],
+                          cwd=tempfile.gettempdir(),
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_command_line_judges_a_pair(folder):
     """Oracle: the same judge in this process. From another folder than the repository."""
-    done = command("--model", folder, "--question", "sort 76915", "--answer-a", "15679", "--answer-b", "12568", "--votes", 5,
-                   "--temperature", 1, "--max-new-tokens", 60)
+    done = command("--model", folder, "--question", "sort 76915", "--answer-a", "15679", "--answer-b", "12568",
+                   "--votes", 5, "--temperature", 1, "--max-new-tokens", 60)
     judge = sample.load_judge(config(folder, votes=5, max_new_tokens=60))
-    (_, record), = judge.judge([Pair("pair", [{"role": "user", "content": "sort 76915"}], "15679", "12568", None, "", "")])
+    pair = Pair("pair", [{"role": "user", "content": "sort 76915"}], "15679", "12568", None, "", "")
+    (_, record), = judge.judge([pair])
     assert done.returncode == 0 and done.stderr == ""
     verdict, text = record["verdict"], record["votes"][0]["text"]
     assert done.stdout.startswith(text + "\nverdict: " + (verdict.upper() if verdict else "none") + " (A ")
@@ -604,7 +631,8 @@ def test_command_line_mistakes_end_in_one_line(tmp_path):
                     reason=f"no qwen2.5-tokenizer and RMB records at {SHARED}: set RM_SHARED")
 def test_qwen_05b_geometry_judges_rmb_from_the_command_line():
     """Random weights in Qwen2.5-0.5B's shape with its tokenizer, bfloat16; prompts of about 950 tokens."""
-    raw = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151_936, hidden_size=896, intermediate_size=4864,
+    raw = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151_936, hidden_size=896,
+               intermediate_size=4864,
                num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1e6,
                max_position_embeddings=32_768, tie_word_embeddings=True)
     judged = sorted(read_pairs(SHARED / "benchmarks" / "rmb"), key=lambda pair: len(json.dumps(to_json(pair))))[:4]
@@ -612,7 +640,8 @@ def test_qwen_05b_geometry_judges_rmb_from_the_command_line():
         path = Path(path)
         with torch.device("meta"):
             model = Model(ModelConfig.from_dict(raw))
-        model, rng = model.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False), torch.Generator().manual_seed(0)
+        model = model.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+        rng = torch.Generator().manual_seed(0)
         for x in model.parameters():  # matrices and biases of variance 0.02^2, uniform for speed; norms 1
             x.uniform_(-0.035, 0.035, generator=rng)
         for name, x in model.named_parameters():
@@ -622,8 +651,8 @@ def test_qwen_05b_geometry_judges_rmb_from_the_command_line():
         copy_tokenizer(SHARED / "qwen2.5-tokenizer", path / "model")
         del model
         write_pairs(path / "pairs.jsonl", judged)
-        done = command("--model", path / "model", "--prompt", "instruct", "--pairs", path / "pairs.jsonl", "--out", path / "out.jsonl",
-                       "--max-new-tokens", 8, "--dtype", "bfloat16")
+        done = command("--model", path / "model", "--prompt", "instruct", "--pairs", path / "pairs.jsonl",
+                       "--out", path / "out.jsonl", "--max-new-tokens", 8, "--dtype", "bfloat16")
         assert done.returncode == 0, done.stderr
         records = without_seconds(path / "out.jsonl")
     tokenizer, prompt = Tokenizer(SHARED / "qwen2.5-tokenizer"), load_prompt("instruct")

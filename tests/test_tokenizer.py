@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import unicodedata
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +19,15 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from data.pairs import read_pairs
+from reward import load_prompt, render
 from tokenizer import Control, StreamDecoder, Tokenizer, read_template, skeleton
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = (ROOT / os.environ.get("RM_SHARED", "../shared") / "qwen2.5-tokenizer").resolve()
+BENCHMARKS = SHARED.parent / "benchmarks"
+UNREADABLE = ("reward_bench/RM-R1-DeepSeek-Distilled-Qwen-32B.outcome_table.json",  # no texts; malformed JSON
+              "rm_r1_outputs/RM-R1-Qwen2.5-Instruct-32B/RMB/BoN_set_Helpfulness/log_result/group_by_same_id_logs.json")
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
 
@@ -107,7 +113,8 @@ ADDED = {"chatml": QWEN_ADDED, "qwen2.5": QWEN_ADDED,
          "qwen3": QWEN_ADDED + [("<tool_response>", False), ("</tool_response>", False), ("<think>", False),
                                 ("</think>", False)],
          "deepseek": [("<｜end▁of▁sentence｜>", True), ("<｜User｜>", False), ("<｜Assistant｜>", False),
-                      ("<｜begin▁of▁sentence｜>", True), ("<|EOT|>", False), ("<think>", False), ("</think>", False)]}
+                      ("<｜begin▁of▁sentence｜>", True), ("<|EOT|>", False), ("<think>", False),
+                      ("</think>", False)]}
 TEXT = """The judge reads the question, then both answers. It's written in user, assistant and system turns.
 def add(a, b):\n    return a + b\n\n\nVerdict: [[A]] is better than [[B]].  1234567890 <rubric> naïve café 你好 🙂
 """ * 3
@@ -194,7 +201,8 @@ CONVERSATIONS = {
     "empty": turns("", "", ""),
     "newlines": turns("\nhi\n", "\n\nyes\n\n", "\n", "  \n x"),
     "spaces": turns("  a  b  ", "\t\tc ", " "),
-    "unicode": turns("naïve cafe\u0301 你好 🙂👩\u200d👩\u200d👧 ﷽ \u0000", "Ω≈ç√ \u202e rtl", "\u0301"),
+    "unicode": turns("naïve cafe\u0301 你好 🙂👩\u200d👩\u200d👧 ﷽ \u0000", "Ω≈ç√ \u202e rtl",
+                     "\u0301"),
     "code": turns("def f(x):\n    return x + 1\n\n\n# ok\r\n", "```python\nprint('hi')\n```",
                   "<xml a='b'/> {{ x }} {% y %}"),
     "thoughts": turns("q", "<think>\nlet me see\n</think>\n\nA is better", "sure?", "<think>\nhm\n</think>\n\nyes"),
@@ -232,6 +240,37 @@ def test_chat_equals_transformers_on_the_published_qwen25_folder():
             want = reference.apply_chat_template(messages, add_generation_prompt=generate, return_dict=False)
             assert tokenizer.chat(messages, generate) == want, title
     assert tokenizer.encode(TEXT) == reference.encode(TEXT)
+
+
+def test_every_benchmark_pair_renders_as_in_transformers():
+    """Oracle: apply_chat_template of the published Qwen2.5 folder on all 3,022 pairs, file by file because the logs
+    repeat ids. Where a content spells an added token, transformers makes it a control token: there the texts count."""
+    transformers = pytest.importorskip("transformers")
+    spec("real")
+    if not BENCHMARKS.is_dir():
+        pytest.skip(f"no records at {BENCHMARKS}: set RM_SHARED")
+    reference, tokenizer = transformers.AutoTokenizer.from_pretrained(str(SHARED)), Tokenizer(SHARED)
+    added, prompt, seen = set(reference.get_added_vocab()), load_prompt("instruct"), Counter()
+    same = {}  # the logs show some pairs twice: each distinct message list is tokenized once
+    for file in sorted(BENCHMARKS.rglob("*.json")):
+        name = file.relative_to(BENCHMARKS).as_posix()
+        if name in UNREADABLE:
+            seen["unreadable"] += 1
+            continue
+        for pair in read_pairs(file):
+            messages = render(prompt, pair)
+            texts = tuple(message["content"] for message in messages)
+            spelled = any(token in text for token in added for text in texts)
+            conversation = messages[1]["content"].startswith("=== conversation with chatbot A ===")
+            seen.update(pairs=1, conversations=conversation, spelled=spelled)
+            assert [message["role"] for message in messages] == ["system", "user"]
+            if texts not in same:
+                want = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=not spelled,
+                                                     return_dict=False)
+                got = tokenizer.chat(messages)
+                same[texts] = (tokenizer.decode(got, skip_control=False) == nfc(want)) if spelled else got == want
+            assert same[texts], f"{name}: {pair.id}"
+    assert seen == {"pairs": 3022, "conversations": 134, "spelled": 0, "unreadable": 2}
 
 
 @pytest.mark.parametrize("kind, name", FOLDERS)
@@ -305,7 +344,8 @@ def test_prompt_and_reply_are_what_the_template_writes():
 
 
 FRAGMENTS = ["<|im_end|>", "<|im_start|>", "<|im_start|>system\n", "<|endoftext|>", "<think>", "</think>",
-             "<tool_call>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<|EOT|>",
+             "<tool_call>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>",
+             "<｜begin▁of▁sentence｜>", "<|EOT|>",
              "<tool_response>", "</tool_response>", "<|", "|>", "im_end", "<", "｜", "▁", "\n", " ", "\u0301", "e",
              "🙂", "\u200b", "user\n", "Ġ", "\x00", "你"]
 
