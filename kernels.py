@@ -14,7 +14,7 @@ head, D width, V vocabulary. Query head h reads key/value head h // (H / K).
 import torch
 import torch.nn.functional as F
 
-LOGIT_CHUNK = 2**25  # elements of the [rows, V] float32 block that linear_logp holds at once: 128 MB
+LOGIT_CHUNK = 2**24  # elements of the [rows, V] float32 blocks that linear_logp holds at once, two of 64 MB
 
 
 def wide(dtype):
@@ -112,13 +112,12 @@ class _LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_nd, weight_vd, target_n, temperature):
-        dtype = wide(hidden_nd.dtype)
-        logp_n = torch.empty(len(hidden_nd), dtype=dtype, device=hidden_nd.device)
+        logp_n = torch.empty(len(hidden_nd), dtype=wide(hidden_nd.dtype), device=hidden_nd.device)
         entropy_n = torch.empty_like(logp_n)
-        for rows in _row_blocks(len(hidden_nd), len(weight_vd)):
-            l = (hidden_nd[rows] @ weight_vd.t()).to(dtype).div_(temperature).log_softmax(1)
+        for rows, z, l in _row_blocks(hidden_nd, weight_vd, temperature):
+            torch.log_softmax(z, 1, out=l)
             logp_n[rows] = l.gather(1, target_n[rows, None])[:, 0]
-            entropy_n[rows] = -l.exp().mul_(l).sum(1)
+            entropy_n[rows] = -torch.exp(l, out=z).mul_(l).sum(1)
         ctx.save_for_backward(hidden_nd, weight_vd, target_n)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy_n)
@@ -130,23 +129,39 @@ class _LinearLogp(torch.autograd.Function):
         grad_hidden_nd = torch.empty_like(hidden_nd) if ctx.needs_input_grad[0] else None
         # float32 even for bfloat16 weights: hundreds of blocks are added into it
         grad_weight_vd = torch.zeros_like(weight_vd, dtype=grad_n.dtype) if ctx.needs_input_grad[1] else None
-        for rows in _row_blocks(len(hidden_nd), len(weight_vd)):
-            z = (hidden_nd[rows] @ weight_vd.t()).to(grad_n.dtype).div_(ctx.temperature)
+        for rows, z, dz in _row_blocks(hidden_nd, weight_vd, ctx.temperature):
             scale = (grad_n[rows] / ctx.temperature)[:, None]
-            dz = z.softmax(1).mul_(-scale)
+            torch.softmax(z, 1, out=dz).mul_(-scale)
             dz.scatter_add_(1, target_n[rows, None], scale)
             dz = dz.to(hidden_nd.dtype)
             if grad_hidden_nd is not None:
                 grad_hidden_nd[rows] = dz @ weight_vd
-            if grad_weight_vd is not None:
+            if grad_weight_vd is not None and grad_weight_vd.dtype == dz.dtype:
+                grad_weight_vd.addmm_(dz.t(), hidden_nd[rows])
+            elif grad_weight_vd is not None:
                 grad_weight_vd += dz.t() @ hidden_nd[rows]
         grad_weight_vd = grad_weight_vd.to(weight_vd.dtype) if grad_weight_vd is not None else None
         return grad_hidden_nd, grad_weight_vd, None, None
 
 
-def _row_blocks(N, V):
-    step = max(1, LOGIT_CHUNK // V)
-    return [slice(i, min(i + step, N)) for i in range(0, N, step)]
+def _row_blocks(hidden_nd, weight_vd, temperature):
+    """(rows, their logits z at the temperature, an empty block like z) for blocks of about LOGIT_CHUNK elements.
+
+    The two blocks are allocated once: on a CPU fresh memory of this size costs more (page faults) than the softmax in
+    it.
+    """
+    N, V = len(hidden_nd), len(weight_vd)
+    step = max(1, min(N, LOGIT_CHUNK // V))
+    block_rv = hidden_nd.new_empty(step, V, dtype=wide(hidden_nd.dtype))
+    other_rv = torch.empty_like(block_rv)
+    for first in range(0, N, step):
+        rows = slice(first, min(first + step, N))
+        z, other = block_rv[:rows.stop - first], other_rv[:rows.stop - first]
+        if z.dtype == hidden_nd.dtype:
+            torch.mm(hidden_nd[rows], weight_vd.t(), out=z)
+        else:
+            z.copy_(hidden_nd[rows] @ weight_vd.t())
+        yield rows, z.div_(temperature), other
 
 
 def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None):

@@ -109,7 +109,11 @@ def folder(tmp_path_factory):
     for x in model.parameters():
         if x.ndim == 2:
             x.mul_(15)
-    a, b = (ids for ids, in map(Tokenizer(path).encode, ("[[A]]", "[[B]]")))
+    spec = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]
+    a, b = vocabulary.pop("\u0120looks"), vocabulary.pop("\u0120better.")  # two tokens that no prompt has
+    vocabulary |= {"[[A]]": a, "[[B]]": b}  # now each a whole verdict
+    (path / "tokenizer.json").write_text(json.dumps(spec))
     verdicts = model.head_vd[[a, b]].clone()
     model.head_vd.zero_()[[a, b]] = 4 * verdicts
     model.save_pretrained(path)

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
                     "num_key_value_heads": 1, "head_dim": 16}
 RECIPE = "qwen2.5-7b"
-COMMON = dict(prompt="toy", micro_tokens=400, save_every=4, threads=1)  # three checkpoints, several micro-batches
+COMMON = dict(prompt="toy", micro_tokens=400, save_every=4, threads=1)  # several micro-batches a step
 SFT = dict(COMMON, batch_size=20, max_steps=60, epochs=30, max_length=200, lr=1e-2, answer_only=True, save_every=20)
-RL = dict(COMMON, n_prompts=8, mini_prompts=4, group_size=7, steps=12, max_new_tokens=8, lr=4e-3, n_samples=1)
+RL = dict(COMMON, n_prompts=8, mini_prompts=4, group_size=7, steps=20, max_new_tokens=8, lr=4e-3, n_samples=1)
 DISTILL_KEYS = {"step", "loss", "entropy", "lr", "grad_norm", "n_tokens", "step_s", "train_tok_s"}
 GRPO_KEYS = {"step", "reward", "accuracy", "frac_no_verdict", "frac_unfinished", "frac_zero_spread", "judgement_tok",
              "loss", "entropy", "kl", "clip_frac", "mismatch", "mismatch_max", "grad_norm", "n_updates", "lr",
@@ -88,20 +88,20 @@ def test_the_recipes_combination_learns_and_resumes(tmp_path):
         assert options["dtype"] == "bfloat16" and options["gradient_checkpointing"] and options["save_every"]
         assert options.get("optimizer", "adamw") == "adamw" and options["weight_decay"] == module.PAPER["weight_decay"]
         shutil.copytree(out, again := out.with_name(out.name + "-again"))
-        interrupt(again, 40 if module is distill else 8)
+        interrupt(again, 40 if module is distill else 12)
     sft_rows, rl_rows = metrics(tmp_path / "sft"), metrics(tmp_path / "rl")
     assert [row["step"] for row in sft_rows] == list(range(1, 61)) and all(set(row) >= DISTILL_KEYS for row in sft_rows)
     assert sft_rows[-1]["loss"] < 0.2 * sft_rows[0]["loss"]
-    assert [row["step"] for row in rl_rows] == list(range(1, 13)) and all(set(row) >= GRPO_KEYS for row in rl_rows)
+    assert [row["step"] for row in rl_rows] == list(range(1, 21)) and all(set(row) >= GRPO_KEYS for row in rl_rows)
     assert all(isinstance(row[key], (int, float)) for row in sft_rows for key in DISTILL_KEYS)
     assert all(isinstance(row[key], (int, float)) for row in rl_rows for key in GRPO_KEYS)
     accuracy = [row["accuracy"] for row in rl_rows]
     assert accuracy[0] < 0.7 and sum(accuracy[-3:]) / 3 > 0.9, accuracy
-    assert all(row["n_updates"] == 2 and 0 < row["mismatch"] < 0.05 for row in rl_rows), rl_rows
+    assert all(row["n_updates"] == 2 and row["mismatch"] <= row["mismatch_max"] < 0.05 for row in rl_rows), rl_rows
 
     run(*(command(script, options | dict(out=f"{options['out']}-again", resume=True))
           for script, options in (("distill.py", sft), ("grpo.py", rl))))
-    for name, last in (("sft", 60), ("rl", 12)):
+    for name, last in (("sft", 60), ("rl", 20)):
         whole, again = tmp_path / name, tmp_path / f"{name}-again"
         assert untimed(metrics(again)) == untimed(metrics(whole))
         for file, dtype in ((f"checkpoints/step-{last}/model.safetensors", torch.float32),
