@@ -1,4 +1,4 @@
-"""Stage 1, distillation: supervised fine-tuning on an oracle's judgements (RM-R1 section 4, eq. 4).
+"""Stage 1, distillation: supervised fine-tuning on an oracle's judgements (RM-R1, arXiv 2505.02387).
 
 For a batch of chains (prompt x, judgement j):    loss = - sum log p(j_t | x, j_<t) / (judgement tokens of the batch)
 

@@ -1,11 +1,11 @@
-"""Stage 2, reinforcement learning: GRPO with a verifiable reward (RM-R1 section 4, eq. 5-7; GRPO: arXiv 2402.03300).
+"""Stage 2, reinforcement learning with a verifiable reward (RM-R1, arXiv 2505.02387) by GRPO (arXiv 2402.03300).
 
 For a pair with label l the policy writes G judgements o_1..o_G and is paid by their verdicts alone:
 
     (1)  r_g = +1 if verdict(o_g) = l else -1
     (2)  A_g = (r_g - mean(r)) / (std(r) + 1e-6)        over the pair's G judgements, unbiased std
     (3)  ratio_gt = p(o_gt) / p_old(o_gt)               p_old: the policy that wrote the judgement
-    (4)  kl_gt = ref/p - log(ref/p) - 1                 the "k3" estimate of KL(policy || distilled model)
+    (4)  kl_gt = ref/p - log(ref/p) - 1                 the "k3" estimate of KL(policy || distilled model); GRPO eq. 4
     (5)  loss = - sum_gt [ min(ratio A, clip(ratio, 1-e, 1+e) A) - beta kl ] / tokens
 
 The sums in (5) run over all judgement tokens of a mini-batch, over all ranks and micro-batches, and so does `tokens`. A
@@ -25,8 +25,8 @@ Departures from the paper and its released code:
 
 The embedded default (it runs distill.py's first if that has not been done), and eight GPUs:
 
-    python grpo.py torchrun --nproc_per_node 8 grpo.py --recipe qwen2.5-7b --model runs/distill/model --data pairs.jsonl
-    --out runs/grpo
+    python grpo.py
+    torchrun --nproc_per_node 8 grpo.py --recipe qwen2.5-7b --model DISTILLED --data pairs.jsonl --out runs/grpo
 """
 
 import json
@@ -247,7 +247,7 @@ def main(cfg):
     ranks = init_ranks(cfg.threads)
     if cfg.model == Config.model and not Path(cfg.model).exists():  # the embedded default begins with its first stage
         import distill
-        begun = Path(distill.Config.out, "config.json").exists()
+        begun = any(Path(distill.Config.out, "checkpoints").glob("step-*"))
         distill.main(distill.Config(threads=cfg.threads, resume=begun))
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     prompt_file = prompt_path(cfg.prompt) if cfg.prompt else Path(cfg.model) / "prompt.txt"

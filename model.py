@@ -17,7 +17,6 @@ Letters: N packed tokens, S segments, M scored tokens, D width, H query heads, K
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def read_rope(raw, head_dim, refuse):
     """The rotary frequencies that a config asks for, under both spellings of its fields; types default, linear and
     yarn.
 
-    YaRN (arXiv 2309.00071, section 3.2): channel pairs that turn more than beta_fast times over the original context
+    YaRN (arXiv 2309.00071): channel pairs that turn more than beta_fast times over the original context
     keep their frequency, those that turn less than beta_slow times are slowed by `factor`, with a linear ramp between;
     cos and sin are scaled by 0.1 ln(factor) + 1.
     """
@@ -432,11 +431,3 @@ def load_weights(model, path, device, dtype):
         raise ValueError(f"{path}: tensor {missing[0]}{more} is missing from {', '.join(files)}")
     if head is not None and not torch.equal(head.to(device, dtype), model.model.embed_tokens.weight):
         raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
-
-
-def copy_tokenizer(source, target):
-    """Copies the tokenizer and generation files that make a folder of weights an ordinary Hugging Face model."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-                 "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"):
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, Path(target) / name)

@@ -24,6 +24,7 @@ PLACEHOLDERS = {"system": set(), "user": {"question", "answer_a", "answer_b"},
                 "user multi-turn": {"conversation_a", "conversation_b"}}
 PLACEHOLDER = re.compile(r"\{(question|answer_a|answer_b|conversation_a|conversation_b)\}")
 VERDICT_CHARS = 80
+QUOTATIONS = ("quote_A", "quote_B", "summary_A", "summary_B")
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")   # Qwen, Qwen, DeepSeek
 
 
@@ -140,8 +141,15 @@ def reward(text, winner):
     code would pay for it. (No recorded judgement is paid differently.)
     """
     assert winner in ("a", "b"), f"winner is {winner!r}, need 'a' or 'b'"
-    own = f"<answer>[[{winner.upper()}]]</answer>" in _without_quotes(text)
+    own = not _is_quoted(text, f"<answer>[[{winner.upper()}]]</answer>")
     return 1.0 if training_verdict(text) == winner and own else -1.0
+
+
+def _is_quoted(text, answer):
+    """Is the last `answer` in the text inside a quotation or summary: not closed before it, or closed after it?"""
+    before, _, after = text.rpartition(answer)
+    opened = [tag for tag in QUOTATIONS if f"<{tag}>" in before]
+    return any(before.rfind(f"<{tag}>") > before.rfind(f"</{tag}>") or f"</{tag}>" in after for tag in opened)
 
 
 def majority(verdicts):
@@ -200,7 +208,7 @@ def _inside(text, tag):
 def _without_quotes(text):
     """The text without its closed quotations and summaries. Splitting is linear; a lazy regular expression would rescan
     the whole rest of the text for every tag that is never closed."""
-    for tag in ("quote_A", "quote_B", "summary_A", "summary_B"):
+    for tag in QUOTATIONS:
         head, *pieces = text.split(f"<{tag}>")
         text = head + "".join(piece.split(f"</{tag}>", 1)[-1] for piece in pieces)
     return text

@@ -1,7 +1,7 @@
 """Prompts in, rollouts out: KV cache, continuous batching, sampling. On the command line: judge a pair, or a file.
 
-    python sample.py --model DIR --question "..." --answer-a "..." --answer-b "..."    streams the judgement python
-    sample.py --model DIR --pairs pairs.jsonl --out judgements.jsonl            resumable: start it again to go on
+    python sample.py --model DIR --question "..." --answer-a "..." --answer-b "..."    streams the judgement
+    python sample.py --model DIR --pairs pairs.jsonl --out judgements.jsonl            resumable: started again, goes on
 
 The sampler runs the trainer's own model code (Model.run) with a cache for attention, so its log-probabilities are the
 trainer's up to rounding. A prompt is computed once for its n rollouts. A rollout's random numbers come from (seed, the

@@ -1,5 +1,6 @@
 """demo.py and the embedded default, small: the same code and options but for the sizes of the data and the model and
-the number of steps. Oracles: the judgements that were written, scored again; the second run; the files that are left."""
+the number of steps. Oracles: the judgements that were written, scored again; the second run; the files that are
+left."""
 
 import json
 import os

@@ -362,11 +362,11 @@ def torchrun(*command):
 
 
 def test_a_narrow_model_learns_recorded_judgements_by_heart(tmp_path):
-    """Real input: the two shortest judgements that RM-R1's instruct model recorded, Qwen2.5's tokenizer with its
-    151,665 ids. Trained through distill.py until the loss is below a tenth of its start, a random model reproduces the
-    shorter greedily, verdict included. (Nearly all the time goes into the head; AdamW needs several times as many
-    steps.)"""
-    logs = SHARED / "benchmarks/reward_bench/RM-R1-Qwen2.5-Instruct-32B.logs.sample40.json"
+    """Real input: RM-R1's two shortest recorded judgements, Qwen2.5's tokenizer with its 151,665 ids. Trained through
+    distill.py until the loss is below a tenth of its start, a random model reproduces both records greedily, verdicts
+    included. (43 s of one core, nearly all in the head; AdamW needs several times as many steps. The instruct model's
+    shortest judgement is longer: its loss was still 0.7 after 30 such steps, and it was not reproduced.)"""
+    logs = SHARED / "benchmarks/reward_bench/RM-R1-DeepSeek-Distilled-Qwen-32B.logs.sample40.json"
     tokenizer_folder = SHARED / "qwen2.5-tokenizer"
     if not logs.exists() or not tokenizer_folder.exists():
         pytest.skip(f"no {logs} or no {tokenizer_folder}: set RM_SHARED")
@@ -377,24 +377,21 @@ def test_a_narrow_model_learns_recorded_judgements_by_heart(tmp_path):
     Model.random(ModelConfig.from_dict(raw)).save_pretrained(tmp_path / "model")
     for file in tokenizer_folder.iterdir():
         shutil.copyfile(file, tmp_path / "model" / file.name)
-    n_threads = torch.get_num_threads()
-    try:
-        distill.main(config(tmp_path, tmp_path / "run", data=str(tmp_path / "chains.jsonl"), prompt="instruct",
-                            batch_size=1, epochs=18, max_length=4096, micro_tokens=4096, optimizer="muon", lr=0.1,
-                            warmup_frac=0.05, weight_decay=0.0, threads=2))
-    finally:
-        torch.set_num_threads(n_threads)
+    distill.main(config(tmp_path, tmp_path / "run", data=str(tmp_path / "chains.jsonl"), prompt="reasoning",
+                        batch_size=2, epochs=28, max_length=4096, micro_tokens=4096, optimizer="muon", lr=0.1,
+                        warmup_frac=0.05, weight_decay=0.0))
     losses = [row["loss"] for row in metrics(tmp_path / "run")]
-    assert min(losses[:2]) > 10 and max(losses[-2:]) < 0.1 * losses[0], losses
+    assert losses[0] > 11 and losses[-1] < 0.1 * losses[0], losses
 
     tokenizer, model = Tokenizer(tmp_path / "run/model"), Model.from_pretrained(tmp_path / "run/model")
     model.n_vocab = tokenizer.n_vocab
     prompt = load_prompt(str(tmp_path / "run/model/prompt.txt"))
-    (rollout,), = Sampler(model).generate([tokenizer.chat(render(prompt, recorded[0].pair))], max_new_tokens=700,
-                                          temperature=0, stop=tokenizer.stop_ids)
-    text = tokenizer.decode(rollout.ids)
-    assert rollout.finished and text == recorded[0].judgement
-    assert benchmark_verdict(text) == benchmark_verdict(recorded[0].judgement) is not None
+    prompts = [tokenizer.chat(render(prompt, chain.pair)) for chain in recorded]
+    sampled = Sampler(model).generate(prompts, max_new_tokens=700, temperature=0, stop=tokenizer.stop_ids)
+    for (rollout,), chain in zip(sampled, recorded, strict=True):
+        text = tokenizer.decode(rollout.ids)
+        assert rollout.finished and text == chain.judgement
+        assert benchmark_verdict(text) == benchmark_verdict(chain.judgement) is not None
 
 
 def test_the_embedded_default_is_made_from_nothing(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_py
-from model import Forest, Model, ModelConfig, copy_tokenizer, pack
+from model import Forest, Model, ModelConfig, pack
 
 torch.set_num_threads(1)
 
@@ -482,16 +482,6 @@ def test_saved_over_a_sharded_folder(folder, tmp_path):
     assert weights_equal(load_peer(tmp_path, torch.float32), model)
 
 
-def test_copy_tokenizer(tmp_path):
-    """Only the files that are there, byte for byte, and no weights."""
-    (tmp_path / "from").mkdir(), (tmp_path / "to").mkdir()
-    for name in ("tokenizer.json", "generation_config.json", "model.safetensors"):
-        (tmp_path / "from" / name).write_bytes(b"\xff" + name.encode())
-    copy_tokenizer(tmp_path / "from", tmp_path / "to")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "to").iterdir()} == {
-        name: b"\xff" + name.encode() for name in ("tokenizer.json", "generation_config.json")}
-
-
 def refusal(path):
     with pytest.raises(ValueError) as e:
         Model.from_pretrained(path)
@@ -584,10 +574,13 @@ samples, done = [megabytes()], threading.Event()
 def sample():
     while not done.wait(0.0005):
         samples.append(megabytes())
-thread = threading.Thread(target=sample) thread.start() model = Model.from_pretrained(path, dtype=dtype) total =
-sum(float(x.sum(dtype=torch.float32)) for x in model.parameters())  # touches every page done.set(), thread.join()
-print(*(max(column) - column[0] for column in zip(*samples)), sum(x.nbytes for x in model.parameters()) / 2**20,
-len(samples))
+thread = threading.Thread(target=sample)
+thread.start()
+model = Model.from_pretrained(path, dtype=dtype)
+total = sum(float(x.sum(dtype=torch.float32)) for x in model.parameters())  # touches every page
+done.set(), thread.join()
+weights = sum(x.nbytes for x in model.parameters()) / 2**20
+print(*(max(column) - column[0] for column in zip(*samples)), weights, len(samples))
 """
 
 

@@ -24,7 +24,7 @@ import sample  # noqa: E402
 from common import parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, to_json, write_pairs  # noqa: E402
-from model import Model, ModelConfig, copy_tokenizer, pack  # noqa: E402
+from model import Model, ModelConfig, pack  # noqa: E402
 from reward import benchmark_verdict, load_prompt, majority, prompt_path, render  # noqa: E402
 from sample import Cache, Config, Judge, JudgementFile, Sampler, choose, judge_file, main  # noqa: E402
 from sample import prompt_key, uniforms  # noqa: E402
@@ -327,7 +327,8 @@ def test_a_prompt_is_computed_once_for_its_rollouts():
     sizes.clear()
     sampler.generate(PROMPTS[:2], 8, 5)
     assert sizes == [4] + [16] * 4 and sampler.n_decoded == 64  # both prompts, then 16 slots at a time
-    stats = sampler.reset_stats()
+    stats = sampler.stats()
+    sampler.reset_stats()
     assert set(stats) == {"prefill_s", "decode_s", "prefill_tok_s", "decode_tok_s"} and min(stats.values()) > 0
     assert sampler.n_prefilled == sampler.n_decoded == 0
 
@@ -384,6 +385,10 @@ def folder(tmp_path_factory):
     """A random Qwen3 with the toy tokenizer and more embedding rows than tokens, as published models have."""
     path = tmp_path_factory.mktemp("judge")
     n_vocab = toy.write_tokenizer(path)
+    spec = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]  # two tokens that no prompt has become whole verdicts: random text holds some
+    vocabulary |= {"[[A]]": vocabulary.pop("\u0120looks"), "[[B]]": vocabulary.pop("\u0120better.")}
+    (path / "tokenizer.json").write_text(json.dumps(spec))
     raw = toy.MODEL | dict(vocab_size=n_vocab + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                            head_dim=8)
     tiny(raw).save_pretrained(path)
@@ -501,13 +506,13 @@ def test_other_settings_are_refused_by_name(folder, pairs, tmp_path):
         assert f"{name}=" in str(e.value) and "\n" not in str(e.value)
     fewer = {k: v for k, v in settings.items() if k != "pairs"}
     for changed in (settings | {"pairs": "other.jsonl"}, settings | {"new": 1}, fewer):
-        with pytest.raises(ValueError, match="was begun with (pairs|new)="):
+        with pytest.raises(ValueError, match="begun with (pairs|new)="):
             JudgementFile(out, changed)
     JudgementFile(out, settings)  # the refusals have left it alone
     partial = tmp_path / "out.jsonl.partial"
     for line in (b"nonsense", b"[]", b'{"id": "x"}', b"\xff"):
         partial.write_bytes(json.dumps(settings).encode() + b"\n" + line + b"\n")
-        with pytest.raises(ValueError, match=r"out\.jsonl\.partial:2: not a line"):
+        with pytest.raises(ValueError, match=r"out\.jsonl\.partial:2: no line of a judging run"):
             JudgementFile(out, settings)
     partial.write_bytes(json.dumps(settings).encode()[:20])  # not even its first line is whole: begin anew
     assert JudgementFile(out, settings).done == {} and json.loads(partial.read_text()) == settings
@@ -648,7 +653,7 @@ def test_qwen_05b_geometry_judges_rmb_from_the_command_line():
             if "norm" in name:
                 x.fill_(1)
         model.save_pretrained(path / "model")
-        copy_tokenizer(SHARED / "qwen2.5-tokenizer", path / "model")
+        Tokenizer(SHARED / "qwen2.5-tokenizer").save(path / "model")
         del model
         write_pairs(path / "pairs.jsonl", judged)
         done = command("--model", path / "model", "--prompt", "instruct", "--pairs", path / "pairs.jsonl",
