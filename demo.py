@@ -42,6 +42,10 @@ class Config:
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
     pairs: int = 800  # held-out pairs that every model judges
 
+    def __post_init__(self):
+        if self.pairs < 20 or self.threads < 0 or self.seed < 0:
+            raise ValueError("--pairs must be at least 20, --threads and --seed at least 0")
+
 
 def judge_all(model_folder, pairs, temperature, seed, file):
     """Judges the pairs, writes the judgements; returns the scores by domain, and the shares of judgements that begin

@@ -9,6 +9,7 @@ Departures from the paper and its released code:
   1. The assistant header belongs to the prompt and is not trained on (the released code trains on it).
   2. The learning rate follows the paper for every size (the released scripts use the 7B value throughout).
   3. Norm weights and biases are never decayed.
+  4. Embedded default only: the blocks' matrices are trained with Muon (--optimizer muon); the recipes use AdamW.
 
 The embedded default, one GPU, four GPUs:
 
@@ -74,8 +75,9 @@ class Config:
     def __post_init__(self):
         for name, low in (("batch_size", 1), ("epochs", 1), ("max_length", 2), ("micro_tokens", 1), ("lr", 0.0),
                           ("seed", 0), ("max_steps", 0), ("eval_pairs", 1), ("eval_every", 0), ("eval_tokens", 1),
-                          ("save_every", 0)):
-            if getattr(self, name) < low:
+                          ("save_every", 0), ("threads", 0), ("max_norm", 0.0), ("weight_decay", 0.0),
+                          ("warmup_frac", 0.0), ("final_lr_frac", 0.0)):
+            if not getattr(self, name) >= low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
         if self.optimizer not in ("adamw", "muon") or self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--optimizer is adamw or muon, --dtype float32 or bfloat16; got {self.optimizer}, "
@@ -150,6 +152,9 @@ def main(cfg):
     examples = read_examples(cfg, tokenizer, ranks.main)
     n_steps = cfg.epochs * -(-len(examples) // cfg.batch_size)
     n_steps = min(n_steps, cfg.max_steps) if cfg.max_steps else n_steps
+    held_out = None
+    if cfg.eval_data:
+        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, cfg.prompt, cfg.eval_tokens, tokenizer, ranks)
 
     run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=("micro_tokens", "threads", "save_every", "n_samples"))
     checkpoint = latest_checkpoint(run.folder / "checkpoints") if cfg.resume else None
@@ -157,9 +162,6 @@ def main(cfg):
     model.n_vocab, model.gradient_checkpointing = tokenizer.n_vocab, cfg.gradient_checkpointing
     model = shard(model, ranks, dtype)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    held_out = None
-    if cfg.eval_data:
-        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, cfg.prompt, cfg.eval_tokens, tokenizer, ranks)
 
     def add_files(folder):
         tokenizer.save(folder)

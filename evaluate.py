@@ -117,6 +117,10 @@ def main(cfg):
         records = judge_file(judge, pairs, whole, settings, cfg.skip_bad)
     elif read_json(out / "settings.json") == settings:  # judged, but not scored: the run ended between the two
         records = [json.loads(line) for line in whole.read_text(encoding="utf-8").split("\n")[:-1]]
+        pair_of = {pair.id: pair for pair in pairs}
+        if not cfg.skip_bad and [r["id"] for r in records] != list(pair_of):
+            raise ValueError(f"{whole}: judged other pairs than {cfg.data} holds now; choose another --out")
+        records = [r | {"winner": pair_of[r["id"]].winner} for r in records if r["id"] in pair_of]  # perhaps corrected
     else:
         raise ValueError(f"{whole}: was judged with other settings (settings.json beside it); choose another --out")
     rows = score(records)

@@ -90,12 +90,15 @@ class Config:
         for name, low in (("n_prompts", 1), ("mini_prompts", 1), ("group_size", 2), ("max_new_tokens", 1),
                           ("micro_tokens", 1), ("n_slots", 1), ("steps", 0), ("max_prompt_tokens", 1), ("lr", 0.0),
                           ("clip", 0.0), ("kl_coef", 0.0), ("eval_pairs", 1), ("eval_every", 0), ("save_every", 0),
-                          ("seed", 0)):
-            if getattr(self, name) < low:
+                          ("seed", 0), ("threads", 0), ("max_norm", 0.0), ("weight_decay", 0.0), ("warmup_steps", 0),
+                          ("final_lr_frac", 0.0)):
+            if not getattr(self, name) >= low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
         if self.n_prompts % self.mini_prompts:
             raise ValueError(f"--n-prompts {self.n_prompts} must be a multiple of --mini-prompts {self.mini_prompts}")
-        if self.temperature <= 0 or self.dtype not in ("float32", "bfloat16"):
+        if self.seed >= 2**40:
+            raise ValueError("--seed must be below 2^40")
+        if not 0 < self.temperature < float("inf") or self.dtype not in ("float32", "bfloat16"):
             raise ValueError("--temperature must be positive and --dtype float32 or bfloat16; "
                              f"got {self.temperature}, {self.dtype}")
 
@@ -251,6 +254,9 @@ def main(cfg):
         distill.main(distill.Config(threads=cfg.threads, resume=begun))
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     prompt_file = prompt_path(cfg.prompt) if cfg.prompt else Path(cfg.model) / "prompt.txt"
+    if not cfg.prompt and not prompt_file.exists():
+        raise ValueError(f"{cfg.model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning or "
+                         "a file")
     prompt = load_prompt(str(prompt_file))
     labelled = [pair for pair in read_pairs(cfg.data) if pair.winner is not None]
     prompts = {pair.id: tokenizer.chat(render(prompt, pair))
@@ -262,6 +268,9 @@ def main(cfg):
     if len(pairs) < cfg.n_prompts:
         raise ValueError(f"{cfg.data}: {len(pairs)} usable pairs are fewer than --n-prompts {cfg.n_prompts}")
     n_steps = cfg.steps or len(pairs) // cfg.n_prompts
+    held_out = None
+    if cfg.eval_data:
+        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt_file, cfg.max_new_tokens, tokenizer, ranks)
 
     free = ("micro_tokens", "n_slots", "threads", "save_every", "n_samples")  # a resumed run may choose them anew
     run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=free)
@@ -274,9 +283,6 @@ def main(cfg):
     reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.micro_tokens)
-    held_out = None
-    if cfg.eval_data:
-        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt_file, cfg.max_new_tokens, tokenizer, ranks)
 
     def add_files(folder):
         tokenizer.save(folder)

@@ -517,7 +517,7 @@ def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
                            ({"data": str(unlabelled)}, "0 usable pairs"),
                            ({"max_prompt_tokens": 5}, "0 usable pairs are fewer than --n-prompts 4"),
                            ({"model": str(tmp_path)}, "tokenizer.json"),
-                           ({"model": str(made / "untrained")}, "prompt.txt: no such prompt"),
+                           ({"model": str(made / "untrained")}, "no prompt.txt, so --prompt"),
                            ({"n_prompts": 12, "mini_prompts": 6}, "11 usable pairs")):
         monkeypatch.setattr(sys, "argv", ["grpo.py", *flags(config(made, tmp_path / "run", **changed))])
         with pytest.raises(SystemExit) as stop:
