@@ -11,6 +11,9 @@ Letters: N packed tokens, S segments, B decode slots, T positions, H query heads
 head, D width, V vocabulary. Query head h reads key/value head h // (H / K).
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -86,17 +89,64 @@ def _padded_segments(segments_s3, device):
         yield query_st.to(device), key_su.to(device), real_st.to(device), visible.to(device)
 
 
-def decode_attention(q_bhc, k_bktc, v_bktc, length_b):
-    """Attention of one token per slot over the first length_b entries of its cache, its own included; returns out_bhc.
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a decode step, each held once for all the slots that continue it.
 
-    The H / K query heads that share a key/value head become rows of one small matrix, so that the cache is read once
-    and never repeated.
+    slot_pm lists the slots of prompt p, filled up with -1: two rollouts of prompt 0 in slots 3 and 1, and one of prompt 1
+    in slot 0, are [[3, 1], [0, -1]]; slot 2 is empty, or has its whole sequence in its own cache.
     """
+    k_pkuc: torch.Tensor
+    v_pkuc: torch.Tensor
+    length_p: torch.Tensor  # int64: so many of the U positions count
+    slot_pm: torch.Tensor   # int64
+
+
+def decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts=None, impl=None):
+    """Attention of one token per slot over its prompt and the first length_b entries of its cache; returns out_bhc.
+
+    The slot's own new token is in its cache already: length_b is at least 1.
+    """
+    assert impl in (None, "torch"), f"impl {impl!r} is unknown; there is only 'torch' so far"
+    return decode_attention_ref(q_bhc, k_bktc, v_bktc, length_b, prompts)
+
+
+def decode_attention_ref(q_bhc, k_bktc, v_bktc, length_b, prompts=None):
+    """softmax over [the prompt's scores, the slot's own], written out; the queries of a prompt's slots become rows of one
+    matrix product, so that its keys are read once for all of them."""
     B, H, C = q_bhc.shape
     K, T = k_bktc.shape[1:3]
-    visible_b11t = (torch.arange(T, device=q_bhc.device) < length_b[:, None])[:, None, None]
-    out = F.scaled_dot_product_attention(q_bhc.view(B, K, H // K, C), k_bktc, v_bktc, attn_mask=visible_b11t)
-    return out.reshape(B, H, C)
+    if prompts is None:
+        visible_b11t = (torch.arange(T, device=q_bhc.device) < length_b[:, None])[:, None, None]
+        out = F.scaled_dot_product_attention(q_bhc.view(B, K, H // K, C), k_bktc, v_bktc, attn_mask=visible_b11t)
+        return out.reshape(B, H, C)
+    q_bkgc = (q_bhc / math.sqrt(C)).view(B, K, H // K, C)
+    own_bkgt = _hide(q_bkgc @ k_bktc.transpose(2, 3), length_b)
+    P, M = prompts.slot_pm.shape
+    slot_pm, place_b = prompts.slot_pm.clamp(min=0), _places(prompts.slot_pm, B)
+    q_pkrc = q_bkgc[slot_pm].transpose(1, 2).reshape(P, K, M * (H // K), C)
+    score_pkru = _hide(q_pkrc @ prompts.k_pkuc.transpose(2, 3), prompts.length_p)
+    score_xkgu = score_pkru.view(P, K, M, H // K, -1).transpose(1, 2).flatten(0, 1)  # x: place p * M + m
+    prompt_bkgu = score_xkgu[place_b].masked_fill((place_b < 0)[:, None, None, None], -math.inf)
+    weight = torch.cat([prompt_bkgu, own_bkgt], -1).softmax(-1).to(q_bhc.dtype)
+    prompt_bkgu, own_bkgt = weight.split([prompt_bkgu.shape[-1], T], -1)
+    weight_pkru = prompt_bkgu[slot_pm].transpose(1, 2).reshape(P, K, M * (H // K), -1)
+    out_xkgc = (weight_pkru @ prompts.v_pkuc).view(P, K, M, H // K, C).transpose(1, 2).flatten(0, 1)
+    out_bkgc = torch.where((place_b >= 0)[:, None, None, None], out_xkgc[place_b], 0)
+    return (out_bkgc + own_bkgt @ v_bktc).reshape(B, H, C)
+
+
+def _hide(score_xkrt, length_x):
+    """Scores in float32 or wider, minus infinity from each row's length on."""
+    hidden_xt = torch.arange(score_xkrt.shape[-1], device=score_xkrt.device) >= length_x[:, None]
+    return score_xkrt.to(wide(score_xkrt.dtype)).masked_fill(hidden_xt[:, None, None], -math.inf)
+
+
+def _places(slot_pm, B):
+    """Where slot b stands in slot_pm, as p * M + m, or -1."""
+    place_b = torch.full((B + 1,), -1, device=slot_pm.device)
+    place_x = torch.arange(slot_pm.numel(), device=slot_pm.device)
+    return place_b.scatter_(0, slot_pm.flatten() % (B + 1), place_x)[:B]  # -1 wraps to the last, which is cut off
 
 
 # ------------------------------------------------------------------------------------------ log-probabilities of tokens

@@ -217,6 +217,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.n_vocab = config.vocab_size  # rows of the head from here on do not exist: scripts set the tokenizer's size
+        self.impl = None  # which kernels compute it: see kernels.py; "invariant" makes the sampler's bits the trainer's
         self.gradient_checkpointing = False  # recompute blocks in the backward pass: activations of one at a time
         self.model = nn.ModuleDict({  # named as in the checkpoints: model.layers.0.self_attn.q_proj.weight
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
