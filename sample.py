@@ -7,8 +7,8 @@ The sampler runs the trainer's own model code (Model.run) with a cache for atten
 trainer's up to rounding. A prompt is computed once for its n rollouts. A rollout's random numbers come from (seed, the
 prompt's tokens, sample index, token index) and nothing else: the same rollout comes out alone or in any batch.
 
-Letters: B slots (rollouts being written at once), T cached positions, K key/value heads, C channels of a head, V
-vocabulary.
+Letters: B slots (rollouts being written at once), A of them active, T cached positions of a slot, P prompts, U cached
+positions of a prompt, K key/value heads, C channels of a head, D width, V vocabulary.
 """
 
 import hashlib
@@ -24,9 +24,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import kernels
 from common import copy_weights, fail, one_line_errors, parse_config
 from data.pairs import Pair, read_pairs
-from kernels import attention, decode_attention, wide
+from kernels import Prompts, attention, decode_attention, linear_logp, wide
 from model import Model, pack
 from reward import benchmark_verdict, load_prompt, majority, render
 from tokenizer import StreamDecoder, Tokenizer
@@ -99,36 +100,33 @@ def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
 
 
 class Cache:
-    """Keys (rotated) and values of every slot: per layer [B, K, T, C]. Slot b holds length_b positions."""
+    """Keys (rotated) and values, per layer: [X, K, T, C]. The rows X are slots or prompts, see Batch."""
 
-    def __init__(self, config, B, T, device, dtype):
-        shape = B, config.num_key_value_heads, T, config.head_dim
+    def __init__(self, config, X, T, device, dtype):
+        shape = X, config.num_key_value_heads, T, config.head_dim
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
 
     @property
-    def T(self):
-        return self.k[0].shape[2]
+    def size(self):
+        return self.k[0].shape[0], self.k[0].shape[2]
 
-    def resize(self, slots, T):
-        """Keeps these slots, with room for T positions."""
+    def resize(self, kept, X, T):
+        """Keeps these rows, as the first of X, with room for T positions."""
+        kept_x = torch.tensor(kept, dtype=torch.int64, device=self.k[0].device)
+
         def moved(x):
-            out = x.new_zeros(len(slots), x.shape[1], T, x.shape[3])
-            out[:, :, :min(T, x.shape[2])] = x[slots, :, :T]
+            out = x.new_zeros(X, x.shape[1], T, x.shape[3])
+            out[:len(kept), :, :x.shape[2]] = x[kept_x, :, :T]
             return out
         for layer in range(len(self.k)):  # one layer at a time, so that only one exists twice
             self.k[layer], self.v[layer] = moved(self.k[layer]), moved(self.v[layer])
 
-    def attend(self, length_b):
-        """The attention of one decode step: stores each slot's new key and value at its length, then looks at all."""
-        length_b, T = torch.as_tensor(length_b, device=self.k[0].device), int(max(length_b)) + 1
-        slot_b = torch.arange(len(length_b), device=length_b.device)
-
-        def attend(layer, q_bhc, k_bkc, v_bkc):
-            k, v = self.k[layer], self.v[layer]
-            k[slot_b, :, length_b], v[slot_b, :, length_b] = k_bkc, v_bkc
-            return decode_attention(q_bhc, k[:, :, :T], v[:, :, :T], length_b + 1)
-        return attend
+    def clear(self, rows):
+        """Before rows are used again: a NaN in what an earlier rollout left would pass through attention as 0 * NaN."""
+        row_x = torch.tensor(rows, dtype=torch.int64, device=self.k[0].device)
+        for x in self.k + self.v:
+            x.index_fill_(0, row_x, 0)
 
 
 @dataclass
@@ -153,7 +151,11 @@ class Sampling:
 
 
 class Batch:
-    """The rollouts that are being written: B slots, their cache, their lengths and last tokens."""
+    """The rollouts that are being written: B slots, of which A are active, their caches, and what a step needs.
+
+    `own` holds a slot's own tokens; `shared` holds each live prompt once, in a row. A row is let go with the group's
+    last rollout, so there may be more rows than B / n: the slots of the rollouts that ended first belong to others.
+    """
 
     def __init__(self, model, prompts, n, B, prefill_tokens, sampling):
         self.model, self.prompts, self.n, self.prefill_tokens = model, prompts, n, prefill_tokens
@@ -161,75 +163,116 @@ class Batch:
         self.keys = [prompt_key(ids) for ids in prompts]
         self.device = model.head_vd.device
         self.slots = [Slot() for _ in range(B)]
-        self.cache = Cache(model.config, B, 1, self.device, model.head_vd.dtype)
-        self.length_b = np.zeros(B, dtype=np.int64)
+        self.own = Cache(model.config, B, min(64, sampling.max_new_tokens), self.device, model.head_vd.dtype)
+        self.shared = Cache(model.config, 0, 0, self.device, model.head_vd.dtype)
         self.token_b = torch.zeros(B, dtype=torch.int64, device=self.device)
         self.groups = {}  # prompt -> its n rollouts, while some of them are being written
+        self.rows = {}    # prompt -> its row in `shared`, as long
         self.ended = []   # the prompts of rollouts that ended since the last take_finished
+        self.stale = True  # slots have changed hands since the last tabulate
 
     def free(self):
         return [b for b, slot in enumerate(self.slots) if slot.rollout is None]
 
-    def admit(self, admitted):
-        """Gives each of these prompts n slots, computes it once, and draws its rollouts' first tokens."""
-        free, began, rows = self.free(), time.perf_counter(), []
-        for j, i in enumerate(admitted):
-            self.groups[i] = [Rollout() for _ in range(self.n)]
-            rows.append(free[j * self.n:(j + 1) * self.n])
-            for sample, b in enumerate(rows[-1]):
-                self.slots[b] = Slot(i, sample, self.groups[i][sample], began)
-                self.length_b[b] = len(self.prompts[i])
-        longest = max(len(self.prompts[i]) for i in admitted)
-        if self.cache.T <= longest:
-            self.cache.resize(list(range(len(self.slots))), longest + 64)
-        logits = []
-        for first, last in _packs([len(self.prompts[i]) for i in admitted], self.prefill_tokens):
-            logits.append(self.prefill([self.prompts[i] for i in admitted[first:last]], rows[first:last]))
-        self.draw(torch.cat(logits).repeat_interleave(self.n, 0), [b for slots in rows for b in slots])
+    def tabulate(self):
+        """Who is where, for the device, in one copy. Between two calls nothing but drawn_b changes, on the device.
 
-    def prefill(self, prompts, rows):
-        """Computes prompts, copies their keys and values to their slots; returns the logits_pv of their last tokens."""
-        forest = pack([(ids, []) for ids in prompts], self.device)
+        drawn_b counts the tokens drawn. The last of them is the next step's input: it sees as many of its own, itself
+        included, at position last_b + drawn_b, last_b being the prompt's last. An empty slot sees only itself.
+        """
+        self.active, slots_p = [], [[] for _ in range(1 + max(self.rows.values()))]
+        table = np.tile([[1], [0], [0], [0]], len(self.slots))
+        for b, slot in enumerate(self.slots):
+            if slot.rollout is not None:
+                i = slot.prompt
+                table[:, b] = len(slot.rollout.ids), len(self.prompts[i]) - 1, self.keys[i], slot.sample
+                self.active.append(b)
+                slots_p[self.rows[i]].append(b)
+        length_p = np.zeros(len(slots_p), dtype=np.int64)
+        length_p[list(self.rows.values())] = [len(self.prompts[i]) for i in self.rows]
+        slot_pm = np.array([slots + [-1] * (self.n - len(slots)) for slots in slots_p])
+        parts = [*table, np.array(self.active), length_p, slot_pm]
+        flat = torch.from_numpy(np.concatenate(parts, axis=None)).to(self.device).split([x.size for x in parts])
+        self.drawn_b, self.last_b, self.key_b, self.sample_b, self.active_a, self.length_p, slot_pm = flat
+        self.slot_pm, self.U, self.stale = slot_pm.view(-1, self.n), int(length_p.max()), False
+
+    def admit(self, admitted):
+        """Gives each of these prompts a row and n slots, computes it once, and draws its rollouts' first tokens."""
+        taken, began = self.free()[:len(admitted) * self.n], time.perf_counter()
+        unused = sorted(set(range(len(self.rows) + len(admitted))) - set(self.rows.values()))
+        for j, i in enumerate(admitted):
+            self.rows[i], self.groups[i] = unused[j], [Rollout() for _ in range(self.n)]
+            for sample, b in enumerate(taken[j * self.n:(j + 1) * self.n]):
+                self.slots[b] = Slot(i, sample, self.groups[i][sample], began)
+        self.tabulate()
+        P, U = self.shared.size
+        if P < len(self.slot_pm) or U < self.U:
+            self.shared.resize(range(P), max(P, len(self.slot_pm)), max(U, self.U))
+        self.own.clear(taken)
+        self.shared.clear([self.rows[i] for i in admitted])
+        packs = _packs([len(self.prompts[i]) for i in admitted], self.prefill_tokens)
+        hidden_pd = torch.cat([self.prefill(admitted[first:last]) for first, last in packs])
+        self.draw(hidden_pd.repeat_interleave(self.n, 0), taken, torch.tensor(taken, device=self.device))
+
+    def prefill(self, admitted):
+        """Computes prompts, keeps their keys and values in their rows; returns the hidden_pd of their last tokens."""
+        forest = pack([(self.prompts[i], []) for i in admitted], self.device)
 
         def attend(layer, q_nhc, k_nkc, v_nkc):
-            for (start, length, _), slots in zip(forest.segments_s3.tolist(), rows):
-                self.cache.k[layer][slots, :, :length] = k_nkc[start:start + length].transpose(0, 1)
-                self.cache.v[layer][slots, :, :length] = v_nkc[start:start + length].transpose(0, 1)
-            return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3)
+            for i, (start, length, _) in zip(admitted, forest.segments_s3.tolist()):
+                self.shared.k[layer][self.rows[i], :, :length] = k_nkc[start:start + length].transpose(0, 1)
+                self.shared.v[layer][self.rows[i], :, :length] = v_nkc[start:start + length].transpose(0, 1)
+            return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3, impl=self.model.impl)
         hidden_nd = self.model.run(forest.tokens_n, forest.positions_n, attend)
         ends = forest.segments_s3[:, :2].sum(1) - 1
-        return self.head(hidden_nd[ends.to(self.device)])
+        return hidden_nd[ends.to(self.device)]
 
     def step(self):
         """Draws one more token for every rollout; returns how many."""
-        active = [b for b, slot in enumerate(self.slots) if slot.rollout is not None]
-        if self.cache.T <= self.length_b.max():
-            self.cache.resize(list(range(len(self.slots))), min(2 * self.cache.T, self.cache.T + 1024))
-        position_b = torch.as_tensor(self.length_b, device=self.device)
-        hidden_bd = self.model.run(self.token_b, position_b, self.cache.attend(self.length_b))
-        self.length_b[active] += 1
-        self.draw(self.head(hidden_bd[active]), active)
-        return len(active)
+        if self.stale:
+            self.tabulate()
+        (B, T), longest = self.own.size, max(len(self.slots[b].rollout.ids) for b in self.active)
+        if T < longest:
+            self.own.resize(range(B), B, min(2 * T, T + 1024, self.sampling.max_new_tokens))
+        hidden_bd = self.model.run(self.token_b, self.last_b + self.drawn_b, self.attend(longest))
+        self.draw(hidden_bd[self.active_a], self.active, self.active_a)
+        return len(self.active)
+
+    def attend(self, T):
+        """The attention of one decode step: stores each slot's new key and value, then looks at its prompt and its own
+        tokens, at most T."""
+        slot_b, new_b = torch.arange(len(self.slots), device=self.device), self.drawn_b - 1
+        P, U = len(self.slot_pm), self.U
+
+        def attend(layer, q_bhc, k_bkc, v_bkc):
+            k, v = self.own.k[layer], self.own.v[layer]
+            k[slot_b, :, new_b], v[slot_b, :, new_b] = k_bkc, v_bkc
+            prompts = Prompts(self.shared.k[layer][:P, :, :U], self.shared.v[layer][:P, :, :U], self.length_p,
+                              self.slot_pm)
+            return decode_attention(q_bhc, k[:, :, :T], v[:, :, :T], self.drawn_b, prompts, impl=self.model.impl)
+        return attend
 
     def shrink(self):
-        """Drops the empty slots: they are computed like the others."""
+        """Drops the empty slots, which are computed like the others, and the rows of prompts that are done."""
         active = [b for b, slot in enumerate(self.slots) if slot.rollout is not None]
-        self.cache.resize(active, self.cache.T)
-        self.slots = [self.slots[b] for b in active]
-        self.length_b, self.token_b = self.length_b[active], self.token_b[active]
+        self.own.resize(active, len(active), self.own.size[1])
+        self.shared.resize(list(self.rows.values()), len(self.rows), max(len(self.prompts[i]) for i in self.rows))
+        self.rows = {i: row for row, i in enumerate(self.rows)}
+        self.slots, self.token_b, self.stale = [self.slots[b] for b in active], self.token_b[active], True
 
-    def head(self, hidden_bd):
-        return (hidden_bd @ self.model.head_vd.t()).to(wide(hidden_bd.dtype))
-
-    def draw(self, logits_bv, rows):
+    def draw(self, hidden_ad, slots, slot_a):
         """Samples a token for each of these slots, records it, and frees the slots whose rollouts end with it."""
-        how = self.sampling
-        made = [(self.keys[self.slots[b].prompt], self.slots[b].sample, len(self.slots[b].rollout.ids)) for b in rows]
-        uniform_b = uniforms(how.seed, *torch.tensor(made, device=self.device).unbind(1))
-        id_b, logp_b = choose(logits_bv, uniform_b, how.temperature, how.top_p, how.top_k)
-        self.token_b[rows] = id_b
-        for b, token, logp in zip(rows, id_b.tolist(), logp_b.tolist()):
-            slot = self.slots[b]
+        how, head_vd, impl = self.sampling, self.model.head_vd, self.model.impl
+        uniform_a = uniforms(how.seed, self.key_b[slot_a], self.sample_b[slot_a], self.drawn_b[slot_a])
+        logits_av = kernels.linear(hidden_ad, head_vd, impl=impl) if impl == "invariant" else hidden_ad @ head_vd.t()
+        logits_av = logits_av.to(wide(hidden_ad.dtype))
+        id_a, logp_a = choose(logits_av, uniform_a, how.temperature, how.top_p, how.top_k)
+        if impl == "invariant" and how.top_k == 0 and how.top_p == 1:  # the trainer's own operation: equal bits
+            logp_a, _ = linear_logp(hidden_ad, head_vd, id_a, how.temperature or 1.0, impl=impl)
+        self.token_b[slot_a] = id_a
+        self.drawn_b[slot_a] += 1
+        for b, token, logp in zip(slots, *torch.stack([id_a.double(), logp_a.double()]).tolist()):  # one device sync
+            slot, token = self.slots[b], int(token)
             rollout = slot.rollout
             rollout.ids.append(token)
             rollout.logps.append(logp)
@@ -239,13 +282,16 @@ class Batch:
                 rollout.reason = "stop" if token in how.stop else "length"
                 rollout.seconds = time.perf_counter() - slot.began
                 self.ended.append(slot.prompt)
-                self.slots[b], self.length_b[b] = Slot(), 0  # all slots attend as far as the longest does
+                self.slots[b], self.stale = Slot(), True
 
     def take_finished(self):
         """(prompt, its rollouts) of the groups that have become whole."""
         ended, self.ended = self.ended, []
         writing = {slot.prompt for slot in self.slots}
-        return [(i, self.groups.pop(i)) for i in dict.fromkeys(ended) if i not in writing]
+        whole = [i for i in dict.fromkeys(ended) if i not in writing]
+        for i in whole:
+            del self.rows[i]
+        return [(i, self.groups.pop(i)) for i in whole]
 
 
 class Sampler:

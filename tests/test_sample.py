@@ -26,7 +26,7 @@ from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, to_json, write_pairs  # noqa: E402
 from model import Model, ModelConfig, pack  # noqa: E402
 from reward import benchmark_verdict, load_prompt, majority, prompt_path, render  # noqa: E402
-from sample import Cache, Config, Judge, JudgementFile, Sampler, choose, judge_file, main  # noqa: E402
+from sample import Batch, Config, Judge, JudgementFile, Sampler, choose, judge_file, main  # noqa: E402
 from sample import prompt_key, uniforms  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -86,12 +86,32 @@ def assert_follows(counts, p):
     assert statistic < limit, f"chi-square {statistic:.1f} with {df} degrees of freedom, limit {limit:.1f}"
 
 
+def before_each(monkeypatch, *methods, look):
+    """look(batch) before every call of these methods of sample.Batch."""
+    for name in methods:
+        def call(self, *args, inner=getattr(Batch, name)):
+            look(self)
+            return inner(self, *args)
+        monkeypatch.setattr(Batch, name, call)
+
+
+def assert_naive(model, prompts, groups, seed):
+    """The uncached model, given each rollout's tokens so far, draws its next one; exact, so in float64."""
+    for prompt, rollouts in zip(prompts, groups, strict=True):
+        for k, r in enumerate(rollouts):
+            logits = model.logits(prompt + r.ids)[len(prompt) - 1:-1]
+            key, index, token = (torch.tensor(x) for x in (prompt_key(prompt), k, range(len(r.ids))))
+            ids, logps = choose(logits, uniforms(seed, key.expand(len(token)), index.expand(len(token)), token))
+            assert ids.tolist() == r.ids
+            np.testing.assert_allclose(r.logps, logps, atol=1e-10)
+
+
 # ---- the cached sampler against the uncached model
 
 
 @pytest.mark.parametrize("raw", [QWEN2, QWEN3], ids=["Qwen2", "Qwen3"])
 def test_greedy_equals_the_uncached_model_token_by_token(raw, monkeypatch):
-    """Slots are refilled (3 for 8 prompts), the cache grows past its first size, and the last rollout runs alone."""
+    """Slots are refilled (3 for 8 prompts), the cache grows past its first size, and the last rollouts run alone."""
     model, n_new, sizes = tiny(raw, torch.float64), 110, []
     naive = []
     for prompt in PROMPTS:
@@ -103,8 +123,7 @@ def test_greedy_equals_the_uncached_model_token_by_token(raw, monkeypatch):
     expected = [ids[:next((i + 1 for i, x in enumerate(ids) if x in stop), n_new)] for ids in naive]
     assert len({len(ids) for ids in expected}) > 2 and max(map(len, expected)) == n_new, "the case has lost its variety"
 
-    resize = Cache.resize
-    monkeypatch.setattr(Cache, "resize", lambda self, slots, T: (sizes.append((len(slots), T)), resize(self, slots, T)))
+    before_each(monkeypatch, "shrink", "step", look=lambda batch: sizes.append(batch.own.size))
     got = Sampler(model, n_slots=3, prefill_tokens=16).generate(PROMPTS, 1, n_new, temperature=0, stop=stop)
     for prompt, ids, (rollout,) in zip(PROMPTS, expected, got, strict=True):
         assert rollout.ids == ids
@@ -143,6 +162,74 @@ def test_sampler_and_trainer_agree(raw, temperature):
     worst = (logp - sampled).abs().max().item()
     print(f"largest difference {worst:.1e} over {len(sampled)} tokens")
     assert worst < 1e-4
+
+
+# ---- prompts are stored once
+
+
+def test_stragglers_of_many_groups_beside_new_ones(monkeypatch):
+    """Three slots a group and room for two groups, but up to six are alive, each with its last rollout, in slots and
+    rows that others have left. Oracles: the uncached model; never more rows than live groups; shrinking keeps
+    siblings."""
+    model, n, seen, shrunk = tiny(QWEN2, torch.float64), 3, [], []
+    prompts = [ids + [x] for x in range(6) for ids in PROMPTS]
+
+    def look(batch):
+        live = Counter(slot.prompt for slot in batch.slots if slot.rollout is not None)
+        assert set(live) == set(batch.rows) == set(batch.groups) and len(set(batch.rows.values())) == len(live)
+        seen.append((len(live), batch.shared.size[0], batch.own.size[1]))
+    before_each(monkeypatch, "step", look=look)
+    before_each(monkeypatch, "shrink", look=lambda batch: shrunk.append(len(batch.slots) - 2 * len(batch.rows)))
+    groups = Sampler(model, n_slots=6).generate(prompts, n, 70, stop={17, 18, 19}, seed=4)
+    assert_naive(model, prompts, groups, seed=4)
+    live, rows, T = np.array(seen).T
+    assert live.max() > 3 and (rows <= np.maximum.accumulate(live)).all() and rows[-1] < rows.max()
+    assert 64 < T.max() <= 70, "the cache has not grown, or beyond the longest rollout"
+    assert len(shrunk) > 1
+
+
+def test_shrinking_keeps_siblings_together(monkeypatch):
+    """When slots are dropped, some prompts have two rollouts left, some one, some none."""
+    model, left = tiny(QWEN3, torch.float64), []
+
+    def look(batch):
+        live = Counter(slot.prompt for slot in batch.slots if slot.rollout is not None)
+        left.append({len(batch.prompts) - len(live) > 0 and 0} | set(live.values()))
+    before_each(monkeypatch, "shrink", look=look)
+    groups = Sampler(model).generate(PROMPTS, 4, 60, stop={17, 18, 19}, seed=1)
+    assert_naive(model, PROMPTS, groups, seed=1)
+    assert any(x >= {0, 1, 2} for x in left) and len(left) > 2, f"the case has lost its variety: {left}"
+
+
+def test_the_cache_holds_a_prompt_once_and_rollouts_no_longer_than_they_may_be(monkeypatch):
+    model, sizes = tiny(QWEN2), []
+
+    def look(batch):
+        sizes.append(sum(x.numel() for cache in (batch.own, batch.shared) for x in cache.k + cache.v))
+    before_each(monkeypatch, "step", look=look)
+    Sampler(model).generate(PROMPTS[:3], 16, 5)
+    layers_both_heads_channels = 2 * 2 * 2 * 8
+    assert set(sizes) == {layers_both_heads_channels * (3 * 40 + 3 * 16 * 5)}
+
+
+def test_what_empty_slots_and_rows_hold_reaches_nobody(monkeypatch):
+    """They hold NaN, of which every zero weight would make a NaN, whenever prompts are admitted or a token is drawn."""
+    model, prompts, filled = tiny(QWEN3), PROMPTS * 3, Counter()
+
+    def run():
+        return Sampler(model, n_slots=6).generate(prompts, 2, 40, stop={17, 18, 19}, seed=2)
+    expected = run()
+
+    def fill(batch):
+        empty = sorted(set(range(batch.shared.size[0])) - set(batch.rows.values()))
+        for cache, rows in ((batch.own, batch.free()), (batch.shared, empty)):
+            filled[cache is batch.own] += len(rows)
+            for x in cache.k + cache.v:
+                x[rows] = torch.nan
+    before_each(monkeypatch, "admit", "step", look=fill)
+    for before, after in zip(expected, run(), strict=True):
+        assert [(r.ids, r.logps) for r in before] == [(r.ids, r.logps) for r in after]
+    assert min(filled[True], filled[False]) > 50
 
 
 # ---- the distribution

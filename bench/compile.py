@@ -1,0 +1,186 @@
+"""Every kernel at every tuned configuration, compiled for GPUs that are not here: registers, spills, shared memory.
+
+    python -m bench.compile                      sm_80, sm_90 and sm_100, bfloat16; --dtype float16, float32
+
+The operations are called on meta tensors, forward and backward, and their launches are recorded instead of run: so what
+is compiled is what the launchers would ask for. `cuobjdump` of the triton package then reads registers, stack and local
+memory (spills), and counts each generation's tensor-core instructions: HMMA on sm_80, HGMMA on sm_90, UTCHMMA on sm_100.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+import kernels  # noqa: E402
+
+SHARED_KB = {80: 163, 90: 227, 100: 227, 89: 99, 120: 99}  # per block, NVIDIA's CUDA programming guide
+TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+HEAD_SIZES = (32, 64, 128, 256)
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as a launcher asked for it: argument types, compile-time values, arguments divisible by 16, options."""
+    kernel: str
+    types: tuple
+    constants: tuple
+    divisible: tuple
+    options: tuple
+
+    @property
+    def label(self):
+        shown = {k: v for k, v in self.constants if k in ("C", "BLOCK_M", "BLOCK_N", "BLOCK_V", "BLOCK_D", "CACHED", "NORM",
+                                                        "ADD")}
+        options = dict(self.options)
+        return " ".join([self.kernel.removeprefix("_").removesuffix("_kernel")] +
+                        [f"{k.removeprefix('BLOCK_')}={v}" for k, v in shown.items()] +
+                        [f"warps={options.get('num_warps', 4)} stages={options.get('num_stages', 3)}"])
+
+
+class Recorder:
+    """Stands in for a kernel: kernel[grid](...) is noted, with Triton's own specialization of the arguments."""
+
+    def __init__(self, name, function, launches):
+        self.name, self.function, self.launches = name, function, launches
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **kwargs):
+        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+        values = dict(zip(self.function.arg_names, args)) | kwargs
+        types, constants, divisible = [], [], []
+        for i, parameter in enumerate(self.function.params):
+            value = values[parameter.name]
+            if parameter.is_constexpr or value is None or isinstance(value, int) and value == 1:
+                types.append("constexpr")
+                constants.append((parameter.name, value))
+                continue
+            if isinstance(value, torch.Tensor):
+                names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
+                         torch.int32: "*i32"}
+                types.append(names[value.dtype])
+                divisible.append(i)
+            else:
+                types.append("fp32" if isinstance(value, float) else "i32")
+                if isinstance(value, int) and value % 16 == 0:
+                    divisible.append(i)
+        self.launches.append(Launch(self.name, tuple(types), tuple(constants), tuple(divisible),
+                                    tuple(sorted(options.items()))))
+
+
+def run_everything(dtype):
+    """Each operation once per head size and shape class, forward and backward, on meta tensors: Qwen2.5-7B's geometry."""
+    def new(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    def backward(*outputs):
+        outputs = [x for x in outputs if x.requires_grad]
+        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+
+    H, K, D, F, V = 28, 4, 3584, 18944, 151936
+    segments = torch.tensor([(0, 100, -1), (100, 50, 0), (150, 50, 0)])
+    length = torch.empty(8, dtype=torch.int64, device="meta")
+    for C in HEAD_SIZES:
+        for impl in ("triton", "invariant"):
+            backward(kernels.attention(new(200, H, C), new(200, K, C), new(200, K, C), segments, impl))
+            for members in (1, 7):
+                prompts = kernels.Prompts(new(8, K, 512, C), new(8, K, 512, C), length,
+                                          torch.empty(8, members, dtype=torch.int64, device="meta"))
+                kernels.decode_attention(new(8, H, C), new(8, K, 512, C), new(8, K, 512, C), length, prompts, impl)
+    target, table = torch.empty(208, dtype=torch.int64, device="meta"), torch.empty(208, 64, device="meta")
+    for impl in ("triton", "invariant"):
+        backward(kernels.linear_logp(new(208, D), new(V, D), target, 0.7, impl)[0])
+    backward(kernels.linear(new(208, D), new(D, D), new(D), "invariant"))
+    backward(kernels.linear(new(208, D), new(D, D), None, "invariant"))
+    backward(kernels.rms_norm(new(208, D), new(D), 1e-6, "triton"))
+    backward(*kernels.add_rms_norm(new(208, D), new(208, D), new(D), 1e-6, "triton"))
+    backward(kernels.rope(new(208, H, 128), table, table, impl="triton"))
+    backward(kernels.rope(new(208, H, 128), table, table, new(128), 1e-6, "triton"))
+    backward(kernels.swiglu(new(208, F), new(208, F), "triton"))
+
+
+def launches(generation, dtype):
+    """The distinct launches of run_everything on a GPU of this generation."""
+    found, names = [], [name for name in vars(kernels) if name.endswith("_kernel")]
+    saved = {name: getattr(kernels, name) for name in names + ["_generation", "_check"]}
+    try:
+        for name in names:
+            setattr(kernels, name, Recorder(name, saved[name], found))
+        kernels._generation, kernels._check = (lambda device: generation), (lambda *tensors: None)
+        run_everything(dtype)
+    finally:
+        for name, value in saved.items():
+            setattr(kernels, name, value)
+    assert {x.kernel for x in found} == set(names), f"never launched: {set(names) - {x.kernel for x in found}}"
+    return list(dict.fromkeys(found))
+
+
+def compiled(launch, capability):
+    """(registers, bytes of stack and local memory, bytes of shared memory, tensor-core instructions, matrix products)."""
+    function = getattr(kernels, launch.kernel)
+    source = ASTSource(function, dict(zip(function.arg_names, launch.types)), constexprs=dict(launch.constants),
+                       attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible})
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, sass = (subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
+                       for flag in ("-res-usage", "-sass"))
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return (registers, stack + local, binary.metadata.shared, len(re.findall(rf"\b{TENSOR_CORE[capability]}\b", sass)),
+            binary.asm["ttir"].count("tt.dot"))
+
+
+def compile_all(capabilities, dtype, workers=2):
+    """{(launch, capability): what `compiled` found}."""
+    jobs = [(launch, cc) for cc in capabilities
+            for launch in launches(cc if cc in kernels.TILES else "small", dtype)]
+    with ProcessPoolExecutor(workers) as pool:
+        return dict(zip(jobs, pool.map(compiled, *zip(*jobs))))
+
+
+def faults(found, tensor_cores=True):
+    """A line for every launch that spills, does not fit, or multiplies without its generation's tensor cores."""
+    lines = []
+    for (launch, cc), (_, spilled, shared, n_tensor, n_dots) in found.items():
+        if spilled:
+            lines.append(f"sm_{cc} {launch.label}: {spilled} bytes of stack and local memory")
+        if shared > SHARED_KB[cc] * 1024:
+            lines.append(f"sm_{cc} {launch.label}: {shared} bytes of shared memory, {SHARED_KB[cc]} KB exist")
+        if tensor_cores and n_dots and not n_tensor:
+            lines.append(f"sm_{cc} {launch.label}: no {TENSOR_CORE[cc]} instruction")
+    return lines
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--sm", type=int, nargs="+", choices=tuple(SHARED_KB), default=(80, 90, 100))
+    args = parser.parse_args()
+    found = compile_all(args.sm, getattr(torch, args.dtype))
+    labels = list(dict.fromkeys(launch.label for launch, _ in found))
+    print("| kernel | " + " | ".join(f"sm_{cc} registers / shared KB" for cc in args.sm) + " |")
+    print("|---|" + "--:|" * len(args.sm))
+    for label in labels:
+        cells = {cc: f"{row[0]} / {row[2] / 1024:.0f}" for (launch, cc), row in found.items() if launch.label == label}
+        print(f"| {label} | " + " | ".join(cells.get(cc, "") for cc in args.sm) + " |")
+    wrong = faults(found, args.dtype != "float32")
+    print(f"\n{len(found)} compilations, {len(wrong)} faults")
+    print("\n".join(wrong))
+    sys.exit(bool(wrong))
