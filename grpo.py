@@ -13,7 +13,7 @@ group's prompt goes through the model once, not G times (model.Forest).
 
 Departures from the paper and its released code:
   1. p_old is the sampler's own log-probability, since sampler and trainer are one model; `mismatch` is logged every
-     step. (Stacks with two engines recompute it.)
+     step, rounding only. (Stacks with two engines recompute it.) With --batch-invariant it is exactly 0.
   2. The loss averages over the tokens of the whole mini-batch; the released code averages per micro-batch and then over
      those, the paper writes a mean per judgement.
   3. A judgement that was cut off earns -1 whatever its last characters spell, and so does one whose verdict stands
@@ -44,6 +44,7 @@ from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, ma
                     shard)
 from data.pairs import Pair, read_pairs
 from evaluate import HeldOut
+from kernels import require_triton
 from model import Model, pack
 from reward import load_prompt, prompt_path, render, reward, training_verdict
 from sample import Rollout, Sampler, refresh, whole_model
@@ -75,6 +76,7 @@ class Config:
     max_norm: float = 1.0  # gradient clipping
     dtype: str = "float32"  # of the computation, float32 or bfloat16; master weights and moments are float32
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    batch_invariant: bool = False  # one order for every sum: mismatch becomes exactly 0; slower, needs a GPU
     micro_tokens: int = 16384  # packed tokens that one rank runs through the model at once
     n_slots: int = 256  # judgements that one rank writes at once
     eval_data: str | None = "runs/toy/data/heldout.jsonl"  # pairs to judge every eval_every steps
@@ -247,12 +249,14 @@ def rollout_metrics(groups, texts):
 
 
 def main(cfg):
-    ranks = init_ranks(cfg.threads)
+    ranks, dtype = init_ranks(cfg.threads), getattr(torch, cfg.dtype)
+    if cfg.batch_invariant:
+        require_triton(ranks.device, dtype)
     if cfg.model == Config.model and not Path(cfg.model).exists():  # the embedded default begins with its first stage
         import distill
         begun = any(Path(distill.Config.out, "checkpoints").glob("step-*"))
         distill.main(distill.Config(threads=cfg.threads, resume=begun))
-    tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
+    tokenizer = Tokenizer(cfg.model)
     prompt_file = prompt_path(cfg.prompt) if cfg.prompt else Path(cfg.model) / "prompt.txt"
     if not cfg.prompt and not prompt_file.exists():
         raise ValueError(f"{cfg.model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning or "
@@ -277,9 +281,10 @@ def main(cfg):
     checkpoint = latest_checkpoint(run.folder / "checkpoints") if cfg.resume else None
     model = Model.from_pretrained(checkpoint or cfg.model, ranks.loading_device, torch.float32)
     model.n_vocab, model.gradient_checkpointing = tokenizer.n_vocab, cfg.gradient_checkpointing
+    model.impl = "invariant" if cfg.batch_invariant else None
     model = shard(model, ranks, dtype)  # before the reference is loaded
     reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
-    reference.n_vocab = tokenizer.n_vocab
+    reference.n_vocab, reference.impl = tokenizer.n_vocab, model.impl
     reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.micro_tokens)

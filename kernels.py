@@ -6,16 +6,17 @@
     rms_norm, add_rms_norm, rope, swiglu    what stands between the matrix products           every layer
     linear              the matrix product itself, in an order that no batch changes          batch invariance
 
-`impl` chooses: None (Triton for CUDA tensors, else PyTorch), "torch", "triton", or "invariant": Triton with tiles, splits
-and rounding that depend on nothing but a row's own sequence, so that a token's numbers are the same bits alone, in any
-batch, in a forest and when decoded. Softmax statistics and sums are float32 (float64 for float64 inputs, which PyTorch
-computes). Nothing here ever holds [tokens, tokens] scores of a whole batch or [tokens, vocabulary] logits, and nothing
-uses atomics: every sum has one order.
+`impl` chooses: None (Triton for CUDA tensors, else PyTorch), "torch", "triton", or "invariant": Triton with tiles,
+splits and rounding that depend on nothing but a row's own sequence, so that a token's numbers are the same bits alone,
+in any batch, in a forest and when decoded. Softmax statistics and sums are float32 (float64 for float64 inputs, which
+PyTorch computes). Nothing here ever holds [tokens, tokens] scores of a whole batch or [tokens, vocabulary] logits, and
+nothing uses atomics: every sum has one order.
 
-Letters: N packed tokens, S segments, B decode slots, P prompts, T positions, H query heads, K key/value heads, C channels
-of a head, D width, F width of the MLP, V vocabulary. Query head h reads key/value head h // (H / K). Inside the attention
-kernels m counts query rows and n keys. A query row is a (token, head) pair: the H / K heads that share a key/value head
-are rows of one tile, so that keys are loaded once for all of them and their gradients need no sum over heads afterwards.
+Letters: N packed tokens, S segments, B decode slots, P prompts, T positions, H query heads, K key/value heads, C
+channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads key/value head h // (H / K). Inside
+the attention kernels m counts query rows and n keys. A query row is a (token, head) pair: the H / K heads that share a
+key/value head are rows of one tile, so that keys are loaded once for all of them and their gradients need no sum over
+heads afterwards.
 """
 
 import functools
@@ -53,14 +54,27 @@ def use_triton(x, impl):
     return impl != "torch"
 
 
+def runs_triton(device, dtype):
+    """Whether the kernels can run there: on a GPU, or in the interpreter if TRITON_INTERPRET=1 was set before Python
+    started; which multiplies the bit patterns of bfloat16, without an error."""
+    if torch.device(device).type == "cuda":
+        return dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return INTERPRETED and dtype in (torch.float32, torch.float16)
+
+
+def require_triton(device, dtype):
+    """ValueError where --batch-invariant cannot run."""
+    if not runs_triton(device, dtype):
+        raise ValueError(f"--batch-invariant: its kernels are Triton's, which do not run {str(dtype)[6:]} on {device}; "
+                         "use a GPU, or float32 with TRITON_INTERPRET=1 in the environment (slow: for tiny models)")
+
+
 def _check(*tensors):
-    """What every launcher assumes: one device that can run Triton, one dtype that it multiplies right, dense rows."""
+    """What every launcher assumes: a device that runs Triton, one dtype, dense rows."""
     x = tensors[0]
-    assert x.is_cuda or INTERPRETED, "Triton kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts"
-    # the interpreter multiplies bfloat16 bit patterns, without an error
-    allowed = (torch.float32, torch.float16) if not x.is_cuda else (torch.float32, torch.float16, torch.bfloat16)
+    assert runs_triton(x.device, x.dtype), f"Triton does not run {x.dtype} on {x.device}, see runs_triton"
     for y in tensors:
-        assert y.dtype == x.dtype and y.dtype in allowed, f"dtypes {[t.dtype for t in tensors]}, need one of {allowed}"
+        assert y.dtype == x.dtype, [t.dtype for t in tensors]
         assert y.device == x.device and y.stride(-1) == 1, (y.device, x.device, y.stride())
 
 
@@ -237,7 +251,7 @@ def _product_tile(x_ptr, w_ptr, row_n, col_v, N, V, D, stride_xn, stride_wv, BLO
 
 @triton.jit
 def _tile_of(pid, n_row_tiles, n_col_tiles, GROUP: tl.constexpr):
-    """Program -> (row tile, column tile): GROUP row tiles at a time walk through all columns, so that both stay in L2."""
+    """Program -> (row tile, column tile): GROUP row tiles walk together through all columns, so both stay in L2."""
     first = pid // (GROUP * n_col_tiles) * GROUP
     n_rows = tl.minimum(n_row_tiles - first, GROUP)
     within = pid % (GROUP * n_col_tiles)
@@ -248,8 +262,8 @@ def _tile_of(pid, n_row_tiles, n_col_tiles, GROUP: tl.constexpr):
 
 
 def attention_ref(q_nhc, k_nkc, v_nkc, segments_s3):
-    """`attention` in plain PyTorch. Segments of similar size are padded into one scaled_dot_product_attention call, so
-    that a forest of many short segments costs a handful of calls and a long one is never padded by more than 31 keys."""
+    """`attention` in plain PyTorch. Segments of similar size are padded into one scaled_dot_product_attention call: a
+    forest of many short segments costs a handful of calls, and a long one is never padded by more than 31 keys."""
     N, H, C = q_nhc.shape
     out_nhc = torch.zeros_like(q_nhc)
     for query_st, key_su, real_st, visible in _padded_segments(segments_s3, q_nhc.device):
@@ -297,7 +311,7 @@ def _padded_segments(segments_s3, device):
 
 @triton.jit
 def _keys_at(ptr, prefix_ptr, key_n, n_prefix, own_row, prefix_row, stride, prefix_stride, CACHED: tl.constexpr):
-    """Pointers to keys number key_n of a sequence: the first n_prefix are rows from prefix_row on, the rest from own_row."""
+    """Pointers to keys number key_n of a sequence: the first n_prefix are rows from prefix_row on, then own_row's."""
     if CACHED:  # two tensors
         return tl.where(key_n < n_prefix, prefix_ptr + (prefix_row + key_n).to(tl.int64) * prefix_stride,
                         ptr + (own_row + key_n - n_prefix).to(tl.int64) * stride)
@@ -323,7 +337,7 @@ def _attend_keys(q_mc, max_m, sum_m, acc_mc, begin, end, n_keys, position_m, k_p
         score_mn = tl.dot(q_mc, k_nc.T, input_precision=PRECISION) * scale_log2
         if MASKED:
             score_mn = tl.where(key_n[None, :] <= position_m[:, None], score_mn, float("-inf"))
-        new_max_m = tl.maximum(max_m, tl.max(score_mn, 1))  # finite: the first block holds position 0, which all rows see
+        new_max_m = tl.maximum(max_m, tl.max(score_mn, 1))  # finite: all rows see position 0, of the first block
         weight_mn = tl.exp2(score_mn - new_max_m[:, None])
         keep_m = tl.exp2(max_m - new_max_m)
         sum_m = sum_m * keep_m + tl.sum(weight_mn, 1)
@@ -365,21 +379,25 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
     n_clear = (position + 1) // BLOCK_N * BLOCK_N
     max_m, sum_m, acc_mc = _attend_keys(
         q_mc, max_m, sum_m, acc_mc, 0, n_clear, n_keys, position + token_m, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
-        n_prefix, own_row, prefix_row, stride_kn, stride_pn, scale * LOG2E, C, BLOCK_N, BLOCK_C, CACHED, False, PRECISION)
+        n_prefix, own_row, prefix_row, stride_kn, stride_pn, scale * LOG2E, C, BLOCK_N, BLOCK_C, CACHED, False,
+        PRECISION)
     max_m, sum_m, acc_mc = _attend_keys(
         q_mc, max_m, sum_m, acc_mc, n_clear, n_keys, n_keys, position + token_m, k_ptr, v_ptr, prefix_k_ptr,
         prefix_v_ptr, n_prefix, own_row, prefix_row, stride_kn, stride_pn, scale * LOG2E, C, BLOCK_N, BLOCK_C, CACHED,
         True, PRECISION)
-    # 3. out is dense [N, H, C], lse [N, H]
-    row_m = row_m * (n_kv * SHARE) + head_m
+    # 3. out is dense [N, H, C], lse [N, H]. Where a row goes is read and computed again: kept during the loops, the
+    #    offsets would take the registers of the products, and spill
+    first, n_tokens = tl.load(tile_ptr, volatile=True), tl.load(tile_ptr + 1, volatile=True)
+    real_m = token_m < n_tokens
+    row_m = (first + token_m).to(tl.int64) * (n_kv * SHARE) + head_m
     out_mc = (acc_mc / sum_m[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row_m[:, None] * C + c[None, :], out_mc, mask=real_m[:, None] & (c < C)[None, :])
     tl.store(lse_ptr + row_m, max_m + tl.log2(sum_m), mask=real_m)
 
 
 @triton.jit
-def _score_gradient(q_mc, grad_out_mc, lse_m, delta_m, position_m, k_ptr, v_ptr, grad_q_mc, begin, end, n_keys, n_prefix,
-                    own_row, prefix_row, stride_kn, scale_log2, C: tl.constexpr, BLOCK_N: tl.constexpr,
+def _query_gradient(q_mc, grad_out_mc, lse_m, delta_m, position_m, k_ptr, v_ptr, grad_q_mc, begin, end, n_keys,
+                    n_prefix, own_row, prefix_row, stride_kn, scale_log2, C: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_C: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """grad_q += weight (grad_out v^T - delta) k over the keys from begin to end."""
     j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
@@ -428,12 +446,15 @@ def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr,
     grad_q_mc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     n_keys = position + n_tokens
     n_clear = (position + 1) // BLOCK_N * BLOCK_N
-    grad_q_mc = _score_gradient(
+    grad_q_mc = _query_gradient(
         q_mc, grad_out_mc, lse_m, delta_m, position + token_m, k_ptr, v_ptr, grad_q_mc, 0, n_clear, n_keys, n_prefix,
         own_row, prefix_row, stride_kn, scale * LOG2E, C, BLOCK_N, BLOCK_C, False, PRECISION)
-    grad_q_mc = _score_gradient(
-        q_mc, grad_out_mc, lse_m, delta_m, position + token_m, k_ptr, v_ptr, grad_q_mc, n_clear, n_keys, n_keys, n_prefix,
-        own_row, prefix_row, stride_kn, scale * LOG2E, C, BLOCK_N, BLOCK_C, True, PRECISION)
+    grad_q_mc = _query_gradient(
+        q_mc, grad_out_mc, lse_m, delta_m, position + token_m, k_ptr, v_ptr, grad_q_mc, n_clear, n_keys, n_keys,
+        n_prefix, own_row, prefix_row, stride_kn, scale * LOG2E, C, BLOCK_N, BLOCK_C, True, PRECISION)
+    first, n_tokens = tl.load(tile_ptr, volatile=True), tl.load(tile_ptr + 1, volatile=True)  # as in the forward kernel
+    real_m = token_m < n_tokens
+    dense_mc = ((first + token_m).to(tl.int64) * (n_kv * SHARE) + head_m)[:, None] * C + c[None, :]
     grad_q_mc = (grad_q_mc * scale).to(grad_q_ptr.dtype.element_ty)
     tl.store(grad_q_ptr + dense_mc, grad_q_mc, mask=real_m[:, None] & (c < C)[None, :])
 
@@ -443,7 +464,8 @@ def _key_gradient(k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr
                   n_rows, stride_qn, stride_qh, n_kv, scale_log2, SHARE: tl.constexpr, C: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr,
                   PRECISION: tl.constexpr):
-    """Adds to grad_k and grad_v what the query rows from begin to end contribute; row r is of token first + r // SHARE."""
+    """Adds to grad_k and grad_v what the query rows from begin to end contribute; row r is of token first + r // SHARE.
+    """
     j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     for start in range(begin, end, BLOCK_M):
         r = start + tl.arange(0, BLOCK_M)
@@ -494,8 +516,10 @@ def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_p
         k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, first, kv, 0, n_diagonal, n_rows,
         stride_qn, stride_qh, n_kv, scale * LOG2E, SHARE, C, BLOCK_M, BLOCK_N, BLOCK_C, True, PRECISION)
     grad_k_nc, grad_v_nc = _key_gradient(
-        k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, first, kv, n_diagonal, n_rows, n_rows,
-        stride_qn, stride_qh, n_kv, scale * LOG2E, SHARE, C, BLOCK_M, BLOCK_N, BLOCK_C, False, PRECISION)
+        k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, first, kv, n_diagonal, n_rows,
+        n_rows, stride_qn, stride_qh, n_kv, scale * LOG2E, SHARE, C, BLOCK_M, BLOCK_N, BLOCK_C, False, PRECISION)
+    first, n_tile_keys = tl.load(tile_ptr, volatile=True), tl.load(tile_ptr + 1, volatile=True)  # as in the forward one
+    real_n, key_n = j < n_tile_keys, (first + j).to(tl.int64)
     dense_nc = ((key_n * n_kv + kv) * C)[:, None] + c[None, :]
     stored_nc = real_n[:, None] & (c < C)[None, :]
     tl.store(grad_k_ptr + dense_nc, (grad_k_nc * scale).to(grad_k_ptr.dtype.element_ty), mask=stored_nc)
@@ -504,10 +528,10 @@ def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_p
 
 @functools.lru_cache(maxsize=16)
 def _query_tiles(segments, tokens_per_tile, device):
-    """int32 [tiles, 6]: first token, tokens, position of the first, row of the segment's first, parent's row and length.
+    """int32 [tiles, 6]: first token, tokens, position of the first; segment's first row; parent's first row, length.
 
-    A tile never crosses segments. The longest come first, so that no long one is left over at the end. `segments` is the
-    table's bytes: the tiles of a forest are made once for all layers.
+    A tile never crosses segments. The longest come first, so that no long one is left over at the end. `segments` is
+    the table's bytes: the tiles of a forest are made once for all layers.
     """
     start, length, parent = np.frombuffer(segments, np.int64).reshape(-1, 3).T
     n_tiles = -(-length // tokens_per_tile)
@@ -536,16 +560,15 @@ def _key_tiles(segments, keys_per_tile, device):
     return torch.from_numpy(table[order].astype(np.int32)).to(device)
 
 
-def _check_segments(segments_s3, N):
+@functools.lru_cache(maxsize=16)
+def _check_segments(segments, N):
     """The order that the kernels build on: segments back to back, children directly after their parentless parent."""
-    start, length, parent = segments_s3.unbind(1)
+    start, length, parent = np.frombuffer(segments, np.int64).reshape(-1, 3).T
     has_parent = parent >= 0
-    assert segments_s3.dtype == torch.int64 and not segments_s3.is_cuda, (segments_s3.dtype, segments_s3.device)
-    assert int(length.sum()) == N and torch.equal(start, length.cumsum(0) - length), "segments must lie back to back"
+    assert length.sum() == N and (start == length.cumsum() - length).all(), "segments must lie back to back"
     assert not has_parent[parent[has_parent]].any(), "a parent segment must be parentless"
-    before = torch.cat([parent.new_tensor([-1]), parent[:-1]])
-    s = torch.arange(len(parent))
-    assert ((parent == s - 1) | (parent == before))[has_parent].all(), "a parent's children must follow it directly"
+    first_or_next = (parent == np.arange(len(parent)) - 1) | (parent == np.append(-1, parent[:-1]))
+    assert first_or_next[has_parent].all(), "a parent's children must follow it directly"
 
 
 class _Attention(torch.autograd.Function):
@@ -554,8 +577,9 @@ class _Attention(torch.autograd.Function):
         q_nhc, k_nkc, v_nkc = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_nhc, k_nkc, v_nkc))
         if k_nkc.stride() != v_nkc.stride():
             k_nkc, v_nkc = k_nkc.contiguous(), v_nkc.contiguous()
-        _check_segments(segments_s3, len(q_nhc))
+        assert segments_s3.dtype == torch.int64 and not segments_s3.is_cuda, (segments_s3.dtype, segments_s3.device)
         segments = segments_s3.numpy().tobytes()
+        _check_segments(segments, len(q_nhc))
         tiles = functools.partial(_query_tiles, segments, device=q_nhc.device)
         out_nhc, lse_nh = _launch_attention(q_nhc, k_nkc, v_nkc, k_nkc, v_nkc, tiles, False, invariant)
         ctx.save_for_backward(q_nhc, k_nkc, v_nkc, out_nhc, lse_nh)
@@ -592,7 +616,7 @@ def _launch_attention(q_nhc, k_rkc, v_rkc, prefix_k_rkc, prefix_v_rkc, tiles, ca
     _check(q_nhc, k_rkc, v_rkc, prefix_k_rkc, prefix_v_rkc)
     assert k_rkc.stride() == v_rkc.stride() and prefix_k_rkc.stride() == prefix_v_rkc.stride()
     tiling, options = _tiling("attention_invariant" if invariant else "attention_fwd", C, q_nhc)
-    assert H // K <= tiling["BLOCK_M"], f"{H} heads share {K} key/value heads: at most {tiling['BLOCK_M']} may share one"
+    assert H // K <= tiling["BLOCK_M"], f"{H} heads share {K}: at most {tiling['BLOCK_M']} may share one"
     out_nhc, lse_nh = q_nhc.new_empty(N, H, C), q_nhc.new_empty(N, H, dtype=torch.float32)
     table = tiles(tiling["BLOCK_M"] // (H // K))
     if len(table):
@@ -628,8 +652,9 @@ def attention(q_nhc, k_nkc, v_nkc, segments_s3, impl=None):
 class Prompts:
     """The prompts of a decode step, each held once for all the slots that continue it.
 
-    slot_pm lists the slots of prompt p, filled up with -1: two rollouts of prompt 0 in slots 3 and 1, and one of prompt 1
-    in slot 0, are [[3, 1], [0, -1]]; slot 2 is empty, or has its whole sequence in its own cache.
+    slot_pm lists the slots that continue prompt p, with -1 for places that nobody takes: two rollouts of prompt 0 in
+    slots 3 and 1, and one of prompt 1 in slot 0, are [[3, 1], [-1, 0]]; slot 2 is empty, or has its whole sequence in
+    its own cache.
     """
     k_pkuc: torch.Tensor
     v_pkuc: torch.Tensor
@@ -638,34 +663,36 @@ class Prompts:
 
 
 def decode_attention_ref(q_bhc, k_bktc, v_bktc, length_b, prompts=None):
-    """softmax over [the prompt's scores, the slot's own], written out; the queries of a prompt's slots become rows of one
-    matrix product, so that its keys are read once for all of them."""
-    B, H, C = q_bhc.shape
-    K, T = k_bktc.shape[1:3]
-    if prompts is None:
-        visible_b11t = (torch.arange(T, device=q_bhc.device) < length_b[:, None])[:, None, None]
-        out = F.scaled_dot_product_attention(q_bhc.view(B, K, H // K, C), k_bktc, v_bktc, attn_mask=visible_b11t)
-        return out.reshape(B, H, C)
+    """One softmax over the prompt's keys and the slot's own, in two parts merged by their maxima, as the kernels do it.
+
+    The queries of a prompt's slots become rows of one matrix product, so that its keys are read once for all of them.
+    What the caches hold beyond the lengths must be finite.
+    """
+    (B, H, C), K = q_bhc.shape, k_bktc.shape[1]
     q_bkgc = (q_bhc / math.sqrt(C)).view(B, K, H // K, C)
-    own_bkgt = _hide(q_bkgc @ k_bktc.transpose(2, 3), length_b)
+    out_bkgc, max_bkg1, sum_bkg1 = _softmax_part(q_bkgc, k_bktc, v_bktc, length_b)
+    if prompts is None:
+        return (out_bkgc / sum_bkg1).to(q_bhc.dtype).reshape(B, H, C)
     P, M = prompts.slot_pm.shape
-    slot_pm, place_b = prompts.slot_pm.clamp(min=0), _places(prompts.slot_pm, B)
-    q_pkrc = q_bkgc[slot_pm].transpose(1, 2).reshape(P, K, M * (H // K), C)
-    score_pkru = _hide(q_pkrc @ prompts.k_pkuc.transpose(2, 3), prompts.length_p)
-    score_xkgu = score_pkru.view(P, K, M, H // K, -1).transpose(1, 2).flatten(0, 1)  # x: place p * M + m
-    prompt_bkgu = score_xkgu[place_b].masked_fill((place_b < 0)[:, None, None, None], -math.inf)
-    weight = torch.cat([prompt_bkgu, own_bkgt], -1).softmax(-1).to(q_bhc.dtype)
-    prompt_bkgu, own_bkgt = weight.split([prompt_bkgu.shape[-1], T], -1)
-    weight_pkru = prompt_bkgu[slot_pm].transpose(1, 2).reshape(P, K, M * (H // K), -1)
-    out_xkgc = (weight_pkru @ prompts.v_pkuc).view(P, K, M, H // K, C).transpose(1, 2).flatten(0, 1)
-    out_bkgc = torch.where((place_b >= 0)[:, None, None, None], out_xkgc[place_b], 0)
-    return (out_bkgc + own_bkgt @ v_bktc).reshape(B, H, C)
+    q_pkrc = q_bkgc[prompts.slot_pm.clamp(min=0)].transpose(1, 2).reshape(P, K, M * (H // K), C)
+    part = _softmax_part(q_pkrc, prompts.k_pkuc, prompts.v_pkuc, prompts.length_p)
+    place_b = _places(prompts.slot_pm, B)
+    out, top, total = (x.view(P, K, M, H // K, -1).transpose(1, 2).flatten(0, 1)[place_b.clamp(min=0)] for x in part)
+    new_max_bkg1 = torch.maximum(max_bkg1, top)
+    keep_bkg1 = (max_bkg1 - new_max_bkg1).exp()
+    prompt_bkg1 = torch.where((place_b >= 0)[:, None, None, None], (top - new_max_bkg1).exp(), 0)
+    out_bkgc = (keep_bkg1 * out_bkgc + prompt_bkg1 * out) / (keep_bkg1 * sum_bkg1 + prompt_bkg1 * total)
+    return out_bkgc.to(q_bhc.dtype).reshape(B, H, C)
 
 
-def _hide(score_xkrt, length_x):
-    """Scores in float32 or wider, minus infinity from each row's length on."""
+def _softmax_part(q_xkrc, k_xktc, v_xktc, length_x):
+    """exp(score - max) v, the maximum and sum exp(score - max), over the first length_x keys."""
+    score_xkrt = (q_xkrc @ k_xktc.transpose(2, 3)).to(wide(q_xkrc.dtype))
     hidden_xt = torch.arange(score_xkrt.shape[-1], device=score_xkrt.device) >= length_x[:, None]
-    return score_xkrt.to(wide(score_xkrt.dtype)).masked_fill(hidden_xt[:, None, None], -math.inf)
+    score_xkrt.masked_fill_(hidden_xt[:, None, None], -math.inf)
+    max_xkr1 = score_xkrt.amax(-1, keepdim=True).clamp(min=torch.finfo(score_xkrt.dtype).min)  # finite without keys too
+    weight_xkrt = score_xkrt.sub_(max_xkr1).exp_()
+    return weight_xkrt.to(v_xktc.dtype) @ v_xktc, max_xkr1, weight_xkrt.sum(-1, keepdim=True)
 
 
 def _places(slot_pm, B):
@@ -682,9 +709,9 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
                          BLOCK_C: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
     """The softmax of all slots of one item (a slot's own cache, or a prompt) over one split of the item's keys.
 
-    Query rows are (member, head) pairs, and they are the columns of the products: k q^T and v^T weight need 64 or 128 rows
-    to fill a tensor core, which keys and channels have and one token's heads have not. Split s writes out and lse (log2)
-    at first_split + s; an empty one leaves the lse that is there, minus infinity.
+    Query rows are (member, head) pairs, and they are the columns of the products: k q^T and v^T weight need 64 or 128
+    rows to fill a tensor core, which keys and channels have and one token's heads have not. Split s writes out and lse
+    (log2) at first_split + s; an empty one leaves the lse that is there, minus infinity.
     """
     item = (tl.program_id(0) // n_row_tiles).to(tl.int64)
     kv, split = tl.program_id(1), tl.program_id(2)
@@ -740,7 +767,7 @@ def _decode_merge_kernel(part_ptr, lse_ptr, out_ptr, n_splits, C: tl.constexpr, 
 
 
 def _decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
-    """Both parts split over their keys, then one merge. The grid depends on shapes alone, so a CUDA graph can hold it."""
+    """Both parts split over their keys, then merged. The grid depends on shapes alone, so a CUDA graph can hold it."""
     B, H, C = q_bhc.shape
     K, T = k_bktc.shape[1:3]
     parts = [(k_bktc, v_bktc, length_b, torch.arange(B, device=q_bhc.device)[:, None])]
@@ -749,7 +776,7 @@ def _decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
     launches, n_splits = [], 0
     for k, v, length_x, slot_xm in parts:
         _check(q_bhc, k, v)
-        assert k.stride() == v.stride() and k.shape == v.shape and k.shape[::3] == (len(length_x), C), (k.shape, v.shape)
+        assert k.stride() == v.stride() and k.shape == v.shape and k.shape[::3] == (len(length_x), C), (k.shape, C)
         n_rows = slot_xm.shape[1] * (H // K)
         tiling, options = _tiling("decode", C, q_bhc, n_rows)
         n_row_tiles = triton.cdiv(n_rows, tiling["BLOCK_M"])
@@ -770,7 +797,7 @@ def _decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
 
 
 def _n_splits(n_programs, T, BLOCK_N, device):
-    """Splits of the keys, a power of two, so that even few programs fill the GPU twice; at least 4 blocks of keys each."""
+    """Splits of the keys, a power of two, so that few programs fill the GPU twice; at least 4 blocks of keys each."""
     n_cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
     wanted = min(2 * n_cores / n_programs, T / (4 * BLOCK_N), 64)
     return 2 ** max(0, math.ceil(math.log2(wanted)))
@@ -797,9 +824,9 @@ def _decode_invariant(q_bhc, k_bktc, v_bktc, length_b, prompts):
 def decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts=None, impl=None):
     """Attention of one token per slot over its prompt and the first length_b entries of its cache; returns out_bhc.
 
-    The slot's own new token is in its cache already: length_b is at least 1. In the Triton path a program takes one split
-    of a slot's keys, or of a prompt's keys for all the heads and slots that share them: a prompt is read once for its
-    group, and one long sequence still fills the GPU.
+    The slot's own new token is in its cache already: length_b is at least 1. In the Triton path a program takes one
+    split of a slot's keys, or of a prompt's keys for all the heads and slots that share them: a prompt is read once for
+    its group, and one long sequence still fills the GPU.
     """
     if not use_triton(q_bhc, impl):
         return decode_attention_ref(q_bhc, k_bktc, v_bktc, length_b, prompts)
@@ -874,8 +901,8 @@ def _row_blocks(hidden_nd, weight_vd, temperature):
 
 @triton.jit
 def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, moment_ptr, logit_ptr, N, V, D, stride_hn,
-                     stride_wv, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-                     GROUP: tl.constexpr, PRECISION: tl.constexpr):
+                     stride_wv, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+                     BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of logits z, reduced on the spot:  max z,  sum exp(z - max),  sum exp(z - max) (z - max),  z[target]."""
     n_col_tiles = tl.cdiv(V, BLOCK_V)
     row_tile, col_tile = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), n_col_tiles, GROUP)
@@ -899,10 +926,10 @@ def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, momen
 @triton.jit
 def _logp_merge_kernel(max_ptr, sum_ptr, moment_ptr, logit_ptr, logp_ptr, entropy_ptr, N, n_tiles,
                        BLOCK_N: tl.constexpr):
-    """The tiles of a row, first to last, under their common maximum M, with S = sum exp(z - M), E = sum exp(z - M) (z - M):
+    """The tiles of a row, first to last, under their common maximum M: S = sum exp(z - M), E = sum exp(z - M) (z - M),
 
-    logp = (z[target] - M) - log S,  entropy = log S - E / S: sums of one sign, so that nothing cancels where one token is
-    nearly certain. M and log S are left in the first tile's place, for the backward pass.
+    logp = (z[target] - M) - log S,  entropy = log S - E / S: sums of one sign, so that nothing cancels where one token
+    is nearly certain. M and log S are left in the first tile's place, for the backward pass.
     """
     row_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     real_n = row_n < N
@@ -970,7 +997,8 @@ class _LinearLogpTriton(torch.autograd.Function):
             _logp_fwd_kernel[triton.cdiv(N, tiling["BLOCK_N"]) * n_tiles,](
                 hidden_nd, weight_vd, target_n, *part_xtn, logit_n, N, V, D, hidden_nd.stride(0), weight_vd.stride(0),
                 1 / temperature, **tiling, **options)
-            _logp_merge_kernel[triton.cdiv(N, 64),](*part_xtn, logit_n, logp_n, entropy_n, N, n_tiles, 64, num_warps=2)
+            _logp_merge_kernel[triton.cdiv(N, 64),](*part_xtn, logit_n, logp_n, entropy_n, N, n_tiles, 64, num_warps=2,
+                                                    enable_fp_fusion=False)
         max_n, log_sum_n = part_xtn[:2, 0].clone()
         ctx.save_for_backward(hidden_nd, weight_vd, target_n, max_n, log_sum_n)
         ctx.temperature = temperature
@@ -1005,8 +1033,8 @@ def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None, retu
     """log softmax(hidden weight^T / temperature)[target] and that distribution's entropy, in nats: logp_n, entropy_n.
 
     With return_lse also lse_n = log sum exp(hidden weight^T / temperature). float32 (float64 for float64 inputs); only
-    logp carries a gradient. Peak extra memory whatever N is: in PyTorch two blocks of LOGIT_CHUNK elements; in Triton 12
-    bytes per row and 128 or 256 columns forward, GRADIENT_CHUNK elements backward; and the gradients themselves.
+    logp carries a gradient. Peak extra memory whatever N is: in PyTorch two blocks of LOGIT_CHUNK elements; in Triton
+    12 bytes per row and column tile forward, GRADIENT_CHUNK elements backward; and the gradients themselves.
     """
     assert temperature > 0, f"temperature must be positive, got {temperature}"
     assert hidden_nd.shape[0] == target_n.shape[0] and hidden_nd.shape[1] == weight_vd.shape[1], \

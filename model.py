@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, linear_logp, wide
+from kernels import add_rms_norm, attention, linear, linear_logp, rms_norm, rope, swiglu, wide
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -234,12 +233,12 @@ class Model(nn.Module):
         entropy_m is that distribution's, in nats, without gradient.
         """
         def attend(layer, q_nhc, k_nkc, v_nkc):
-            return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3)
+            return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3, self.impl)
         hidden_nd = self.run(forest.tokens_n, forest.positions_n, attend)
         if scored_m is None:
             return hidden_nd
         source_m = forest.previous_n[scored_m]
-        return linear_logp(hidden_nd[source_m], self.head_vd, forest.tokens_n[scored_m], temperature)
+        return linear_logp(hidden_nd[source_m], self.head_vd, forest.tokens_n[scored_m], temperature, self.impl)
 
     def run(self, tokens_n, positions_n, attend):
         """Embedding, blocks and final norm; attend(layer, q_nhc, k_nkc, v_nkc) -> out_nhc connects the tokens."""
@@ -247,10 +246,10 @@ class Model(nn.Module):
         cos_nc, sin_nc = rope_table(self.config.rope, positions_n, wide(x_nd.dtype))
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_nd = checkpoint(block, x_nd, cos_nc, sin_nc, attend, i, use_reentrant=False)
+                x_nd = checkpoint(block, x_nd, cos_nc, sin_nc, attend, i, self.impl, use_reentrant=False)
             else:
-                x_nd = block(x_nd, cos_nc, sin_nc, attend, i)
-        return self.model.norm(x_nd)
+                x_nd = block(x_nd, cos_nc, sin_nc, attend, i, self.impl)
+        return self.model.norm(x_nd, self.impl)
 
     @property
     def head_vd(self):
@@ -308,9 +307,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_nd, cos_nc, sin_nc, attend, layer):
-        x_nd = x_nd + self.self_attn(self.input_layernorm(x_nd), cos_nc, sin_nc, attend, layer)
-        return x_nd + self.mlp(self.post_attention_layernorm(x_nd))
+    def forward(self, x_nd, cos_nc, sin_nc, attend, layer, impl):
+        delta_nd = self.self_attn(self.input_layernorm(x_nd, impl), cos_nc, sin_nc, attend, layer, impl)
+        norm = self.post_attention_layernorm
+        x_nd, normed_nd = add_rms_norm(x_nd, delta_nd, norm.weight, norm.eps, impl)
+        return x_nd + self.mlp(normed_nd, impl)
 
 
 class Attention(nn.Module):
@@ -325,15 +326,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x_nd, cos_nc, sin_nc, attend, layer):
+    def forward(self, x_nd, cos_nc, sin_nc, attend, layer, impl):
         q_shape, kv_shape = self.shapes
-        q_nhc = self.q_proj(x_nd).view(q_shape)
-        k_nkc = self.k_proj(x_nd).view(kv_shape)
-        v_nkc = self.v_proj(x_nd).view(kv_shape)
-        if self.q_norm is not None:
-            q_nhc, k_nkc = self.q_norm(q_nhc), self.k_norm(k_nkc)
-        out_nhc = attend(layer, rotate(q_nhc, cos_nc, sin_nc), rotate(k_nkc, cos_nc, sin_nc), v_nkc)
-        return self.o_proj(out_nhc.flatten(1))
+        q_nhc = linear(x_nd, self.q_proj.weight, self.q_proj.bias, impl).view(q_shape)
+        k_nkc = linear(x_nd, self.k_proj.weight, self.k_proj.bias, impl).view(kv_shape)
+        v_nkc = linear(x_nd, self.v_proj.weight, self.v_proj.bias, impl).view(kv_shape)
+        norms = [(None, 0.0) if norm is None else (norm.weight, norm.eps) for norm in (self.q_norm, self.k_norm)]
+        q_nhc, k_nkc = (rope(x, cos_nc, sin_nc, *norm, impl) for x, norm in zip((q_nhc, k_nkc), norms))
+        return linear(attend(layer, q_nhc, k_nkc, v_nkc).flatten(1), self.o_proj.weight, self.o_proj.bias, impl)
 
 
 class MLP(nn.Module):
@@ -343,21 +343,19 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x_nd):
-        return self.down_proj(F.silu(self.gate_proj(x_nd)) * self.up_proj(x_nd))
+    def forward(self, x_nd, impl):
+        gate_nf, up_nf = linear(x_nd, self.gate_proj.weight, None, impl), linear(x_nd, self.up_proj.weight, None, impl)
+        return linear(swiglu(gate_nf, up_nf, impl), self.down_proj.weight, None, impl)
 
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis; the division in float32 or wider."""
-
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x):
-        x_wide = x.to(wide(x.dtype))
-        return self.weight * (x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+    def forward(self, x_nd, impl=None):
+        return rms_norm(x_nd, self.weight, self.eps, impl)
 
 
 def rope_table(rope, positions_n, dtype):
@@ -365,13 +363,6 @@ def rope_table(rope, positions_n, dtype):
     inv_freq_c = torch.tensor(rope.inv_freq, dtype=torch.float64, device=positions_n.device)
     angle_nc = positions_n[:, None] * inv_freq_c
     return (angle_nc.cos() * rope.scale).to(dtype), (angle_nc.sin() * rope.scale).to(dtype)
-
-
-def rotate(x_nhc, cos_nc, sin_nc):
-    """Rotates channel pairs (i, i + C/2) by their angle; Hugging Face's half-split layout."""
-    a, b = x_nhc.chunk(2, dim=-1)
-    cos, sin = cos_nc[:, None], sin_nc[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_nhc.dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading

@@ -24,10 +24,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import kernels
 from common import copy_weights, fail, one_line_errors, parse_config
 from data.pairs import Pair, read_pairs
-from kernels import Prompts, attention, decode_attention, linear_logp, wide
+from kernels import Prompts, attention, decode_attention, linear, linear_logp, wide
 from model import Model, pack
 from reward import benchmark_verdict, load_prompt, majority, render
 from tokenizer import StreamDecoder, Tokenizer
@@ -113,20 +112,17 @@ class Cache:
 
     def resize(self, kept, X, T):
         """Keeps these rows, as the first of X, with room for T positions."""
-        kept_x = torch.tensor(kept, dtype=torch.int64, device=self.k[0].device)
-
         def moved(x):
             out = x.new_zeros(X, x.shape[1], T, x.shape[3])
-            out[:len(kept), :, :x.shape[2]] = x[kept_x, :, :T]
+            out[:len(kept), :, :x.shape[2]] = x[kept, :, :T]
             return out
         for layer in range(len(self.k)):  # one layer at a time, so that only one exists twice
             self.k[layer], self.v[layer] = moved(self.k[layer]), moved(self.v[layer])
 
     def clear(self, rows):
         """Before rows are used again: a NaN in what an earlier rollout left would pass through attention as 0 * NaN."""
-        row_x = torch.tensor(rows, dtype=torch.int64, device=self.k[0].device)
         for x in self.k + self.v:
-            x.index_fill_(0, row_x, 0)
+            x[rows] = 0
 
 
 @dataclass
@@ -158,8 +154,8 @@ class Batch:
     """
 
     def __init__(self, model, prompts, n, B, prefill_tokens, sampling):
-        self.model, self.prompts, self.n, self.prefill_tokens = model, prompts, n, prefill_tokens
-        self.sampling = sampling
+        self.model, self.prompts, self.n = model, prompts, n
+        self.prefill_tokens, self.sampling = prefill_tokens, sampling
         self.keys = [prompt_key(ids) for ids in prompts]
         self.device = model.head_vd.device
         self.slots = [Slot() for _ in range(B)]
@@ -175,23 +171,20 @@ class Batch:
         return [b for b, slot in enumerate(self.slots) if slot.rollout is None]
 
     def tabulate(self):
-        """Who is where, for the device, in one copy. Between two calls nothing but drawn_b changes, on the device.
+        """Who is where, for the device, in one copy; between two calls only drawn_b changes, and that on the device.
 
-        drawn_b counts the tokens drawn. The last of them is the next step's input: it sees as many of its own, itself
-        included, at position last_b + drawn_b, last_b being the prompt's last. An empty slot sees only itself.
+        drawn_b counts the tokens drawn. The last of them is the next step's input: its position is last_b + drawn_b,
+        last_b being the prompt's last, and it sees drawn_b of its own, itself included. An empty slot sees itself.
         """
-        self.active, slots_p = [], [[] for _ in range(1 + max(self.rows.values()))]
-        table = np.tile([[1], [0], [0], [0]], len(self.slots))
-        for b, slot in enumerate(self.slots):
-            if slot.rollout is not None:
-                i = slot.prompt
-                table[:, b] = len(slot.rollout.ids), len(self.prompts[i]) - 1, self.keys[i], slot.sample
-                self.active.append(b)
-                slots_p[self.rows[i]].append(b)
-        length_p = np.zeros(len(slots_p), dtype=np.int64)
-        length_p[list(self.rows.values())] = [len(self.prompts[i]) for i in self.rows]
-        slot_pm = np.array([slots + [-1] * (self.n - len(slots)) for slots in slots_p])
-        parts = [*table, np.array(self.active), length_p, slot_pm]
+        self.active = [b for b, slot in enumerate(self.slots) if slot.rollout is not None]
+        slot_pm = np.full((1 + max(self.rows.values()), self.n), -1)
+        length_p, table_bx = np.zeros(len(slot_pm), dtype=np.int64), [(1, 0, 0, 0)] * len(self.slots)
+        for b in self.active:
+            slot, ids = self.slots[b], self.prompts[self.slots[b].prompt]
+            row = self.rows[slot.prompt]
+            slot_pm[row, slot.sample], length_p[row] = b, len(ids)
+            table_bx[b] = len(slot.rollout.ids), len(ids) - 1, self.keys[slot.prompt], slot.sample
+        parts = [*np.array(table_bx).T, np.array(self.active), length_p, slot_pm]
         flat = torch.from_numpy(np.concatenate(parts, axis=None)).to(self.device).split([x.size for x in parts])
         self.drawn_b, self.last_b, self.key_b, self.sample_b, self.active_a, self.length_p, slot_pm = flat
         self.slot_pm, self.U, self.stale = slot_pm.view(-1, self.n), int(length_p.max()), False
@@ -205,9 +198,9 @@ class Batch:
             for sample, b in enumerate(taken[j * self.n:(j + 1) * self.n]):
                 self.slots[b] = Slot(i, sample, self.groups[i][sample], began)
         self.tabulate()
-        P, U = self.shared.size
-        if P < len(self.slot_pm) or U < self.U:
-            self.shared.resize(range(P), max(P, len(self.slot_pm)), max(U, self.U))
+        P, U = np.maximum(self.shared.size, (len(self.slot_pm), self.U)).tolist()
+        if (P, U) != self.shared.size:
+            self.shared.resize(list(range(self.shared.size[0])), P, U)
         self.own.clear(taken)
         self.shared.clear([self.rows[i] for i in admitted])
         packs = _packs([len(self.prompts[i]) for i in admitted], self.prefill_tokens)
@@ -224,8 +217,7 @@ class Batch:
                 self.shared.v[layer][self.rows[i], :, :length] = v_nkc[start:start + length].transpose(0, 1)
             return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3, impl=self.model.impl)
         hidden_nd = self.model.run(forest.tokens_n, forest.positions_n, attend)
-        ends = forest.segments_s3[:, :2].sum(1) - 1
-        return hidden_nd[ends.to(self.device)]
+        return hidden_nd[(forest.segments_s3[:, :2].sum(1) - 1).to(self.device)]
 
     def step(self):
         """Draws one more token for every rollout; returns how many."""
@@ -233,22 +225,20 @@ class Batch:
             self.tabulate()
         (B, T), longest = self.own.size, max(len(self.slots[b].rollout.ids) for b in self.active)
         if T < longest:
-            self.own.resize(range(B), B, min(2 * T, T + 1024, self.sampling.max_new_tokens))
+            self.own.resize(list(range(B)), B, min(2 * T, T + 1024, self.sampling.max_new_tokens))
         hidden_bd = self.model.run(self.token_b, self.last_b + self.drawn_b, self.attend(longest))
         self.draw(hidden_bd[self.active_a], self.active, self.active_a)
         return len(self.active)
 
     def attend(self, T):
-        """The attention of one decode step: stores each slot's new key and value, then looks at its prompt and its own
-        tokens, at most T."""
+        """The attention of one decode step: stores the new keys and values; no slot has more than T of its own."""
         slot_b, new_b = torch.arange(len(self.slots), device=self.device), self.drawn_b - 1
-        P, U = len(self.slot_pm), self.U
 
         def attend(layer, q_bhc, k_bkc, v_bkc):
             k, v = self.own.k[layer], self.own.v[layer]
             k[slot_b, :, new_b], v[slot_b, :, new_b] = k_bkc, v_bkc
-            prompts = Prompts(self.shared.k[layer][:P, :, :U], self.shared.v[layer][:P, :, :U], self.length_p,
-                              self.slot_pm)
+            shared = (x[layer][:len(self.slot_pm), :, :self.U] for x in (self.shared.k, self.shared.v))
+            prompts = Prompts(*shared, self.length_p, self.slot_pm)
             return decode_attention(q_bhc, k[:, :, :T], v[:, :, :T], self.drawn_b, prompts, impl=self.model.impl)
         return attend
 
@@ -264,8 +254,7 @@ class Batch:
         """Samples a token for each of these slots, records it, and frees the slots whose rollouts end with it."""
         how, head_vd, impl = self.sampling, self.model.head_vd, self.model.impl
         uniform_a = uniforms(how.seed, self.key_b[slot_a], self.sample_b[slot_a], self.drawn_b[slot_a])
-        logits_av = kernels.linear(hidden_ad, head_vd, impl=impl) if impl == "invariant" else hidden_ad @ head_vd.t()
-        logits_av = logits_av.to(wide(hidden_ad.dtype))
+        logits_av = linear(hidden_ad, head_vd, impl=impl).to(wide(hidden_ad.dtype))
         id_a, logp_a = choose(logits_av, uniform_a, how.temperature, how.top_p, how.top_k)
         if impl == "invariant" and how.top_k == 0 and how.top_p == 1:  # the trainer's own operation: equal bits
             logp_a, _ = linear_logp(hidden_ad, head_vd, id_a, how.temperature or 1.0, impl=impl)
@@ -288,10 +277,8 @@ class Batch:
         """(prompt, its rollouts) of the groups that have become whole."""
         ended, self.ended = self.ended, []
         writing = {slot.prompt for slot in self.slots}
-        whole = [i for i in dict.fromkeys(ended) if i not in writing]
-        for i in whole:
-            del self.rows[i]
-        return [(i, self.groups.pop(i)) for i in whole]
+        self.rows = {i: row for i, row in self.rows.items() if i in writing}
+        return [(i, self.groups.pop(i)) for i in dict.fromkeys(ended) if i not in writing]
 
 
 class Sampler:

@@ -1,8 +1,17 @@
-"""Oracles: attention and decode_attention against a naive softmax over a [N, N] mask written from the visibility rule,
-and linear_logp against torch.log_softmax, all in float64. Lower precisions may err at most twice as much as plain torch
-does."""
+"""Every operation of kernels.py, in PyTorch and in Triton, against plain formulas in float64.
 
+Oracles: attention and decode_attention against a naive softmax over a [N, N] mask written from the visibility rule,
+linear_logp against torch.log_softmax, the pointwise operations against their PyTorch references, which hand-worked
+numbers check. Lower precisions may err at most twice as much as plain torch does, gradients included. What kernels.py
+allocates holds NaN and is fenced, and so are its inputs: reading what nobody wrote, or beyond an end, spoils a result;
+writing beyond one is found. tests/mutants.py lists mistakes that these tests must notice.
+
+On the CPU the kernels run in Triton's interpreter, in tiles of 32 by 16; RM_TEST_DEVICE=cuda: see conftest.py.
+"""
+
+import contextlib
 import math
+import os
 import re
 
 import pytest
@@ -11,9 +20,26 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import attention, decode_attention, linear_logp
+from kernels import (Prompts, add_rms_norm, attention, decode_attention, linear, linear_logp, rms_norm, rope, swiglu,
+                     wide)
 
 torch.set_num_threads(1)
+
+DEVICE = os.environ["RM_TEST_DEVICE"]
+LONGER = 1 if DEVICE == "cpu" else 4  # a GPU's tiles are larger than the interpreter's: so are the problems
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+LOW = [F32, F16] if DEVICE == "cpu" else [F32, F16, BF16]
+KERNELS = [("triton", dtype) for dtype in LOW] + [("invariant", dtype) for dtype in LOW[:2]]
+EVERY = [("torch", F64), ("torch", F32)] + KERNELS
+FENCE = 64  # elements before and after a tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN in free slots, which nobody reads
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="compiled kernels need a GPU: RM_TEST_DEVICE=cuda")
+
+
+def shown(x):
+    """Test names: triton-float16."""
+    return str(x)[6:] if isinstance(x, torch.dtype) else None
 
 
 def error(x, oracle):
@@ -30,6 +56,67 @@ def assert_no_worse_than_torch(ours, plain, oracle, times=2.0):
         assert error_x <= times * error_y + 1e-8, f"output {i}: ours {error_x:.2e}, torch's {error_y:.2e}"
 
 
+def fenced(x, inside=None):
+    """Memory like x, holding `inside` or else x, between two fences of NaN: whoever reads them spoils the result."""
+    room = torch.full((x.numel() + 2 * FENCE,), math.nan, dtype=x.dtype, device=x.device)
+    y = room.as_strided(x.shape, x.stride() if inside is not None else x.contiguous().stride(), FENCE)
+    return y.fill_(inside) if inside is not None else y.copy_(x)
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Inside, floating-point memory from torch.empty, empty_like and new_empty holds NaN, and lies between fences that
+    must still stand at the end."""
+    made = []
+
+    def poison(x):
+        if not x.is_floating_point() or x.numel() == 0:
+            return x
+        made.append(fenced(x, inside=math.nan))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, lambda *args, make=getattr(owner, name), **kwargs: poison(make(*args, **kwargs)))
+        yield
+    for x in made:
+        room = x.detach().as_strided((x.numel() + 2 * FENCE,), (1,), 0)
+        assert room[:FENCE].isnan().all() and room[-FENCE:].isnan().all(), f"written outside a tensor of {x.shape}"
+
+
+def with_gradients(f, dtype, inputs, grads):
+    """The outputs of f(*inputs), then the gradient of each input; grads are those of f's first outputs; all in dtype.
+    """
+    leaves = [fenced(x.to(DEVICE, dtype)).requires_grad_() for x in inputs]
+    with poisoned():
+        out = f(*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        grads = [g.to(x.device, x.dtype) for g, x in zip(grads, out)]
+        return [x.detach() for x in out] + list(torch.autograd.grad(out[:len(grads)], leaves, grads))
+
+
+def check(op, dtype, inputs, grads, oracle, plain=None):
+    """op in dtype against oracle in float64, on inputs that dtype holds exactly; in low precision it may err twice as
+    much as plain, torch's way to compute the same."""
+    inputs, grads = ([x.to(dtype).double() for x in xs] for xs in (inputs, grads))
+    ours, exact = with_gradients(op, dtype, inputs, grads), with_gradients(oracle, F64, inputs, grads)
+    if dtype == F64:
+        assert max(map(error, ours, exact)) < 1e-12
+    else:
+        assert_no_worse_than_torch(ours, with_gradients(plain or oracle, dtype, inputs, grads), exact)
+
+
+def randn(*shape, seed=0):
+    """Float64 numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def assert_same_bits(*runs):
+    """Two runs gave the same, bit for bit, and no NaN."""
+    first, second = ([x.cpu() for x in run] for run in runs)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
@@ -39,8 +126,8 @@ def table(*trees):
     for prompt, *responses in trees:
         parent = len(rows)
         for length, above in [(prompt, -1)] + [(n, parent) for n in responses]:
-            rows.append((start, length, above))
-            start += length
+            rows.append((start, length * LONGER, above))
+            start += length * LONGER
     return torch.tensor(rows)
 
 
@@ -65,67 +152,88 @@ def visible(segments_s3):
     owner = [s for s, n in enumerate(lengths) for _ in range(n)]
     assert [starts[s] for s in dict.fromkeys(owner)] == [owner.index(s) for s in dict.fromkeys(owner)]
     return torch.tensor([[own == s and j <= i or own == parents[s] for j, own in enumerate(owner)]
-                         for i, s in enumerate(owner)])
+                         for i, s in enumerate(owner)], device=DEVICE)
 
 
-def dense(q_nhc, k_nkc, v_nkc, visible_nn, softmax=torch.softmax):
+def dense(q_nhc, k_mkc, v_mkc, visible_nm):
     """The oracle: every score, minus infinity where unseen, one softmax; query head h reads key/value head
     h // (H / K)."""
-    share = q_nhc.shape[1] // k_nkc.shape[1]
-    k_nhc, v_nhc = k_nkc.repeat_interleave(share, 1), v_nkc.repeat_interleave(share, 1)
-    score_hnn = torch.einsum("nhc,mhc->hnm", q_nhc, k_nhc) / math.sqrt(q_nhc.shape[2])
-    weight_hnn = softmax(score_hnn.masked_fill(~visible_nn, -math.inf), -1)
-    return torch.einsum("hnm,mhc->nhc", weight_hnn, v_nhc)
+    share = q_nhc.shape[1] // k_mkc.shape[1]
+    k_mhc, v_mhc = k_mkc.repeat_interleave(share, 1), v_mkc.repeat_interleave(share, 1)
+    score_hnm = torch.einsum("nhc,mhc->hnm", q_nhc, k_mhc) / math.sqrt(q_nhc.shape[2])
+    return torch.einsum("hnm,mhc->nhc", score_hnm.masked_fill(~visible_nm, -math.inf).softmax(-1), v_mhc)
 
 
-def qkv(N, heads, kv_heads, head_dim, peak=1.0, seed=0):
-    """Float64 q, k, v and the output's gradient. Values that float32 holds exactly, so that dtypes compare alike."""
-    rng = torch.Generator().manual_seed(seed)
-    q, k, v, grad = (torch.randn(N, n, head_dim, generator=rng).double() for n in (heads, kv_heads, kv_heads, heads))
-    return (q * peak).float().double(), k, v, grad
+def qkv(N, heads, kv_heads, head_dim, peak=1.0):
+    """q, k, v and the output's gradient."""
+    k, v = randn(N, kv_heads, head_dim, seed=1), randn(N, kv_heads, head_dim, seed=2)
+    return randn(N, heads, head_dim) * peak, k, v, randn(N, heads, head_dim, seed=3)
 
 
-def with_gradients(f, dtype, inputs, grad):
-    """f(*inputs) and the gradient of each input, all in dtype."""
-    leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
-    out = f(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
-
-
-def check_attention(segments, heads, kv_heads, head_dim, peak=1.0):
-    N = int(segments[:, 1].sum())
-    q, k, v, grad = qkv(N, heads, kv_heads, head_dim, peak)
+def check_attention(impl, dtype, segments, heads, kv_heads, head_dim, peak=1.0):
+    """Outputs and the gradients of q, k, v. The kernels are measured by the reference's scaled_dot_product_attention.
+    """
+    *inputs, grad = qkv(int(segments[:, 1].sum()), heads, kv_heads, head_dim, peak)
     seen = visible(segments)
-    oracle = with_gradients(lambda *x: dense(*x, seen), torch.float64, (q, k, v), grad)
-    ours = with_gradients(lambda *x: attention(*x, segments), torch.float64, (q, k, v), grad)
-    assert max(map(error, ours, oracle)) < 1e-12
-    single = with_gradients(lambda *x: attention(*x, segments), torch.float32, (q, k, v), grad)
-    plain = with_gradients(lambda *x: dense(*x, seen), torch.float32, (q, k, v), grad)
-    assert single[0].dtype == torch.float32
-    assert_no_worse_than_torch(single, plain, oracle)
+    plain = None if impl == "torch" else lambda *x: attention(*x, segments, impl="torch")
+    check(lambda *x: attention(*x, segments, impl=impl), dtype, inputs, [grad], lambda *x: dense(*x, seen), plain)
 
 
-@pytest.mark.parametrize("forest", FORESTS)
-def test_attention_sees_what_the_segments_say(forest):
-    """Oracle: dense softmax over the [N, N] mask; outputs and the gradients of q, k, v."""
-    check_attention(FORESTS[forest], heads=4, kv_heads=2, head_dim=32)
+@pytest.mark.parametrize("impl,dtype,forest", [
+    *[(*how, forest) for how in EVERY[:2] + KERNELS[:1] for forest in FORESTS],
+    *[(*how, forest) for how in KERNELS[1:] for forest in FORESTS if LONGER > 1 or forest in ("a group of 2", "mixed")],
+    ], ids=shown)
+def test_attention_sees_what_the_segments_say(impl, dtype, forest):
+    """Oracle: dense softmax over the [N, N] mask."""
+    check_attention(impl, dtype, FORESTS[forest], *((4, 2) if impl == "torch" else (2, 1)), head_dim=32)
 
 
-@pytest.mark.parametrize("heads,kv_heads,head_dim,peak", [
-    (3, 3, 64, 1), (4, 2, 80, 1), (8, 2, 32, 1), (5, 1, 128, 1), (14, 2, 64, 1), (8, 1, 128, 1), (16, 2, 32, 1),
-    (4, 2, 64, 20), (7, 1, 128, 20), (2, 2, 80, 20)])
-def test_attention_of_head_shapes_and_peaked_softmax(heads, kv_heads, head_dim, peak):
-    """Oracle: dense softmax over the [N, N] mask; peak multiplies q until one key takes nearly all the weight."""
-    check_attention(table((37, 9, 33), (5,), (3, 40)), heads, kv_heads, head_dim, peak)
+HEADS = [(3, 3, 64, 1), (4, 2, 80, 1), (8, 2, 32, 1), (5, 1, 128, 1), (14, 2, 64, 1), (8, 1, 128, 1), (16, 2, 32, 1),
+         (4, 2, 64, 20), (7, 1, 128, 20), (2, 2, 80, 20), (2, 1, 96, .01), (2, 1, 256, 1)]
 
 
-def test_attention_docstring_example():
+@pytest.mark.parametrize("dtype", [F64, F32], ids=shown)
+@pytest.mark.parametrize("heads,kv_heads,head_dim,peak", HEADS)
+def test_attention_of_head_shapes_and_peaked_softmax(heads, kv_heads, head_dim, peak, dtype):
+    """Oracle: dense softmax over the [N, N] mask; peak multiplies q until one key takes nearly all the weight, or all
+    weigh alike."""
+    check_attention("torch", dtype, table((37, 9, 33), (5,), (3, 40)), heads, kv_heads, head_dim, peak)
+
+
+@pytest.mark.parametrize("impl,dtype,heads,kv_heads,head_dim,peak", [
+    *[(*how, *heads) for how in KERNELS for heads in HEADS if LONGER > 1],
+    ("triton", F32, 3, 3, 64, 20), ("triton", F16, 2, 2, 80, 20), ("triton", F32, 4, 2, 80, 1),
+    ("triton", F16, 4, 1, 32, 1), ("triton", F32, 5, 1, 128, .01), ("triton", F16, 7, 1, 64, 1),
+    ("triton", F32, 7, 1, 96, 20), ("triton", F32, 8, 1, 32, 1), ("triton", F16, 2, 1, 256, 1), ("invariant", F32, 14, 2, 32, 1)], ids=shown)
+def test_attention_kernels_of_head_shapes_and_peaked_softmax(impl, dtype, heads, kv_heads, head_dim, peak):
+    """Oracle: dense softmax over the [N, N] mask. Pairs of everything; 5 or 7 heads leave rows of a tile unused."""
+    check_attention(impl, dtype, table((18, 3, 8), (3, 16)), heads, kv_heads, head_dim, peak)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_attention_of_views(impl):
+    """Oracle: dense softmax. As projections give them: q, k and v are slices of one [N, (H + 2 K) C] product; or heads
+    come first in memory, q's and the gradient's too."""
+    segments = table((9, 8, 17))
+    N = int(segments[:, 1].sum())
+    *_, grad = qkv(N, 4, 2, 32)
+    seen = visible(segments)
+    for shape, split in (((N, 8 * 32), lambda x: x.unflatten(1, (8, 32)).split([4, 2, 2], 1)),
+                         ((8, N, 32), lambda x: x.transpose(0, 1).split([4, 2, 2], 1)),
+                         ((32, N, 8), lambda x: x.permute(1, 2, 0).split([4, 2, 2], 1))):
+        check(lambda x: attention(*split(x), segments, impl=impl).transpose(0, 1), F32, [randn(*shape)],
+              [grad.transpose(0, 1).contiguous()], lambda x: dense(*split(x), seen).transpose(0, 1))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "invariant"])
+def test_attention_docstring_example(impl):
     """Oracle: the table in attention's docstring. Rows of v are one-hot, q is zero: the output is uniform over what is
     seen."""
     lines = attention.__doc__.splitlines()
     segments = torch.tensor(eval(next(line for line in lines if "segments =" in line).split("=")[1]))
     seen = re.sub(r"\|", " ", next(line for line in lines if line.split()[:1] == ["sees"])).split()[1:]
-    out = attention(torch.zeros(7, 1, 8), torch.zeros(7, 1, 8), torch.eye(7, 8)[:, None], segments)[:, 0]
+    zero, v = torch.zeros(7, 1, 8, device=DEVICE), torch.eye(7, 8, device=DEVICE)[:, None]
+    out = attention(zero, zero, v, segments, impl)[:, 0].cpu()
     for row, digits in zip(out, seen, strict=True):
         columns = [int(d) for d in digits]
         assert row.nonzero()[:, 0].tolist() == columns
@@ -135,167 +243,38 @@ def test_attention_docstring_example():
 def test_attention_refuses_grandparents():
     """A programmer's mistake, not a silent wrong answer: a parent must be parentless."""
     x = torch.randn(6, 1, 8)
-    with pytest.raises(AssertionError, match="parentless"):
-        attention(x, x, x, torch.tensor([(0, 2, -1), (2, 2, 0), (4, 2, 1)]))
+    for impl in ("torch", "triton"):
+        with pytest.raises(AssertionError, match="parentless"):
+            attention(x, x, x, torch.tensor([(0, 2, -1), (2, 2, 0), (4, 2, 1)]), impl)
 
 
-def test_attention_of_nothing_and_of_one_token():
+@pytest.mark.parametrize("segments,message", [
+    ([(0, 2, -1), (3, 3, -1)], "back to back"), ([(0, 2, -1), (2, 3, -1)], "back to back"),
+    ([(2, 4, -1), (0, 2, -1)], "back to back"), ([(0, 2, -1), (2, 2, -1), (4, 2, 0)], "follow"),
+    ([(0, 2, 1), (2, 4, -1)], "follow")])
+def test_attention_kernels_refuse_other_orders(segments, message):
+    """The tables that the kernels would answer wrongly: gaps, tokens left over, wrong order, children elsewhere than
+    after their parent; and one that is not int64."""
+    x = torch.randn(6, 1, 8, device=DEVICE)
+    with pytest.raises(AssertionError, match=message):
+        attention(x, x, x, torch.tensor(segments), "triton")
+    with pytest.raises(AssertionError, match="int32"):
+        attention(x, x, x, torch.tensor([(0, 6, -1)], dtype=torch.int32), "triton")
+
+
+@pytest.mark.parametrize("impl,dtype", EVERY[:3], ids=shown)
+def test_attention_of_nothing_and_of_one_token(impl, dtype):
     """No segments, or only empty ones: an empty output, not an error. One token: its own value, by hand, and only v
     learns."""
-    x = torch.randn(0, 2, 8)
+    x = torch.randn(0, 2, 8, device=DEVICE)
     for segments in (torch.zeros(0, 3, dtype=torch.int64), table((0, 0))):
-        assert attention(x, x, x, segments).shape == (0, 2, 8)
-    q, k, v, grad = qkv(1, 4, 2, 32)
-    out, *grads = with_gradients(lambda *x: attention(*x, table((1,))), torch.float64, (q, k, v), grad)
-    assert torch.allclose(out, v.repeat_interleave(2, 1), rtol=1e-14)
-    assert grads[0].abs().max() < 1e-14 and grads[1].abs().max() < 1e-14
-    assert torch.allclose(grads[2], grad.view(1, 2, 2, 32).sum(2), rtol=1e-14)
-
-
-def test_attention_never_holds_all_scores():
-    """16 trees: the largest tensor of forward and backward is far from [N, N]."""
-    segments = table(*[(64, 20, 20)] * 16)
-    N = int(segments[:, 1].sum())
-    q, k, v, grad = qkv(N, 2, 1, 8)
-    with Largest() as largest:
-        with_gradients(lambda *x: attention(*x, segments), torch.float32, (q, k, v), grad)
-    assert largest.numel < N * N / 8, (largest.numel, N)
-
-
-@pytest.mark.parametrize("heads,kv_heads,head_dim,peak", [(4, 4, 32, 1), (8, 2, 80, 1), (14, 2, 64, 1),
-                                                              (8, 1, 128, 20)])
-def test_decode_attention_is_the_last_row_of_attention(heads, kv_heads, head_dim, peak):
-    """Oracle: the last row of dense causal attention over each slot's first length entries; the cache beyond is
-    garbage."""
-    lengths, T = [1, 2, 17, 32, 33, 48], 48
-    rng = torch.Generator().manual_seed(1)
-    q = torch.randn(len(lengths), heads, head_dim, generator=rng) * peak
-    k, v = torch.randn(2, len(lengths), kv_heads, T, head_dim, generator=rng)
-    for b, length in enumerate(lengths):
-        k[b, :, length:], v[b, :, length:] = 1e3, 1e3
-
-    def rows(dtype):
-        def row(b, n):
-            return dense(q[b:b + 1].to(dtype), k[b, :, :n].to(dtype).transpose(0, 1),
-                         v[b, :, :n].to(dtype).transpose(0, 1), torch.ones(1, n, dtype=torch.bool))
-        return torch.cat([row(b, n) for b, n in enumerate(lengths)])
-
-    length_b = torch.tensor(lengths)
-    oracle = rows(torch.float64)
-    assert error(decode_attention(q.double(), k.double(), v.double(), length_b), oracle) < 1e-12
-    assert_no_worse_than_torch([decode_attention(q, k, v, length_b)], [rows(torch.float32)], [oracle])
-
-
-# ------------------------------------------------------------------------------------------ log-probabilities of tokens
-
-
-def dense_logp(hidden_nd, weight_vd, target_n, temperature):
-    """The oracle: every logit, one log_softmax in float32 or wider, autograd."""
-    logits_nv = (hidden_nd @ weight_vd.t()).to(torch.promote_types(hidden_nd.dtype, torch.float32)) / temperature
-    logp_nv = logits_nv.log_softmax(1)
-    return logp_nv.gather(1, target_n[:, None])[:, 0], -(logp_nv.exp() * logp_nv).sum(1).detach()
-
-
-def logp_problem(dtype, N=11, D=24, V=50, peak=1.0, seed=0):
-    """hidden, weight, target, gradient of logp; rounded to dtype, then held in float64. Targets repeat, 0 and V - 1
-    occur."""
-    rng = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(N, D, generator=rng) * peak, torch.randn(V, D, generator=rng) / math.sqrt(D) * 2
-    target = torch.randint(V, (N,), generator=rng)
-    target[:4] = torch.tensor([0, V - 1, V // 2, V // 2])
-    return hidden.to(dtype).double(), weight.to(dtype).double(), target, torch.randn(N, generator=rng).double()
-
-
-def logp_and_gradients(f, dtype, problem, temperature):
-    """logp, entropy, and the gradients of hidden and weight; hidden and weight in dtype."""
-    hidden, weight, target, grad = problem
-    hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
-    logp, entropy = f(hidden, weight, target, temperature)
-    assert logp.dtype == entropy.dtype == torch.promote_types(dtype, torch.float32) and not entropy.requires_grad
-    return [logp.detach(), entropy, *torch.autograd.grad(logp, (hidden, weight), grad.to(logp.dtype))]
-
-
-@pytest.mark.parametrize("chunk", [1, 50, 150, 2**25])  # rows per block: 1, 1, 3 with a remainder of 2, all 11
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_linear_logp_is_log_softmax(monkeypatch, chunk, temperature):
-    """Oracle: log_softmax of the whole logits in float64: values, entropy, gradients of hidden and weight."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", chunk)
-    problem = logp_problem(torch.float64)
-    ours = logp_and_gradients(linear_logp, torch.float64, problem, temperature)
-    oracle = logp_and_gradients(dense_logp, torch.float64, problem, temperature)
-    assert max(map(error, ours, oracle)) < 1e-12
-
-
-@pytest.mark.parametrize("peak", [1, 20])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_logp_in_low_precision(monkeypatch, dtype, temperature, peak):
-    """Oracle: log_softmax in float64; at most twice the error of torch's own log_softmax in the same dtype."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 301 * 40)  # blocks of 40 rows, the last of 20
-    problem = logp_problem(dtype, N=100, D=64, V=301, peak=peak)
-    ours = logp_and_gradients(linear_logp, dtype, problem, temperature)
-    plain = logp_and_gradients(dense_logp, dtype, problem, temperature)
-    assert_no_worse_than_torch(ours, plain, logp_and_gradients(dense_logp, torch.float64, problem, temperature))
-
-
-def test_linear_logp_adds_many_blocks_in_float32(monkeypatch):
-    """Oracle: log_softmax in float64. 2,000 blocks of one row in bfloat16: the weight's gradient must not be summed
-    there."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 1)
-    problem = logp_problem(torch.bfloat16, N=2000, D=8, V=5)
-    ours = logp_and_gradients(linear_logp, torch.bfloat16, problem, 1.0)
-    plain = logp_and_gradients(dense_logp, torch.bfloat16, problem, 1.0)
-    assert_no_worse_than_torch(ours, plain, logp_and_gradients(dense_logp, torch.float64, problem, 1.0))
-
-
-def test_linear_logp_gradcheck(monkeypatch):
-    """Oracle: finite differences in float64, over several blocks."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 2 * 7)
-    hidden, weight, _, _ = logp_problem(torch.float64, N=5, D=4, V=7)
-    target = torch.tensor([0, 6, 3, 3, 1])
-    inputs = hidden.requires_grad_(), weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w: linear_logp(h, w, target, 0.8)[0], inputs)
-
-
-def test_linear_logp_of_a_sliced_head(monkeypatch):
-    """Oracle: log_softmax over the slice. As Model.head_vd gives it (the first rows), and with strides that are not
-    contiguous; one gradient arrives in the whole weight, zero outside the slice; a frozen side gets none."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 100)
-    hidden, weight, target, grad = logp_problem(torch.float64)
-    for cut in (lambda w: torch.cat([w, w + 9])[:50], lambda w: w.t().contiguous().t(),
-                lambda w: w.repeat_interleave(2, 0)[::2]):
-        problem = torch.stack([hidden, hidden], 1).flatten(0, 1)[::2], weight, target, grad
-        ours = logp_and_gradients(lambda h, w, *rest: linear_logp(h, cut(w), *rest), torch.float64, problem, 0.7)
-        assert max(map(error, ours, logp_and_gradients(dense_logp, torch.float64, problem, 0.7))) < 1e-12
-    whole = torch.cat([weight, weight + 9]).requires_grad_()
-    linear_logp(hidden, whole[:50], target)[0].sum().backward()
-    assert whole.grad[:50].abs().sum() > 0 and not whole.grad[50:].any()
-    assert not linear_logp(hidden, weight, target)[0].requires_grad
-    hidden.requires_grad_()
-    linear_logp(hidden, weight, target)[0].sum().backward()
-    assert hidden.grad.abs().sum() > 0 and weight.grad is None
-
-
-def test_linear_logp_hand_worked():
-    """Oracle: by hand. Logits (0, ln 3) at temperature 1: probabilities 1/4 and 3/4; at 1/2 they are 1/10 and 9/10."""
-    hidden, weight = torch.ones(2, 1, dtype=torch.float64), torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
-    for temperature, p in ((1.0, (1 / 4, 3 / 4)), (0.5, (1 / 10, 9 / 10))):
-        logp, entropy = linear_logp(hidden, weight, torch.tensor([0, 1]), temperature)
-        assert logp.tolist() == pytest.approx([math.log(x) for x in p], rel=1e-14)
-        assert entropy.tolist() == pytest.approx([-sum(x * math.log(x) for x in p)] * 2, rel=1e-14)
-
-
-def test_linear_logp_of_nothing_and_of_certainty():
-    """No rows: empty outputs and zero gradients. One token certain: logp and entropy are exactly zero, nothing is
-    NaN."""
-    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    logp, entropy = linear_logp(hidden, weight, torch.zeros(0, dtype=torch.int64))
-    logp.sum().backward()
-    assert logp.shape == entropy.shape == (0,) and hidden.grad.shape == (0, 4) and not weight.grad.any()
-    logp, entropy = linear_logp(torch.full((1, 1), 300.0), torch.tensor([[1.0], [-1.0]]), torch.tensor([0]))
-    assert logp.item() == 0 and entropy.item() == 0
-    with pytest.raises(AssertionError, match="temperature"):
-        linear_logp(hidden, weight, torch.zeros(0, dtype=torch.int64), 0.0)
+        assert attention(x, x, x, segments, impl).shape == (0, 2, 8)
+    q, k, v, grad = (x.float() for x in qkv(1, 4, 2, 32))
+    out, *grads = with_gradients(lambda *x: attention(*x, torch.tensor([(0, 1, -1)]), impl), dtype, (q, k, v), [grad])
+    out, *grads = (x.cpu().float() for x in (out, *grads))
+    assert torch.allclose(out, v.repeat_interleave(2, 1), rtol=1e-6)
+    assert grads[0].abs().max() < 1e-5 and grads[1].abs().max() < 1e-5
+    assert torch.allclose(grads[2], grad.view(1, 2, 2, 32).sum(2), rtol=1e-5, atol=1e-6)
 
 
 class Largest(TorchDispatchMode):
@@ -305,19 +284,462 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():  # the interpreter copies bytes
                 self.numel = max(self.numel, x.numel())
         return out
 
 
-def test_linear_logp_never_holds_all_logits(monkeypatch):
-    """N x V logits would be 1.2 million elements; the largest tensor of forward and backward is the weight, 40,000.
-    That the recorder sees what it should is checked on the dense oracle."""
-    N, D, V = 600, 20, 2000
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 30_000)
-    problem = logp_problem(torch.float32, N, D, V)
-    with Largest() as dense_largest:
-        logp_and_gradients(dense_logp, torch.float32, problem, 1.0)
-    with Largest() as ours:
-        logp_and_gradients(linear_logp, torch.float32, problem, 1.0)
-    assert dense_largest.numel == N * V and ours.numel == V * D
+def test_attention_never_holds_all_scores():
+    """16 trees: the largest tensor of forward and backward is far from [N, N]."""
+    segments = table(*[(64, 20, 20)] * 16)
+    N = int(segments[:, 1].sum())
+    *inputs, grad = qkv(N, 2, 1, 8)
+    with Largest() as largest:
+        with_gradients(lambda *x: attention(*x, segments), F32, inputs, [grad])
+    assert largest.numel < N * N / 8, (largest.numel, N)
+
+
+# ----------------------------------------------------------------------------------------------------- decode attention
+
+
+def check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak=1.0, unused=3):
+    """Oracle: the last row of dense causal attention over a slot's prompt and the first of its own entries.
+
+    lengths: each slot's own entries, 0 for a free slot. prompts: (length, its slots), no slots for a free row. What
+    lies beyond the lengths, in free slots and in free rows is NaN; finite for PyTorch, whose zero weights multiply it.
+    """
+    B, K, C, junk = len(lengths), kv_heads, head_dim, 1e3 if impl == "torch" else math.nan
+    T, U = max(lengths) + unused, max([length for length, _ in prompts], default=0) + unused
+    q = (randn(B, heads, C) * peak).to(dtype)
+    k, v = torch.stack([randn(B, K, T + 2, C, seed=1), randn(B, K, T + 2, C, seed=2)]).to(dtype)
+    prompt_k, prompt_v = randn(2, len(prompts), K, U + 2, C, seed=3).to(dtype)
+    for x, x_lengths in ((k, lengths), (v, lengths), (prompt_k, [n if slots else 0 for n, slots in prompts]),
+                         (prompt_v, [n if slots else 0 for n, slots in prompts])):
+        for row, length in zip(x, x_lengths):
+            row[:, length:] = junk
+    q[[b for b, length in enumerate(lengths) if length == 0]] = junk
+    slot_pm = torch.full((len(prompts), max([1, *[len(slots) for _, slots in prompts]])), -1)
+    for row, (_, slots) in zip(slot_pm, prompts):
+        row[:len(slots)] = torch.tensor(slots)
+
+    def answer(dtype):
+        out = {}
+        for b, length in enumerate(lengths):
+            k_kuc, v_kuc = k[b, :, :length], v[b, :, :length]
+            for p, (n, slots) in enumerate(prompts):
+                if b in slots:
+                    k_kuc, v_kuc = (torch.cat([x[p, :, :n], y], 1) for x, y in ((prompt_k, k_kuc), (prompt_v, v_kuc)))
+            if length:
+                seen = torch.ones(1, k_kuc.shape[1], dtype=torch.bool)
+                k_ukc, v_ukc = (x.to(dtype).transpose(0, 1) for x in (k_kuc, v_kuc))
+                out[b] = dense(q[b:b + 1].to(dtype), k_ukc, v_ukc, seen)
+        return list(out), torch.cat(list(out.values()))
+
+    live, oracle = answer(F64)
+    shared = Prompts(fenced(prompt_k.to(DEVICE))[:, :, :U], fenced(prompt_v.to(DEVICE))[:, :, :U],
+                     torch.tensor([n for n, _ in prompts], device=DEVICE), slot_pm.to(DEVICE)) if prompts else None
+    with poisoned():
+        ours = decode_attention(fenced(q.to(DEVICE)), fenced(k.to(DEVICE))[:, :, :T], fenced(v.to(DEVICE))[:, :, :T],
+                                torch.tensor([max(n, 1) for n in lengths], device=DEVICE), shared, impl)[live].cpu()
+    if dtype == F64:
+        assert error(ours, oracle) < 1e-12
+    else:
+        assert_no_worse_than_torch([ours], [answer(dtype)[1]], [oracle])
+
+
+@pytest.mark.parametrize("impl,dtype", EVERY, ids=shown)
+@pytest.mark.parametrize("heads,kv_heads,head_dim,peak", [(4, 4, 32, 1), (8, 2, 80, 1), (14, 2, 64, 1), (8, 1, 128, 20),
+                                                          (5, 1, 96, 1), (2, 1, 256, .01)])
+def test_decode_attention_is_the_last_row_of_attention(heads, kv_heads, head_dim, peak, impl, dtype):
+    """Lengths on both sides of a block's and of a split's end, and a free slot."""
+    check_decode(impl, dtype, [1, 2, 17, 0, 33, 48], [], heads, kv_heads, head_dim, peak)
+
+
+@pytest.mark.parametrize("impl,dtype", EVERY, ids=shown)
+@pytest.mark.parametrize("lengths,prompts,heads,kv_heads,head_dim,peak,unused", [
+    # prompts of 7, 2 and 1 slots, a free row, slot 10 without prompt, slot 3 free
+    ([3, 1, 16, 0, 9, 17, 1, 1, 2, 5, 20, 1], [(37, [11, 0, 2, 5, 4, 9, 8]), (5, []), (16, [6, 1]), (1, [7])],
+     4, 2, 32, 1, 3),
+    ([1, 4, 33], [(0, [1]), (70, [2, 0])], 7, 1, 80, 20, 0),  # an empty prompt; the prompts' whole memory in use
+    ([6, 40], [(40, [1]), (3, [0])], 2, 1, 64, 1, 260),  # many splits, most of them empty
+    ([2, 3, 0, 1, 1, 4, 2, 1, 1, 30, 2], [(21, [9, 1, 0, 3, 4, 5, 6, 7, 8, 10])], 8, 1, 32, 1, 1),  # two tiles
+    ([5], [(2, []), (9, [])], 2, 2, 32, 1, 3),  # nobody's prompts
+    ])
+def test_decode_attention_with_shared_prompts(lengths, prompts, heads, kv_heads, head_dim, peak, unused, impl, dtype):
+    """The prompt is read once for its slots; each slot's answer is as if it had it alone."""
+    check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak, unused)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.xfail(strict=True)), "invariant"])
+def test_decode_attention_of_a_view(impl):
+    """Oracle: the same numbers in dense memory, where they lie heads first here."""
+    q, k, v = (randn(*shape, seed=i).to(DEVICE, F32) for i, shape in enumerate([(4, 3, 32), *[(2, 3, 9, 32)] * 2]))
+    q, k, v, length_b = *(x.transpose(0, 1) for x in (q, k, v)), torch.tensor([9, 1, 4], device=DEVICE)
+    copy = decode_attention(q.contiguous(), k.contiguous(), v.contiguous(), length_b, impl=impl)
+    assert error(decode_attention(q, k, v, length_b, impl=impl), copy) < 1e-6
+
+
+@needs_cuda
+@pytest.mark.parametrize("impl", ["triton", "invariant"])
+def test_decode_attention_in_a_cuda_graph(impl):
+    """Oracle: the same call without a graph, bit for bit. Captured once, replayed with other lengths, members and
+    contents."""
+    B, H, K, C, P, U, T = 9, 14, 2, 64, 3, 700, 300
+    rng = torch.Generator("cuda").manual_seed(0)
+
+    def contents(slots):
+        q, k, v = (torch.randn(*shape, generator=rng, device="cuda", dtype=BF16)
+                   for shape in ((B, H, C), (B, K, T, C), (B, K, T, C)))
+        prompt_k, prompt_v = torch.randn(2, P, K, U, C, generator=rng, device="cuda", dtype=BF16)
+        length_b = torch.randint(1, T + 1, (B,), generator=rng, device="cuda")
+        length_p = torch.randint(1, U + 1, (P,), generator=rng, device="cuda")
+        return [q, k, v, length_b, prompt_k, prompt_v, length_p, torch.tensor(slots, device="cuda")]
+
+    def step(q, k, v, length_b, *prompts):
+        return decode_attention(q, k, v, length_b, Prompts(*prompts), impl)
+
+    held = contents([[0, 1, 2, 3], [8, -1, -1, -1], [-1] * 4])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles
+        step(*held)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(*held)
+    for slots in ([[0, 1, 2, 3], [8, -1, -1, -1], [-1] * 4], [[7, 3, -1, -1], [2, 0, 4, 5], [6, 1, -1, -1]],
+                  [[-1] * 4] * 3):
+        for old, new in zip(held, contents(slots)):
+            old.copy_(new)
+        graph.replay()
+        assert_same_bits([out], [step(*held)])
+
+
+# ------------------------------------------------------------------------------------------ log-probabilities of tokens
+
+
+def dense_logp(hidden_nd, weight_vd, target_n, temperature):
+    """The oracle: every logit, one log_softmax in float32 or wider, autograd."""
+    logits_nv = (hidden_nd @ weight_vd.t()).to(wide(hidden_nd.dtype)) / temperature
+    logp_nv = logits_nv.log_softmax(1)
+    return (logp_nv.gather(1, target_n[:, None])[:, 0], -(logp_nv.exp() * logp_nv).sum(1).detach(),
+            logits_nv.logsumexp(1).detach())
+
+
+def logp_problem(N=11, D=24, V=50, peak=1.0, seed=0):
+    """hidden, weight, target, gradient of logp. Targets repeat, 0 and V - 1 occur."""
+    target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed))
+    target[:4] = torch.tensor([0, V - 1, V // 2, V // 2])
+    return randn(N, D, seed=seed) * peak, randn(V, D, seed=seed + 1) / math.sqrt(D) * 2, target, randn(N, seed=seed + 2)
+
+
+def check_logp(impl, dtype, problem, temperature=1.0, cut=lambda weight: weight):
+    """logp, entropy, lse, and the gradients of hidden and weight. In low precision PyTorch may round the logits, as
+    torch does; the kernels are measured by logits in float32."""
+    hidden, weight, target, grad = problem
+    target, n_outputs = target.to(DEVICE), 2 if impl == "torch" else 3
+
+    def op(hidden, weight):
+        out = linear_logp(hidden, cut(weight), target, temperature, impl, return_lse=impl != "torch")
+        assert {x.dtype for x in out} == {wide(dtype)}
+        assert [x.requires_grad for x in out] == [True, False, False][:n_outputs]
+        return out
+
+    def oracle(hidden, weight):
+        return dense_logp(hidden, cut(weight), target, temperature)[:n_outputs]
+
+    def plain(hidden, weight):
+        return oracle(hidden.to(wide(dtype)), weight.to(wide(dtype)))
+
+    check(op, dtype, [hidden, weight], [grad], oracle, None if impl == "torch" else plain)
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 150, 2**25])  # rows per block: 1, 1, 3 with a remainder of 2, all 11
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_linear_logp_is_log_softmax(monkeypatch, chunk, temperature):
+    """Oracle: log_softmax of the whole logits in float64: values, entropy, gradients of hidden and weight."""
+    monkeypatch.setattr(kernels, "LOGIT_CHUNK", chunk)
+    check_logp("torch", F64, logp_problem(), temperature)
+
+
+@pytest.mark.parametrize("peak", [1, 20])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=shown)
+def test_linear_logp_in_low_precision(monkeypatch, dtype, temperature, peak):
+    """Oracle: log_softmax in float64; at most twice the error of torch's own log_softmax in the same dtype."""
+    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 301 * 40)  # blocks of 40 rows, the last of 20
+    check_logp("torch", dtype, logp_problem(N=100, D=64, V=301, peak=peak), temperature)
+
+
+@pytest.mark.parametrize("impl,dtype", KERNELS, ids=shown)
+@pytest.mark.parametrize("N,D,V,temperature,peak,chunk", [
+    (4, 8, 257, 1.0, 1, 2**27), (45, 50, 101, 0.5, 1, 2**27), (64, 32, 48, 1.7, 20, 32 * 64), (33, 65, 130, 0.7, 20, 1),
+    (40, 24, 5, 1.0, 1, 2**27)])
+def test_linear_logp_kernels(monkeypatch, N, D, V, temperature, peak, chunk, impl, dtype):
+    """Oracle: log_softmax in float64. Vocabularies of tiles and a rest, of whole tiles, of less than a tile; all
+    columns' gradients at once, in chunks of whole tiles with a rest, and a tile at a time."""
+    monkeypatch.setattr(kernels, "GRADIENT_CHUNK", chunk)
+    check_logp(impl, dtype, logp_problem(N * LONGER, D * LONGER, V, peak), temperature)
+
+
+def test_linear_logp_adds_many_blocks_in_float32(monkeypatch):
+    """Oracle: log_softmax in float64. 2,000 blocks of one row in bfloat16: the weight's gradient must not be summed
+    there."""
+    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 1)
+    check_logp("torch", BF16, logp_problem(N=2000, D=8, V=5))
+
+
+def test_linear_logp_gradcheck(monkeypatch):
+    """Oracle: finite differences in float64, over several blocks."""
+    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 2 * 7)
+    hidden, weight, target, _ = logp_problem(N=5, D=4, V=7)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: linear_logp(h, w, target, 0.8)[0], inputs)
+
+
+@pytest.mark.parametrize("impl,dtype", [("torch", F64), ("triton", F32)], ids=shown)
+def test_linear_logp_of_a_sliced_head(monkeypatch, impl, dtype):
+    """Oracle: log_softmax over the slice. As Model.head_vd gives it (the first rows), and with strides that are not
+    contiguous; one gradient arrives in the whole weight, zero outside the slice; a frozen side gets none."""
+    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 100)
+    hidden, weight, target, grad = logp_problem()
+    for cut in (lambda w: torch.cat([w, w + 9])[:50], lambda w: w.t().contiguous().t(),
+                lambda w: w.repeat_interleave(2, 0)[::2]):
+        check_logp(impl, dtype, (torch.stack([hidden, hidden], 1).flatten(0, 1)[::2], weight, target, grad), 0.7, cut)
+    hidden, weight, target = hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), target.to(DEVICE)
+    whole = torch.cat([weight, weight + 9]).requires_grad_()
+    linear_logp(hidden, whole[:50], target, impl=impl)[0].sum().backward()
+    assert whole.grad[:50].abs().sum() > 0 and not whole.grad[50:].any()
+    assert not linear_logp(hidden, weight, target, impl=impl)[0].requires_grad
+    hidden.requires_grad_()
+    linear_logp(hidden, weight, target, impl=impl)[0].sum().backward()
+    assert hidden.grad.abs().sum() > 0 and weight.grad is None
+
+
+@pytest.mark.parametrize("impl,dtype", EVERY[:3], ids=shown)
+def test_linear_logp_hand_worked(impl, dtype):
+    """Oracle: by hand. Logits (0, ln 3) at temperature 1: probabilities 1/4 and 3/4; at 1/2 they are 1/10 and 9/10."""
+    hidden, weight = torch.ones(2, 1).to(DEVICE, dtype), torch.tensor([[0.0], [math.log(3)]]).to(DEVICE, dtype)
+    for temperature, p in ((1.0, (1 / 4, 3 / 4)), (0.5, (1 / 10, 9 / 10))):
+        logp, entropy = linear_logp(hidden, weight, torch.tensor([0, 1], device=DEVICE), temperature, impl)
+        assert logp.tolist() == pytest.approx([math.log(x) for x in p], rel=1e-6)
+        assert entropy.tolist() == pytest.approx([-sum(x * math.log(x) for x in p)] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("impl,dtype", [
+    pytest.param("torch", F64, marks=pytest.mark.xfail(strict=True)), ("triton", F32), ("invariant", F32)], ids=shown)
+def test_linear_logp_returns_lse(impl, dtype):
+    """Oracle: by hand. Logits (0, ln 3) have lse ln 4; at temperature 1/2 they are (0, ln 9): ln 10."""
+    hidden, weight = torch.ones(1, 1).to(DEVICE, dtype), torch.tensor([[0.0], [math.log(3)]]).to(DEVICE, dtype)
+    zero = torch.tensor([0], device=DEVICE)
+    for temperature, total in ((1.0, 4), (0.5, 10)):
+        _, _, lse = linear_logp(hidden, weight, zero, temperature, impl, return_lse=True)
+        assert lse.tolist() == pytest.approx([math.log(total)], rel=1e-6) and not lse.requires_grad
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_linear_logp_of_nothing_and_of_certainty(impl):
+    """No rows: empty outputs and zero gradients. One token certain: logp and entropy are exactly zero, nothing is
+    NaN."""
+    hidden, weight = (torch.ones(n, 4, requires_grad=True, device=DEVICE) for n in (0, 9))
+    nothing, zero = torch.zeros(0, dtype=torch.int64, device=DEVICE), torch.tensor([0], device=DEVICE)
+    logp, entropy = linear_logp(hidden, weight, nothing, impl=impl)
+    logp.sum().backward()
+    assert logp.shape == entropy.shape == (0,) and hidden.grad.shape == (0, 4) and not weight.grad.any()
+    certain = torch.full((1, 1), 300.0, device=DEVICE), torch.tensor([[1.0], [-1.0]], device=DEVICE)
+    logp, entropy = linear_logp(*certain, zero, impl=impl)
+    assert logp.item() == 0 and entropy.item() == 0
+    with pytest.raises(AssertionError, match="temperature"):
+        linear_logp(hidden, weight, nothing, 0.0, impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_linear_logp_never_holds_all_logits(monkeypatch, impl):
+    """N x V logits would be 48,000 elements; the largest tensor of forward and backward is the weight, 8,000, or three
+    numbers for each row and tile. That the recorder sees what it should is checked on the dense oracle."""
+    N, D, V = 120, 20, 400
+    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 6000)
+    monkeypatch.setattr(kernels, "GRADIENT_CHUNK", 6000)
+    *inputs, target, grad = logp_problem(N, D, V)
+    target = target.to(DEVICE)
+    numel = []
+    for f in (dense_logp, lambda *x: linear_logp(*x, impl=impl)):
+        with Largest() as largest:
+            with_gradients(lambda *x: f(*x, target, 1.0)[:1], F32, inputs, [grad])
+        numel.append(largest.numel)
+    assert numel[0] == N * V and numel[1] <= max(V * D, 3 * N * math.ceil(V / 16)) + 2 * FENCE
+
+
+# --------------------------------------------------------------------------------------------- everything between these
+
+
+def check_rope(impl, dtype, N, heads, head_dim, normed, first=0):
+    """Oracle: rope_ref. The heads are a slice of a larger product, from head `first` on."""
+    angle = randn(N, head_dim // 2, seed=4).to(DEVICE)
+    cos, sin = angle.cos().float(), angle.sin().float()
+
+    def op(impl):
+        return lambda x, weight=None: rope(x[:, first:first + heads], cos.to(wide(x.dtype)), sin.to(wide(x.dtype)),
+                                           weight, 1e-3, impl)
+    inputs = [randn(N, heads + 2 * first, head_dim), randn(head_dim, seed=1)][:1 + normed]
+    check(op(impl), dtype, inputs, [randn(N, heads, head_dim, seed=2)], op("torch"))
+
+
+def check_norm(impl, dtype, N, D):
+    """Oracle: add_rms_norm_ref; both outputs' gradients reach both inputs."""
+    x, weight, grad = randn(N, D), randn(D, seed=1), randn(N, D, seed=2)
+    check(lambda *x: rms_norm(*x, 1e-3, impl), dtype, [x, weight], [grad], lambda *x: rms_norm(*x, 1e-3, "torch"))
+    check(lambda *x: add_rms_norm(*x, 1e-3, impl), dtype, [x, randn(N, D, seed=3), weight], [randn(N, D, seed=4), grad],
+          lambda *x: add_rms_norm(*x, 1e-3, "torch"))
+
+
+@pytest.mark.parametrize("impl,dtype", KERNELS, ids=shown)
+@pytest.mark.parametrize("N,D", [(37, 50), (5, 128), (70, 1)])
+def test_norm_kernels(N, D, impl, dtype):
+    """Oracle: add_rms_norm_ref in float64. Width 1 is all eps."""
+    check_norm(impl, dtype, N, D)
+
+
+def test_norms_of_more_rows_than_programs(monkeypatch):
+    """Oracle: the references in float64. Backward, 1024 programs share the rows; here 4 programs share 11."""
+    monkeypatch.setattr(kernels, "min", lambda *x: min(*x, 4), raising=False)  # `min(N, 1024)`
+    check_norm("triton", F32, 11, 40)
+    check_rope("triton", F32, 11, 3, 24, normed=True)
+    check_rope("triton", F32, 11, 3, 24, normed=False)
+
+
+@pytest.mark.parametrize("impl,dtype", KERNELS, ids=shown)
+@pytest.mark.parametrize("N,heads,head_dim,normed,first", [
+    (9, 5, 24, True, 0), (13, 4, 64, False, 2), (7, 3, 80, True, 1), (30, 1, 2, False, 0)])
+def test_rope_kernels(N, heads, head_dim, normed, first, impl, dtype):
+    """Oracle: rope_ref in float64, with and without Qwen3's norm; of a slice."""
+    check_rope(impl, dtype, N, heads, head_dim, normed, first)
+
+
+@pytest.mark.parametrize("impl,dtype", KERNELS, ids=shown)
+def test_swiglu_kernels(impl, dtype):
+    """Oracle: swiglu_ref in float64, over more than one block of elements, of two halves of one product; gates that
+    close and open fully."""
+    def op(impl):
+        return lambda x: swiglu(*x.chunk(2, 1), impl)
+    check(op(impl), dtype, [randn(37, 2 * 41) * 4], [randn(37, 41, seed=1)], op("torch"))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=shown)
+@pytest.mark.parametrize("N,D,V", [(37, 50, 33), (4, 32, 80), (70, 8, 5), (0, 8, 5)])
+def test_invariant_linear(N, D, V, dtype):
+    """Oracle: torch's linear in float64, with bias and without; the rows are every second of a tensor."""
+    for n_inputs in (2, 3):
+        check(lambda x, *rest: linear(x[::2], *rest, impl="invariant"), dtype,
+              [randn(2 * N, D), randn(V, D, seed=1), randn(V, seed=2)][:n_inputs], [randn(N, V, seed=3)],
+              lambda x, *rest: F.linear(x[::2], *rest))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_pointwise_by_hand(impl):
+    """Oracle: by hand. (3, 4) has mean square 12.5; so has (1, 0) + (2, 4). A quarter turn takes (1, 2 | 3, 4), whose
+    pairs are (1, 3) and (2, 4), to (-3, -4 | 1, 2). silu(0) = 0, silu(ln 3) = 3/4 ln 3."""
+    def close(x, y):
+        return torch.allclose(x.cpu(), torch.tensor(y), rtol=1e-6, atol=1e-6)
+    x, delta, weight, seven = (torch.tensor(y, device=DEVICE) for y in ([[3.0, 4]], [[2.0, 4]], [2.0, 10], [[7.0, 2]]))
+    assert close(rms_norm(x, weight, 0.0, impl), [[6 / 12.5**.5, 40 / 12.5**.5]])
+    assert close(rms_norm(x, weight, 12.5, impl), [[6 / 5, 40 / 5]])
+    total, normed = add_rms_norm(x - delta, delta, weight, 0.0, impl)
+    assert close(total, [[3.0, 4]]) and close(normed, [[6 / 12.5**.5, 40 / 12.5**.5]])
+    turn, x = torch.ones(1, 2, device=DEVICE), torch.tensor([[[1.0, 2, 3, 4]]], device=DEVICE)
+    assert close(rope(x, 0 * turn, turn, impl=impl), [[[-3.0, -4, 1, 2]]])
+    assert close(rope(x, 0 * turn, turn, torch.tensor([1.0, 2, 3, 4], device=DEVICE), 0.0, impl),
+                 [[[-9 / 7.5**.5, -16 / 7.5**.5, 1 / 7.5**.5, 4 / 7.5**.5]]])
+    assert close(swiglu(torch.tensor([[0.0, math.log(3)]], device=DEVICE), seven, impl), [[0, 1.5 * math.log(3)]])
+
+
+# --------------------------------------------------------------------------------------------------------- all kernels
+
+
+def one_of_each(impl):
+    """name -> (operation, inputs, gradients of its first outputs)."""
+    segments, target = table((17, 9, 8), (3,)), torch.arange(37, device=DEVICE) * 7 % 50
+    N = int(segments[:, 1].sum())
+    angle = randn(37, 12, seed=9).to(DEVICE).float()
+    cos, sin, length_b = angle.cos(), angle.sin(), torch.tensor([9, 1, 20], device=DEVICE)
+    slot_pm, length_p = torch.tensor([[2, 0], [-1, -1]], device=DEVICE), torch.tensor([30, 3], device=DEVICE)
+    *qkv_, grad = qkv(N, 4, 2, 32)
+    x, y, weight, head = randn(37, 24), randn(37, 24, seed=1), randn(24, seed=2), randn(50, 24, seed=3)
+    return {
+        "attention": (lambda *x: attention(*x, segments, impl), qkv_, [grad]),
+        "decode_attention": (
+            lambda q, k, v, pk, pv: decode_attention(q, k, v, length_b, Prompts(pk, pv, length_p, slot_pm), impl),
+            [randn(*shape) for shape in ((3, 4, 32), *[(3, 2, 21, 32)] * 2, *[(2, 2, 80, 32)] * 2)], []),
+        "linear_logp": (lambda *x: linear_logp(*x, target, 0.7, impl, True), [x, head], [randn(37, seed=4)]),
+        "linear": (lambda *x: linear(*x, impl="invariant"), [x, head, randn(50, seed=4)], [randn(37, 50, seed=5)]),
+        "rms_norm": (lambda *x: rms_norm(*x, 1e-3, impl), [x, weight], [y]),
+        "add_rms_norm": (lambda *x: add_rms_norm(*x, 1e-3, impl), [x, y, weight], [y, x]),
+        "rope": (lambda x: rope(x, cos, sin, impl=impl), [randn(37, 3, 24)], [randn(37, 3, 24, seed=1)]),
+        "normed rope": (lambda x, w: rope(x, cos, sin, w, 1e-3, impl), [randn(37, 3, 24), weight],
+                        [randn(37, 3, 24, seed=1)]),
+        "swiglu": (lambda *x: swiglu(*x, impl), [x, y], [y]),
+    }
+
+
+NAMES = ["attention", "decode_attention", "linear_logp", "linear", "rms_norm", "add_rms_norm", "rope", "normed rope",
+         "swiglu"]
+
+
+def test_every_operation_is_listed():
+    """The names that the following tests run over."""
+    assert list(one_of_each("triton")) == NAMES
+
+
+@pytest.mark.parametrize("impl,dtype", [("triton", LOW[-1]), ("invariant", F32)], ids=shown)
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_are_deterministic(name, impl, dtype):
+    """Oracle: a second run, from other garbage in memory, gives the same bits, gradients included."""
+    assert_same_bits(*[with_gradients_or_without(*one_of_each(impl)[name], dtype) for _ in range(2)])
+
+
+def with_gradients_or_without(op, inputs, grads, dtype):
+    """decode_attention has no backward."""
+    if grads:
+        return with_gradients(op, dtype, inputs, grads)
+    with poisoned():
+        return [op(*[fenced(x.to(DEVICE, dtype)) for x in inputs])]
+
+
+def test_pointwise_kernels_of_nothing():
+    """No rows: empty outputs, zero gradients of the weights."""
+    for name in ("rms_norm", "add_rms_norm", "normed rope", "swiglu"):
+        op, inputs, grads = one_of_each("triton")[name]
+        rows = [x[:0] if len(x) == 37 else x for x in inputs]
+        if name == "normed rope":
+            cos = torch.zeros(0, 12, device=DEVICE)
+            op = lambda x, w: rope(x, cos, cos, w, 1e-3, "triton")  # noqa: E731
+        out = with_gradients(op, F32, rows, [g[:0] for g in grads])
+        assert [x.shape for x in out[-len(rows):]] == [x.shape for x in rows] and not any(x.any() for x in out)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_refuse_what_they_cannot_multiply(monkeypatch, name):
+    """bfloat16 in the interpreter, which would multiply its bit patterns; float64; two dtypes in one call; a CPU
+    without the interpreter."""
+    for dtype in [F64] + [BF16] * (DEVICE == "cpu"):
+        with pytest.raises(AssertionError, match=str(dtype)):
+            with_gradients_or_without(*one_of_each("triton")[name], dtype)
+    op, inputs, _ = one_of_each("triton")[name]
+    if len(inputs) > 1:
+        with pytest.raises(AssertionError, match="float16"):
+            op(*[x.to(DEVICE, F32 if i else F16) for i, x in enumerate(inputs)])
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
+        with pytest.raises(AssertionError, match="on cpu"):
+            op(*[x.float() for x in inputs])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "linear"])
+def test_default_implementation(name):
+    """Oracle: the named implementation's bits. No impl means Triton on a GPU, unless in float64, and PyTorch elsewhere.
+    """
+    for dtype, impl in ((F32, "torch" if DEVICE == "cpu" else "triton"), (F64, "torch")):
+        runs = [with_gradients_or_without(*one_of_each(how)[name], dtype) for how in (None, impl)]
+        assert_same_bits(*runs)
+    with pytest.raises(AssertionError, match="impl is"):
+        with_gradients_or_without(*one_of_each("cuda")[name], F32)

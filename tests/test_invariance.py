@@ -1,0 +1,152 @@
+"""Batch invariance (impl="invariant"): a token's numbers are the same bits alone, in a batch, in a forest and decoded one
+by one. Oracle: the same operation on the row, or the sequence, alone; torch.equal. In Triton's interpreter in float32, on a
+GPU in bfloat16 (RM_TEST_DEVICE=cuda). The control shows that the default path differs, so that the tests can fail."""
+
+import os
+
+import pytest
+import torch
+
+import kernels
+from kernels import Prompts, attention, decode_attention, linear, linear_logp, rms_norm, rope, swiglu
+from model import Model, ModelConfig, pack
+from sample import Sampler
+
+DEVICE = os.environ.get("RM_TEST_DEVICE", "cpu")
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+pytestmark = pytest.mark.skipif(not kernels.runs_triton(DEVICE, DTYPE), reason="needs a GPU or TRITON_INTERPRET=1")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, DTYPE)
+
+
+def rows_alone(f, n):
+    return torch.cat([f(slice(i, i + 1)) for i in range(n)])
+
+
+@pytest.mark.parametrize("N,D,V", [(37, 40, 50), (70, 96, 33), (1, 17, 5)])
+def test_rows_of_linear_alone(N, D, V):
+    """Each row alone, and the rows in another order."""
+    x, weight, bias = normal(N, D), normal(V, D, seed=1), normal(V, seed=2)
+    for b in (bias, None):
+        together = linear(x, weight, b, "invariant")
+        assert torch.equal(together, rows_alone(lambda row: linear(x[row], weight, b, "invariant"), N))
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        assert torch.equal(together[order], linear(x[order], weight, b, "invariant"))
+
+
+def test_rows_of_linear_logp_alone():
+    """logp, entropy and lse of each row alone, at a temperature; the vocabulary ends within a tile."""
+    N, V = 41, 107
+    hidden, weight, target = normal(N, 48), normal(V, 48, seed=1), torch.arange(N, device=DEVICE) * 5 % V
+    together = linear_logp(hidden, weight, target, 0.7, "invariant", return_lse=True)
+    for i, x in enumerate(together):
+        def alone(row, i=i):
+            return linear_logp(hidden[row], weight, target[row], 0.7, "invariant", return_lse=True)[i]
+        assert torch.equal(x, rows_alone(alone, N))
+
+
+def test_rows_of_pointwise_operations_alone():
+    """rms_norm, add_rms_norm, rope with and without norm, swiglu."""
+    N, D, H, C = 19, 48, 3, 32
+    x, y, weight = normal(N, D), normal(N, D, seed=1), normal(D, seed=2)
+    q, angle = normal(N, H, C), torch.randn(N, C // 2, device=DEVICE)
+    cos, sin = angle.cos(), angle.sin()
+    for f in (lambda row: rms_norm(x[row], weight, 1e-6, "invariant"),
+              lambda row: torch.cat(kernels.add_rms_norm(x[row], y[row], weight, 1e-6, "invariant"), 1),
+              lambda row: rope(q[row], cos[row], sin[row], None, 0.0, "invariant"),
+              lambda row: rope(q[row], cos[row], sin[row], weight[:C], 1e-6, "invariant"),
+              lambda row: swiglu(x[row], y[row], "invariant")):
+        assert torch.equal(f(slice(None)), rows_alone(f, N))
+
+
+@pytest.mark.parametrize("H,K,C", [(4, 2, 32), (7, 1, 64), (5, 5, 80)])
+def test_attention_in_a_forest_alone_and_decoded(H, K, C):
+    """Trees of prompts and responses of odd lengths: each [prompt, response] alone as one causal sequence, and every one
+    of its tokens decoded against the prompt's cache and its own; a prompt alone."""
+    trees = [(37, [9, 33, 1]), (5, [20, 2]), (32, [16])]
+    segments, start = [], 0
+    for prompt, responses in trees:
+        parent = len(segments)
+        for n, above in [(prompt, -1)] + [(n, parent) for n in responses]:
+            segments.append((start, n, above))
+            start += n
+    q, k, v = normal(start, H, C), normal(start, K, C, seed=1), normal(start, K, C, seed=2)
+    out = attention(q, k, v, torch.tensor(segments), "invariant")
+    for first, n, above in segments:
+        p_first, p = segments[above][:2] if above >= 0 else (first, 0)
+        rows = torch.tensor([*range(p_first, p_first + p), *range(first, first + n)], device=DEVICE)
+        alone = attention(q[rows], k[rows], v[rows], torch.tensor([(0, p + n, -1)]), "invariant")
+        assert torch.equal(out[rows], alone)
+        if above < 0:
+            continue
+        for i in range(n):  # three slots: two of the prompt's, and one with the whole sequence in its own cache
+            own = slice(first, first + i + 1)
+            q_bhc = torch.stack([q[first + i]] * 3)
+            k_bktc, v_bktc = (normal(3, K, p + n + 3, C, seed=9) for _ in range(2))
+            for x_bktc, x in ((k_bktc, k), (v_bktc, v)):
+                x_bktc[:2, :, :i + 1] = x[own].transpose(0, 1)
+                x_bktc[2, :, :p + i + 1] = x[rows[:p + i + 1]].transpose(0, 1)
+            prompts = Prompts(k[p_first:p_first + p].transpose(0, 1)[None].repeat(2, 1, 1, 1),
+                              v[p_first:p_first + p].transpose(0, 1)[None].repeat(2, 1, 1, 1),
+                              torch.tensor([0, p], device=DEVICE), torch.tensor([[-1, -1], [1, 0]], device=DEVICE))
+            length_b = torch.tensor([i + 1, i + 1, p + i + 1], device=DEVICE)
+            decoded = decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts, "invariant")
+            assert torch.equal(decoded, torch.stack([out[first + i]] * 3))
+
+
+def tiny(kind):
+    """A model of two layers and 3 heads on one key/value head, with the biases or norms of its family."""
+    raw = {"model_type": kind, "vocab_size": 101, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2,
+           "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+           "tie_word_embeddings": kind == "qwen3"}
+    model = Model.random(ModelConfig.from_dict(raw), seed=1, device=DEVICE, dtype=DTYPE).requires_grad_(False)
+    for name, x in model.named_parameters():  # else biases and norms would hide mistakes
+        if x.ndim == 1:
+            x += normal(*x.shape, seed=len(name)) / 10
+        else:
+            x *= 8
+    model.n_vocab = 97
+    return model
+
+
+PROMPTS = [[5, 6, 7, 8, 9] * 7, [11, 3], [1, 2, 3, 4] * 4 + [9]]
+
+
+def sampled_and_scored(model, n, n_slots, **options):
+    """The sampler's log-probabilities of its rollouts, and the trainer's of the same tokens in one forest."""
+    rollouts = Sampler(model, n_slots).generate(PROMPTS, n, 6, **options)
+    forest = pack([(ids, [r.ids for r in group]) for ids, group in zip(PROMPTS, rollouts)], DEVICE)
+    scored = torch.cat([torch.arange(s, s + m) for s, m, above in forest.segments_s3.tolist() if above >= 0]).to(DEVICE)
+    sampled = torch.tensor([x for group in rollouts for r in group for x in r.logps])
+    return rollouts, sampled, model(forest, scored, options.get("temperature", 1.0) or 1.0)[0].cpu()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_the_sampler_gives_the_trainers_bits(kind):
+    """Log-probabilities: sampled in groups of 3 with continuous batching, scored in a forest; then each rollout scored as
+    a sequence of its own, and sampled again alone: all the same bits."""
+    model = tiny(kind)
+    model.impl = "invariant"
+    rollouts, sampled, scored = sampled_and_scored(model, 3, 6, temperature=0.8, seed=4)
+    assert len(sampled) == 54 and sampled.min() > -20 and sampled.std() > 0.5
+    assert torch.equal(sampled, scored)
+    for i, ids in enumerate(PROMPTS):
+        for r in rollouts[i]:
+            forest = pack([(ids + r.ids, [])], DEVICE)
+            alone = model(forest, torch.arange(len(ids), len(ids + r.ids), device=DEVICE), 0.8)[0].cpu()
+            assert torch.equal(alone, torch.tensor(r.logps))
+    again = Sampler(model, 3).generate(PROMPTS[1:2], 3, 6, temperature=0.8, seed=4)
+    assert [(r.ids, r.logps) for r in again[0]] == [(r.ids, r.logps) for r in rollouts[1]]
+    _, sampled, scored = sampled_and_scored(model, 1, 2, temperature=0.0)
+    assert torch.equal(sampled, scored)
+
+
+def test_the_default_path_differs():
+    """The control: the same comparison on the default path agrees to rounding, and not to the bit."""
+    model = tiny("qwen2")
+    model.impl = "torch"
+    _, sampled, scored = sampled_and_scored(model, 3, 6, temperature=0.8, seed=4)
+    assert not torch.equal(sampled, scored)
+    assert (sampled - scored).abs().max() < (1e-4 if DTYPE == torch.float32 else 0.3)
