@@ -38,6 +38,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, or auto
     dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
+    batch_invariant: bool = False  # a judgement's bits do not depend on what is judged beside it; slower, needs a GPU
 
     def __post_init__(self):
         check_sampling(self)

@@ -33,10 +33,12 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no Triton for this platform: the kernels below stay plain functions that nobody calls
-    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=lambda x: x)
+    triton, tl = None, SimpleNamespace(constexpr=lambda x: x)
+jit = triton.jit if triton else lambda f=None, **options: f or (lambda g: g)
 
-LOGIT_CHUNK = 2**24  # elements of the [rows, V] float32 blocks that linear_logp holds at once, two of 64 MB
+LOGIT_CHUNK = 2**24  # elements of the [N, columns] float32 blocks that linear_logp holds at once, two of 64 MB
 GRADIENT_CHUNK = 2**27  # elements of the [N, columns] logit gradients that the Triton path holds at once: 256 MB
+POINTWISE = {"enable_fp_fusion": False}  # bound by memory: one rounding per operation costs nothing
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -50,16 +52,18 @@ def use_triton(x, impl):
     """The dispatch of every operation here."""
     assert impl in (None, "torch", "triton", "invariant"), f"impl is None, torch, triton or invariant, got {impl!r}"
     if impl is None:
-        return x.is_cuda and x.dtype != torch.float64
+        return x.is_cuda and runs_triton(x.device, x.dtype)
     return impl != "torch"
 
 
+@functools.lru_cache
 def runs_triton(device, dtype):
-    """Whether the kernels can run there: on a GPU, or in the interpreter if TRITON_INTERPRET=1 was set before Python
-    started; which multiplies the bit patterns of bfloat16, without an error."""
+    """Whether the kernels can run there: on an NVIDIA GPU of 2020 or later, or in the interpreter if TRITON_INTERPRET=1
+    was set before Python started; which multiplies the bit patterns of bfloat16, without an error."""
     if torch.device(device).type == "cuda":
-        return dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return INTERPRETED and dtype in (torch.float32, torch.float16)
+        new_enough = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
+        return bool(triton) and new_enough and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return INTERPRETED and bool(triton) and dtype in (torch.float32, torch.float16)
 
 
 def require_triton(device, dtype):
@@ -73,113 +77,46 @@ def _check(*tensors):
     """What every launcher assumes: a device that runs Triton, one dtype, dense rows."""
     x = tensors[0]
     assert runs_triton(x.device, x.dtype), f"Triton does not run {x.dtype} on {x.device}, see runs_triton"
+    assert not x.is_cuda or x.device.index == torch.cuda.current_device(), f"{x.device} is not the current device"
     for y in tensors:
         assert y.dtype == x.dtype, [t.dtype for t in tensors]
         assert y.device == x.device and y.stride(-1) == 1, (y.device, x.device, y.stride())
 
 
-# How a kernel is cut: two block sizes, warps, pipeline stages; by operation and padded head size, or by operation. For
-# GPU generations 80, 90 and 100 (A100, H100, B200) and "small": cards of these generations with 99 KB of shared memory
-# (RTX 30, 40, 50). Chosen so that nothing spills and the shared memory fits: bench/compile.py prints what each costs.
+# How a kernel is cut: two block sizes, warps, pipeline stages; by operation and padded head size. Chosen so that
+# nothing spills, the shared memory fits and every product is made of the generation's widest tensor-core instructions:
+# bench/compile.py prints what each costs. 80, 90 and 100 are A100, H100 and B200; "small" are the cards of any of these
+# generations with 99 KB of shared memory (RTX 30, 40, 50). The sizes are BLOCK_M and BLOCK_N (queries and keys); without
+# a head size, BLOCK_N and BLOCK_V. An "invariant" tile serves training, prefill and decoding, which must agree.
+GENERATIONS = (80, 90, 100, "small")
 TILES = {
-    80: {
-        ('attention_fwd', 32): (128, 64, 8, 3),
-        ('attention_fwd', 64): (128, 64, 8, 3),
-        ('attention_fwd', 128): (128, 64, 8, 3),
-        ('attention_fwd', 256): (64, 64, 8, 2),
-        ('attention_invariant', 32): (64, 64, 4, 2),
-        ('attention_invariant', 64): (64, 64, 4, 2),
-        ('attention_invariant', 128): (64, 64, 4, 2),
-        ('attention_invariant', 256): (64, 32, 8, 2),
-        ('attention_bwd_q', 32): (128, 64, 8, 2),
-        ('attention_bwd_q', 64): (128, 64, 8, 2),
-        ('attention_bwd_q', 128): (128, 64, 8, 2),
-        ('attention_bwd_q', 256): (64, 32, 8, 2),
-        ('attention_bwd_kv', 32): (64, 128, 8, 2),
-        ('attention_bwd_kv', 64): (64, 128, 8, 2),
-        ('attention_bwd_kv', 128): (64, 128, 8, 2),
-        ('attention_bwd_kv', 256): (32, 64, 8, 2),
-        ('decode', 32): (0, 64, 4, 4),
-        ('decode', 64): (0, 64, 4, 4),
-        ('decode', 128): (0, 64, 4, 3),
-        ('decode', 256): (0, 64, 4, 2),
-        'logp': (128, 256, 8, 3),
-        'linear_invariant': (64, 128, 4, 3),
-    },
-    90: {
-        ('attention_fwd', 32): (128, 64, 8, 3),
-        ('attention_fwd', 64): (128, 64, 8, 3),
-        ('attention_fwd', 128): (128, 64, 8, 3),
-        ('attention_fwd', 256): (64, 64, 8, 2),
-        ('attention_invariant', 32): (64, 64, 4, 2),
-        ('attention_invariant', 64): (64, 64, 4, 2),
-        ('attention_invariant', 128): (64, 64, 4, 2),
-        ('attention_invariant', 256): (64, 32, 8, 2),
-        ('attention_bwd_q', 32): (128, 64, 8, 2),
-        ('attention_bwd_q', 64): (128, 64, 8, 2),
-        ('attention_bwd_q', 128): (128, 64, 8, 2),
-        ('attention_bwd_q', 256): (64, 32, 8, 2),
-        ('attention_bwd_kv', 32): (64, 128, 8, 2),
-        ('attention_bwd_kv', 64): (64, 128, 8, 2),
-        ('attention_bwd_kv', 128): (64, 128, 8, 2),
-        ('attention_bwd_kv', 256): (32, 64, 8, 2),
-        ('decode', 32): (0, 64, 4, 4),
-        ('decode', 64): (0, 64, 4, 4),
-        ('decode', 128): (0, 64, 4, 3),
-        ('decode', 256): (0, 64, 4, 2),
-        'logp': (128, 256, 8, 3),
-        'linear_invariant': (64, 128, 4, 3),
-    },
-    100: {
-        ('attention_fwd', 32): (128, 64, 8, 3),
-        ('attention_fwd', 64): (128, 64, 8, 3),
-        ('attention_fwd', 128): (128, 64, 8, 3),
-        ('attention_fwd', 256): (64, 64, 8, 2),
-        ('attention_invariant', 32): (64, 64, 4, 2),
-        ('attention_invariant', 64): (64, 64, 4, 2),
-        ('attention_invariant', 128): (64, 64, 4, 2),
-        ('attention_invariant', 256): (64, 32, 8, 2),
-        ('attention_bwd_q', 32): (128, 64, 8, 2),
-        ('attention_bwd_q', 64): (128, 64, 8, 2),
-        ('attention_bwd_q', 128): (128, 64, 8, 2),
-        ('attention_bwd_q', 256): (64, 32, 8, 2),
-        ('attention_bwd_kv', 32): (64, 128, 8, 2),
-        ('attention_bwd_kv', 64): (64, 128, 8, 2),
-        ('attention_bwd_kv', 128): (64, 128, 8, 2),
-        ('attention_bwd_kv', 256): (32, 64, 8, 2),
-        ('decode', 32): (0, 64, 4, 4),
-        ('decode', 64): (0, 64, 4, 4),
-        ('decode', 128): (0, 64, 4, 3),
-        ('decode', 256): (0, 64, 4, 2),
-        'logp': (128, 256, 8, 3),
-        'linear_invariant': (64, 128, 4, 3),
-    },
-    'small': {
-        ('attention_fwd', 32): (128, 64, 8, 3),
-        ('attention_fwd', 64): (128, 64, 8, 3),
-        ('attention_fwd', 128): (128, 64, 8, 3),
-        ('attention_fwd', 256): (64, 64, 8, 2),
-        ('attention_invariant', 32): (64, 64, 4, 2),
-        ('attention_invariant', 64): (64, 64, 4, 2),
-        ('attention_invariant', 128): (64, 64, 4, 2),
-        ('attention_invariant', 256): (64, 32, 8, 2),
-        ('attention_bwd_q', 32): (128, 64, 8, 2),
-        ('attention_bwd_q', 64): (128, 64, 8, 2),
-        ('attention_bwd_q', 128): (128, 64, 8, 2),
-        ('attention_bwd_q', 256): (64, 32, 8, 2),
-        ('attention_bwd_kv', 32): (64, 128, 8, 2),
-        ('attention_bwd_kv', 64): (64, 128, 8, 2),
-        ('attention_bwd_kv', 128): (64, 128, 8, 2),
-        ('attention_bwd_kv', 256): (32, 64, 8, 2),
-        ('decode', 32): (0, 64, 4, 4),
-        ('decode', 64): (0, 64, 4, 4),
-        ('decode', 128): (0, 64, 4, 3),
-        ('decode', 256): (0, 64, 4, 2),
-        'logp': (128, 256, 8, 3),
-        'linear_invariant': (64, 128, 4, 3),
-    },
+    ("attention_fwd", 32): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+    ("attention_fwd", 64): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3)),
+    ("attention_fwd", 128): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
+    ("attention_fwd", 256): ((64, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("attention_invariant", 32): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("attention_invariant", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("attention_invariant", 128): ((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    ("attention_invariant", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("attention_bwd_q", 32): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+    ("attention_bwd_q", 64): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
+    ("attention_bwd_q", 128): ((128, 32, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 32, 8, 2)),
+    ("attention_bwd_q", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    ("attention_bwd_kv", 32): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    ("attention_bwd_kv", 64): ((32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 3)),
+    ("attention_bwd_kv", 128): ((64, 128, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2)),
+    ("attention_bwd_kv", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+    ("decode", 32): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
+    ("decode", 64): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
+    ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
+    ("decode", 256): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
+    ("decode_group", 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 3)),
+    ("decode_group", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 4, 3)),
+    ("decode_group", 128): ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 4, 2)),
+    ("decode_group", 256): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+    ("logp", 0): ((128, 256, 8, 3), (128, 256, 16, 4), (128, 128, 8, 4), (128, 128, 8, 3)),
+    ("linear_invariant", 0): ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3)),
 }
-# Keys of each operation's two block sizes; operations without head size also have a BLOCK_D and a GROUP.
 FLOAT32_TILE = (32, 32, 4, 1)  # "ieee" products have no tensor core
 INTERPRETER_TILES = {"decode": (16, 16), "attention_bwd_kv": (16, 32)}  # else (32, 16): small, so that tests cross them
 
@@ -195,29 +132,28 @@ def _generation(device):
 
 
 def _tiling(op, C, x, n_rows=16):
-    """The launch of an operation on x: its block sizes, as keyword arguments, and the compiler's options."""
-    generation = _generation(x.device)
+    """The launch of an operation on x: its block sizes, as keyword arguments, and the compiler's options. n_rows are
+    the query rows of decode: those of a group of slots have a tile of their own."""
+    op = "decode_group" if op == "decode" and n_rows > 16 else op
+    generation, BLOCK_C = _generation(x.device), C and max(32, triton.next_power_of_2(C))
     if generation is None:
         first, second, warps, stages = *INTERPRETER_TILES.get(op, (32, 16)), 4, 1
     elif x.dtype == torch.float32:
         first, second, warps, stages = FLOAT32_TILE
     else:
-        first, second, warps, stages = TILES[generation][op, max(32, triton.next_power_of_2(C))] if C else \
-            TILES[generation][op]
+        first, second, warps, stages = TILES[op, BLOCK_C][GENERATIONS.index(generation)]
     # products of float32 inputs keep float32 precision: TF32 would not
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": "invariant" not in op}
     if C == 0:
         return dict(BLOCK_N=first, BLOCK_V=second, BLOCK_D=32 if x.dtype == torch.float32 else 64, GROUP=16,
                     PRECISION="ieee"), options
-    if op == "decode":
-        first = 16 if n_rows <= 16 else 64
-    return dict(BLOCK_M=first, BLOCK_N=second, BLOCK_C=max(32, triton.next_power_of_2(C)), PRECISION="ieee"), options
+    return dict(BLOCK_M=first, BLOCK_N=second, BLOCK_C=BLOCK_C, PRECISION="ieee"), options
 
 
 # -------------------------------------------------------------------------------------------------------- shared pieces
 
 
-@triton.jit
+@jit
 def _load_rows(ptr_rc, real_r, c, C: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr):
     """A [rows, BLOCK_C] block, zero from channel C on and, if MASKED, in rows that are not real."""
     if MASKED and C == BLOCK_C:
@@ -229,7 +165,7 @@ def _load_rows(ptr_rc, real_r, c, C: tl.constexpr, BLOCK_C: tl.constexpr, MASKED
     return tl.load(ptr_rc, mask=(c < C)[None, :], other=0.0)
 
 
-@triton.jit
+@jit
 def _product_tile(x_ptr, w_ptr, row_n, col_v, N, V, D, stride_xn, stride_wv, BLOCK_N: tl.constexpr,
                   BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """A [BLOCK_N, BLOCK_V] float32 tile of x w^T, summed over D in steps of BLOCK_D, first to last.
@@ -249,7 +185,7 @@ def _product_tile(x_ptr, w_ptr, row_n, col_v, N, V, D, stride_xn, stride_wv, BLO
     return acc_nv
 
 
-@triton.jit
+@jit
 def _tile_of(pid, n_row_tiles, n_col_tiles, GROUP: tl.constexpr):
     """Program -> (row tile, column tile): GROUP row tiles walk together through all columns, so both stay in L2."""
     first = pid // (GROUP * n_col_tiles) * GROUP
@@ -309,16 +245,17 @@ def _padded_segments(segments_s3, device):
         yield query_st.to(device), key_su.to(device), real_st.to(device), visible.to(device)
 
 
-@triton.jit
+@jit
 def _keys_at(ptr, prefix_ptr, key_n, n_prefix, own_row, prefix_row, stride, prefix_stride, CACHED: tl.constexpr):
     """Pointers to keys number key_n of a sequence: the first n_prefix are rows from prefix_row on, then own_row's."""
-    if CACHED:  # two tensors
-        return tl.where(key_n < n_prefix, prefix_ptr + (prefix_row + key_n).to(tl.int64) * prefix_stride,
-                        ptr + (own_row + key_n - n_prefix).to(tl.int64) * stride)
+    if CACHED:  # two tensors; a choice between pointers forgets that both are aligned: loads of 2 bytes would follow
+        ptr_n = tl.where(key_n < n_prefix, prefix_ptr + (prefix_row + key_n).to(tl.int64) * prefix_stride,
+                         ptr + (own_row + key_n - n_prefix).to(tl.int64) * stride)
+        return tl.multiple_of(ptr_n, 16)
     return ptr + tl.where(key_n < n_prefix, prefix_row + key_n, own_row + key_n - n_prefix).to(tl.int64) * stride
 
 
-@triton.jit
+@jit
 def _attend_keys(q_mc, max_m, sum_m, acc_mc, begin, end, n_keys, position_m, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
                  n_prefix, own_row, prefix_row, stride_kn, stride_pn, scale_log2, C: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, CACHED: tl.constexpr, MASKED: tl.constexpr,
@@ -347,7 +284,7 @@ def _attend_keys(q_mc, max_m, sum_m, acc_mc, begin, end, n_keys, position_m, k_p
     return max_m, sum_m, acc_mc
 
 
-@triton.jit
+@jit
 def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr, tile_ptr, stride_qn,
                           stride_qh, stride_kn, stride_kh, stride_pn, stride_ph, n_kv, scale, SHARE: tl.constexpr,
                           C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -395,7 +332,7 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
     tl.store(lse_ptr + row_m, max_m + tl.log2(sum_m), mask=real_m)
 
 
-@triton.jit
+@jit
 def _query_gradient(q_mc, grad_out_mc, lse_m, delta_m, position_m, k_ptr, v_ptr, grad_q_mc, begin, end, n_keys,
                     n_prefix, own_row, prefix_row, stride_kn, scale_log2, C: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_C: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
@@ -418,7 +355,7 @@ def _query_gradient(q_mc, grad_out_mc, lse_m, delta_m, position_m, k_ptr, v_ptr,
     return grad_q_mc
 
 
-@triton.jit
+@jit
 def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr, tile_ptr,
                             stride_qn, stride_qh, stride_kn, stride_kh, n_kv, scale, SHARE: tl.constexpr,
                             C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -459,23 +396,22 @@ def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr,
     tl.store(grad_q_ptr + dense_mc, grad_q_mc, mask=real_m[:, None] & (c < C)[None, :])
 
 
-@triton.jit
-def _key_gradient(k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, first, kv, begin, end,
+@jit
+def _key_gradient(k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, kv, begin, end,
                   n_rows, stride_qn, stride_qh, n_kv, scale_log2, SHARE: tl.constexpr, C: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr,
                   PRECISION: tl.constexpr):
-    """Adds to grad_k and grad_v what the query rows from begin to end contribute; row r is of token first + r // SHARE.
-    """
+    """Adds to grad_k and grad_v what the query rows from begin to end contribute; row r is of token r // SHARE, counted
+    from the tile's first: 32-bit offsets, which take half the registers."""
     j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     for start in range(begin, end, BLOCK_M):
         r = start + tl.arange(0, BLOCK_M)
         token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
         real_m = r < n_rows  # rows beyond are zeros: they add nothing
-        row_m = (first + token_m).to(tl.int64)
-        q_m = q_ptr + row_m * stride_qn + head_m * stride_qh
+        q_m = q_ptr + (token_m * stride_qn + head_m * stride_qh)
         q_mc = _load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C, True)
-        row_m = row_m * (n_kv * SHARE) + head_m
-        grad_out_mc = _load_rows(grad_out_ptr + row_m[:, None] * C + c[None, :], real_m, c, C, BLOCK_C, True)
+        row_m = token_m * (n_kv * SHARE) + head_m
+        grad_out_mc = _load_rows(grad_out_ptr + (row_m[:, None] * C + c[None, :]), real_m, c, C, BLOCK_C, True)
         lse_m = tl.load(lse_ptr + row_m, mask=real_m, other=0.0)
         delta_m = tl.load(delta_ptr + row_m, mask=real_m, other=0.0)
         score_nm = tl.dot(k_nc, q_mc.T, input_precision=PRECISION) * scale_log2
@@ -489,7 +425,7 @@ def _key_gradient(k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr
     return grad_k_nc, grad_v_nc
 
 
-@triton.jit
+@jit
 def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, tile_ptr,
                              stride_qn, stride_qh, stride_kn, stride_kh, n_kv, scale, SHARE: tl.constexpr,
                              C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -510,14 +446,19 @@ def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_p
     v_nc = _load_rows(v_ptr + offset_nc, real_n, c, C, BLOCK_C, True)
     grad_k_nc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     grad_v_nc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    q_ptr += first.to(tl.int64) * stride_qn
+    first_row = first.to(tl.int64) * (n_kv * SHARE)
+    grad_out_ptr += first_row * C
+    lse_ptr += first_row
+    delta_ptr += first_row
     n_rows = (until - first) * SHARE
     n_diagonal = tl.minimum(tl.cdiv(n_tile_keys * SHARE, BLOCK_M) * BLOCK_M, n_rows)
     grad_k_nc, grad_v_nc = _key_gradient(
-        k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, first, kv, 0, n_diagonal, n_rows,
+        k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, kv, 0, n_diagonal, n_rows,
         stride_qn, stride_qh, n_kv, scale * LOG2E, SHARE, C, BLOCK_M, BLOCK_N, BLOCK_C, True, PRECISION)
     grad_k_nc, grad_v_nc = _key_gradient(
-        k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, first, kv, n_diagonal, n_rows,
-        n_rows, stride_qn, stride_qh, n_kv, scale * LOG2E, SHARE, C, BLOCK_M, BLOCK_N, BLOCK_C, False, PRECISION)
+        k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, kv, n_diagonal, n_rows, n_rows,
+        stride_qn, stride_qh, n_kv, scale * LOG2E, SHARE, C, BLOCK_M, BLOCK_N, BLOCK_C, False, PRECISION)
     first, n_tile_keys = tl.load(tile_ptr, volatile=True), tl.load(tile_ptr + 1, volatile=True)  # as in the forward one
     real_n, key_n = j < n_tile_keys, (first + j).to(tl.int64)
     dense_nc = ((key_n * n_kv + kv) * C)[:, None] + c[None, :]
@@ -542,8 +483,7 @@ def _query_tiles(segments, tokens_per_tile, device):
     n_tokens = np.minimum(length[segment] - first, tokens_per_tile)
     table = np.stack([start[segment] + first, n_tokens, n_prefix + first, start[segment],
                       np.where(above >= 0, start[above], 0), n_prefix], 1)
-    order = np.argsort(-table[:, 2], kind="stable")
-    return torch.from_numpy(table[order].astype(np.int32)).to(device)
+    return _upload(table[np.argsort(-table[:, 2], kind="stable")], device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -556,8 +496,12 @@ def _key_tiles(segments, keys_per_tile, device):
     segment = np.repeat(np.arange(len(start)), n_tiles)
     first = (np.arange(n_tiles.sum()) - np.repeat(n_tiles.cumsum() - n_tiles, n_tiles)) * keys_per_tile
     table = np.stack([start[segment] + first, np.minimum(length[segment] - first, keys_per_tile), until[segment]], 1)
-    order = np.argsort(table[:, 0] - table[:, 2], kind="stable")
-    return torch.from_numpy(table[order].astype(np.int32)).to(device)
+    return _upload(table[np.argsort(table[:, 0] - table[:, 2], kind="stable")], device)
+
+
+def _upload(table, device):
+    table = torch.from_numpy(table.astype(np.int32))
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -580,7 +524,8 @@ class _Attention(torch.autograd.Function):
         assert segments_s3.dtype == torch.int64 and not segments_s3.is_cuda, (segments_s3.dtype, segments_s3.device)
         segments = segments_s3.numpy().tobytes()
         _check_segments(segments, len(q_nhc))
-        tiles = functools.partial(_query_tiles, segments, device=q_nhc.device)
+        def tiles(tokens_per_tile):
+            return _query_tiles(segments, tokens_per_tile, q_nhc.device)
         out_nhc, lse_nh = _launch_attention(q_nhc, k_nkc, v_nkc, k_nkc, v_nkc, tiles, False, invariant)
         ctx.save_for_backward(q_nhc, k_nkc, v_nkc, out_nhc, lse_nh)
         ctx.segments = segments
@@ -591,6 +536,7 @@ class _Attention(torch.autograd.Function):
         q_nhc, k_nkc, v_nkc, out_nhc, lse_nh = ctx.saved_tensors
         (N, H, C), K = q_nhc.shape, k_nkc.shape[1]
         grad_out_nhc = grad_out_nhc.contiguous()
+        assert N * max(q_nhc.stride(0), H * C) < 2**31, f"{N} tokens: the kernel of the keys counts in 32 bits"
         grad_q_nhc = torch.empty_like(out_nhc)
         grad_k_nkc, grad_v_nkc = q_nhc.new_empty(N, K, C), q_nhc.new_empty(N, K, C)
         delta_nh = torch.empty_like(lse_nh)
@@ -616,6 +562,7 @@ def _launch_attention(q_nhc, k_rkc, v_rkc, prefix_k_rkc, prefix_v_rkc, tiles, ca
     _check(q_nhc, k_rkc, v_rkc, prefix_k_rkc, prefix_v_rkc)
     assert k_rkc.stride() == v_rkc.stride() and prefix_k_rkc.stride() == prefix_v_rkc.stride()
     tiling, options = _tiling("attention_invariant" if invariant else "attention_fwd", C, q_nhc)
+    assert not cached or all(s * q_nhc.element_size() % 16 == 0 for x in (k_rkc, prefix_k_rkc) for s in x.stride()[:2])
     assert H // K <= tiling["BLOCK_M"], f"{H} heads share {K}: at most {tiling['BLOCK_M']} may share one"
     out_nhc, lse_nh = q_nhc.new_empty(N, H, C), q_nhc.new_empty(N, H, dtype=torch.float32)
     table = tiles(tiling["BLOCK_M"] // (H // K))
@@ -660,6 +607,7 @@ class Prompts:
     v_pkuc: torch.Tensor
     length_p: torch.Tensor  # int64: so many of the U positions count
     slot_pm: torch.Tensor   # int64
+    place_b: torch.Tensor | None = None  # int64: where slot b stands in slot_pm, as p * M + m, or -1
 
 
 def decode_attention_ref(q_bhc, k_bktc, v_bktc, length_b, prompts=None):
@@ -669,44 +617,50 @@ def decode_attention_ref(q_bhc, k_bktc, v_bktc, length_b, prompts=None):
     What the caches hold beyond the lengths must be finite.
     """
     (B, H, C), K = q_bhc.shape, k_bktc.shape[1]
-    q_bkgc = (q_bhc / math.sqrt(C)).view(B, K, H // K, C)
+    q_bkgc = q_bhc.view(B, K, H // K, C)
     out_bkgc, max_bkg1, sum_bkg1 = _softmax_part(q_bkgc, k_bktc, v_bktc, length_b)
     if prompts is None:
         return (out_bkgc / sum_bkg1).to(q_bhc.dtype).reshape(B, H, C)
     P, M = prompts.slot_pm.shape
     q_pkrc = q_bkgc[prompts.slot_pm.clamp(min=0)].transpose(1, 2).reshape(P, K, M * (H // K), C)
     part = _softmax_part(q_pkrc, prompts.k_pkuc, prompts.v_pkuc, prompts.length_p)
-    place_b = _places(prompts.slot_pm, B)
+    place_b = _places(prompts, B)
     out, top, total = (x.view(P, K, M, H // K, -1).transpose(1, 2).flatten(0, 1)[place_b.clamp(min=0)] for x in part)
     new_max_bkg1 = torch.maximum(max_bkg1, top)
-    keep_bkg1 = (max_bkg1 - new_max_bkg1).exp()
-    prompt_bkg1 = torch.where((place_b >= 0)[:, None, None, None], (top - new_max_bkg1).exp(), 0)
+    keep_bkg1 = ((max_bkg1 - new_max_bkg1) / math.sqrt(C)).exp()
+    prompt_bkg1 = torch.where((place_b >= 0)[:, None, None, None], ((top - new_max_bkg1) / math.sqrt(C)).exp(), 0)
     out_bkgc = (keep_bkg1 * out_bkgc + prompt_bkg1 * out) / (keep_bkg1 * sum_bkg1 + prompt_bkg1 * total)
     return out_bkgc.to(q_bhc.dtype).reshape(B, H, C)
 
 
 def _softmax_part(q_xkrc, k_xktc, v_xktc, length_x):
-    """exp(score - max) v, the maximum and sum exp(score - max), over the first length_x keys."""
+    """score = q k^T over the first length_x keys, weight = exp((score - max) / sqrt(C)): weight v, max, sum weight.
+
+    Scaled after the subtraction, so that what is rounded is a small difference.
+    """
     score_xkrt = (q_xkrc @ k_xktc.transpose(2, 3)).to(wide(q_xkrc.dtype))
     hidden_xt = torch.arange(score_xkrt.shape[-1], device=score_xkrt.device) >= length_x[:, None]
     score_xkrt.masked_fill_(hidden_xt[:, None, None], -math.inf)
     max_xkr1 = score_xkrt.amax(-1, keepdim=True).clamp(min=torch.finfo(score_xkrt.dtype).min)  # finite without keys too
-    weight_xkrt = score_xkrt.sub_(max_xkr1).exp_()
+    weight_xkrt = score_xkrt.sub_(max_xkr1).div_(math.sqrt(q_xkrc.shape[-1])).exp_()
     return weight_xkrt.to(v_xktc.dtype) @ v_xktc, max_xkr1, weight_xkrt.sum(-1, keepdim=True)
 
 
-def _places(slot_pm, B):
-    """Where slot b stands in slot_pm, as p * M + m, or -1."""
+def _places(prompts, B):
+    """prompts.place_b, worked out from slot_pm if it is not given."""
+    if prompts.place_b is not None:
+        return prompts.place_b
+    slot_pm = prompts.slot_pm
     place_b = torch.full((B + 1,), -1, device=slot_pm.device)
     place_x = torch.arange(slot_pm.numel(), device=slot_pm.device)
     return place_b.scatter_(0, slot_pm.flatten() % (B + 1), place_x)[:B]  # -1 wraps to the last, which is cut off
 
 
-@triton.jit
+@jit(do_not_specialize=["n_members", "n_row_tiles", "first_split", "n_splits", "splits"])  # they vary during a run
 def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse_ptr, stride_qb, stride_qh, stride_kx,
                          stride_kh, stride_kt, n_kv, n_members, n_row_tiles, first_split, n_splits, scale,
-                         SHARE: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                         BLOCK_C: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
+                         splits, SHARE: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                         BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
     """The softmax of all slots of one item (a slot's own cache, or a prompt) over one split of the item's keys.
 
     Query rows are (member, head) pairs, and they are the columns of the products: k q^T and v^T weight need 64 or 128
@@ -716,7 +670,7 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
     item = (tl.program_id(0) // n_row_tiles).to(tl.int64)
     kv, split = tl.program_id(1), tl.program_id(2)
     n_keys = tl.load(length_ptr + item).to(tl.int32)
-    n_split_keys = tl.cdiv(tl.cdiv(n_keys, SPLITS), BLOCK_N) * BLOCK_N
+    n_split_keys = tl.cdiv(tl.cdiv(n_keys, splits), BLOCK_N) * BLOCK_N
     begin = split * n_split_keys
     end = tl.minimum(begin + n_split_keys, n_keys)
     if begin < end:
@@ -751,7 +705,7 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
         tl.store(lse_ptr + out_m, max_m + tl.log2(sum_m), mask=real_m)
 
 
-@triton.jit
+@jit(do_not_specialize=["n_splits"])
 def _decode_merge_kernel(part_ptr, lse_ptr, out_ptr, n_splits, C: tl.constexpr, BLOCK_S: tl.constexpr,
                          BLOCK_C: tl.constexpr):
     """out = sum_s weight_s part_s with weight = softmax(lse over the splits s), for one head of one slot."""
@@ -788,11 +742,11 @@ def _decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
     for k, v, length_x, slot_xm, n_row_tiles, first_split, splits, tiling, options in launches:
         _decode_split_kernel[len(length_x) * n_row_tiles, K, splits](
             q_bhc, k, v, length_x, slot_xm, part_bhsc, lse_bhs, q_bhc.stride(0), q_bhc.stride(1), *k.stride()[:3], K,
-            slot_xm.shape[1], n_row_tiles, first_split, n_splits, 1 / math.sqrt(C), H // K, C, SPLITS=splits, **tiling,
+            slot_xm.shape[1], n_row_tiles, first_split, n_splits, 1 / math.sqrt(C), splits, H // K, C, **tiling,
             **options)
     out_bhc = torch.empty_like(q_bhc)
     BLOCK_S, BLOCK_C = triton.next_power_of_2(n_splits), triton.next_power_of_2(C)
-    _decode_merge_kernel[B * H,](part_bhsc, lse_bhs, out_bhc, n_splits, C, BLOCK_S, BLOCK_C, num_warps=4)
+    _decode_merge_kernel[B * H,](part_bhsc, lse_bhs, out_bhc, n_splits, C, BLOCK_S, BLOCK_C, **POINTWISE)
     return out_bhc
 
 
@@ -810,7 +764,7 @@ def _decode_invariant(q_bhc, k_bktc, v_bktc, length_b, prompts):
     place_b, n_prefix_b = zero_b, zero_b
     if prompts is not None:
         prompt_k, prompt_v = prompts.k_pkuc, prompts.v_pkuc
-        place_b = _places(prompts.slot_pm, B)
+        place_b = _places(prompts, B)
         n_prefix_b = torch.where(place_b >= 0, prompts.length_p[place_b // prompts.slot_pm.shape[1]], 0)
         place_b = place_b.clamp(min=0) // prompts.slot_pm.shape[1]
     own_b = torch.arange(B, device=device) * (k_bktc.stride(0) // k_bktc.stride(2))  # rows are [C] blocks of memory
@@ -838,68 +792,80 @@ def decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts=None, impl=None):
 
 
 class _LinearLogp(torch.autograd.Function):
-    """z = hidden weight^T / temperature;  l = log_softmax(z);  logp = l[target];  entropy = -sum exp(l) l.
+    """z = hidden weight^T / temperature, a block of columns after the other. With M = max z, S = sum exp(z - M) and
+    E = sum exp(z - M) (z - M) so far: logp = (z[target] - M) - log S, entropy = log S - E / S in the end. (Sums of one
+    sign: lse - sum p z or z[target] - lse cancel in float32 where one token is nearly certain.)
 
-    (Not lse(z) - sum softmax(z) z, nor z[target] - lse(z): in float32 both cancel where one token is nearly certain.)
-    Row blocks of LOGIT_CHUNK elements; the backward pass recomputes each block's z, so nothing of size V x N is kept:
-    dz = g (onehot(target) - softmax(z)) / temperature, dhidden = dz weight, dweight = sum over blocks of dz^T hidden.
+    The backward pass recomputes each block's z: dz = grad (onehot(target) - softmax(z)) / temperature, dhidden = sum
+    over blocks of dz weight, dweight = dz^T hidden: one whole product for the rows of a block. Blocks of rows instead
+    would add up dweight, the largest array here, again and again.
     """
 
     @staticmethod
     def forward(ctx, hidden_nd, weight_vd, target_n, temperature):
-        logp_n = torch.empty(len(hidden_nd), dtype=wide(hidden_nd.dtype), device=hidden_nd.device)
-        entropy_n = torch.empty_like(logp_n)
-        for rows, z, l in _row_blocks(hidden_nd, weight_vd, temperature):
-            torch.log_softmax(z, 1, out=l)
-            logp_n[rows] = l.gather(1, target_n[rows, None])[:, 0]
-            entropy_n[rows] = -torch.exp(l, out=z).mul_(l).sum(1)
-        ctx.save_for_backward(hidden_nd, weight_vd, target_n)
+        dtype, N = wide(hidden_nd.dtype), len(hidden_nd)
+        max_n = hidden_nd.new_full((N,), torch.finfo(dtype).min, dtype=dtype)
+        sum_n, moment_n, logit_n = (torch.zeros_like(max_n) for _ in range(3))
+        for first, z_nv, other_nv in _column_blocks(hidden_nd, weight_vd, temperature, 2):
+            within_n = target_n - first
+            inside_n = (within_n >= 0) & (within_n < z_nv.shape[1])
+            here_n = z_nv.gather(1, within_n.clamp(0, z_nv.shape[1] - 1)[:, None])[:, 0]
+            logit_n = torch.where(inside_n, here_n, logit_n)
+            new_max_n = torch.maximum(max_n, z_nv.amax(1))
+            down_n, below_nv = max_n - new_max_n, z_nv.sub_(new_max_n[:, None])
+            weight_nv = torch.exp(below_nv, out=other_nv)
+            moment_n = down_n.exp() * (moment_n + sum_n * down_n)  # before sum_n: it is the old sum that moves down
+            sum_n = down_n.exp() * sum_n + weight_nv.sum(1)
+            moment_n += weight_nv.mul_(below_nv).sum(1)
+            max_n = new_max_n
+        log_sum_n = sum_n.log()
+        entropy_n, lse_n = log_sum_n - moment_n / sum_n, max_n + log_sum_n
+        ctx.save_for_backward(hidden_nd, weight_vd, target_n, max_n, log_sum_n)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_n)
-        return logp_n, entropy_n
+        ctx.mark_non_differentiable(entropy_n, lse_n)
+        return (logit_n - max_n) - log_sum_n, entropy_n, lse_n
 
     @staticmethod
-    def backward(ctx, grad_n, _):
-        hidden_nd, weight_vd, target_n = ctx.saved_tensors
-        grad_hidden_nd = torch.empty_like(hidden_nd) if ctx.needs_input_grad[0] else None
-        # float32 even for bfloat16 weights: hundreds of blocks are added into it
-        grad_weight_vd = torch.zeros_like(weight_vd, dtype=grad_n.dtype) if ctx.needs_input_grad[1] else None
-        for rows, z, dz in _row_blocks(hidden_nd, weight_vd, ctx.temperature):
-            scale = (grad_n[rows] / ctx.temperature)[:, None]
-            torch.softmax(z, 1, out=dz).mul_(-scale)
-            dz.scatter_add_(1, target_n[rows, None], scale)
-            dz = dz.to(hidden_nd.dtype)
-            if grad_hidden_nd is not None:
-                grad_hidden_nd[rows] = dz @ weight_vd
-            if grad_weight_vd is not None and grad_weight_vd.dtype == dz.dtype:
-                grad_weight_vd.addmm_(dz.t(), hidden_nd[rows])
-            elif grad_weight_vd is not None:
-                grad_weight_vd += dz.t() @ hidden_nd[rows]
-        grad_weight_vd = grad_weight_vd.to(weight_vd.dtype) if grad_weight_vd is not None else None
+    def backward(ctx, grad_n, *_):
+        hidden_nd, weight_vd, target_n, max_n, log_sum_n = ctx.saved_tensors
+        grad_hidden_nd = torch.zeros_like(hidden_nd, dtype=grad_n.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight_vd = torch.empty_like(weight_vd) if ctx.needs_input_grad[1] else None
+        scale_n1 = -(grad_n / ctx.temperature)[:, None]
+        for first, z_nv in _column_blocks(hidden_nd, weight_vd, ctx.temperature, 1):
+            last = first + z_nv.shape[1]
+            dz_nv = z_nv.sub_(max_n[:, None]).sub_(log_sum_n[:, None]).exp_().mul_(scale_n1)
+            rows = ((target_n >= first) & (target_n < last)).nonzero()[:, 0]
+            dz_nv[rows, target_n[rows] - first] -= scale_n1[rows, 0]
+            dz_nv = dz_nv.to(hidden_nd.dtype)
+            if grad_hidden_nd is not None and grad_hidden_nd.dtype == dz_nv.dtype:
+                grad_hidden_nd.addmm_(dz_nv, weight_vd[first:last])
+            elif grad_hidden_nd is not None:
+                grad_hidden_nd += dz_nv @ weight_vd[first:last]
+            if grad_weight_vd is not None:
+                torch.mm(dz_nv.t(), hidden_nd, out=grad_weight_vd[first:last])
+        grad_hidden_nd = grad_hidden_nd.to(hidden_nd.dtype) if grad_hidden_nd is not None else None
         return grad_hidden_nd, grad_weight_vd, None, None
 
 
-def _row_blocks(hidden_nd, weight_vd, temperature):
-    """(rows, their logits z at the temperature, an empty block like z) for blocks of about LOGIT_CHUNK elements.
+def _column_blocks(hidden_nd, weight_vd, temperature, n_blocks):
+    """(first column, its block of logits z at the temperature, n_blocks - 1 empty ones like it), LOGIT_CHUNK elements.
 
-    The two blocks are allocated once: on a CPU fresh memory of this size costs more (page faults) than the softmax in
-    it.
+    The blocks are allocated once: on a CPU fresh memory of this size costs more (page faults) than the softmax in it.
     """
     N, V = len(hidden_nd), len(weight_vd)
-    step = max(1, min(N, LOGIT_CHUNK // V))
-    block_rv = hidden_nd.new_empty(step, V, dtype=wide(hidden_nd.dtype))
-    other_rv = torch.empty_like(block_rv)
-    for first in range(0, N, step):
-        rows = slice(first, min(first + step, N))
-        z, other = block_rv[:rows.stop - first], other_rv[:rows.stop - first]
-        if z.dtype == hidden_nd.dtype:
-            torch.mm(hidden_nd[rows], weight_vd.t(), out=z)
+    step = max(1, min(V, LOGIT_CHUNK // max(N, 1)))
+    memory = hidden_nd.new_empty(n_blocks, N * step, dtype=wide(hidden_nd.dtype))
+    for first in range(0, V, step):
+        weight_bd = weight_vd[first:first + step]
+        z_nb, *others = (x[:N * len(weight_bd)].view(N, len(weight_bd)) for x in memory)
+        if z_nb.dtype == hidden_nd.dtype:
+            torch.mm(hidden_nd, weight_bd.t(), out=z_nb)
         else:
-            z.copy_(hidden_nd[rows] @ weight_vd.t())
-        yield rows, z.div_(temperature), other
+            z_nb.copy_(logits(hidden_nd, weight_bd))
+        yield first, z_nb.div_(temperature), *others
 
 
-@triton.jit
+@jit
 def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, moment_ptr, logit_ptr, N, V, D, stride_hn,
                      stride_wv, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
                      BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
@@ -923,7 +889,7 @@ def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, momen
     tl.store(moment_ptr + part_n, tl.sum(weight_nv * below_nv, 1), mask=row_n < N)
 
 
-@triton.jit
+@jit
 def _logp_merge_kernel(max_ptr, sum_ptr, moment_ptr, logit_ptr, logp_ptr, entropy_ptr, N, n_tiles,
                        BLOCK_N: tl.constexpr):
     """The tiles of a row, first to last, under their common maximum M: S = sum exp(z - M), E = sum exp(z - M) (z - M),
@@ -955,7 +921,7 @@ def _logp_merge_kernel(max_ptr, sum_ptr, moment_ptr, logit_ptr, logp_ptr, entrop
     tl.store(sum_ptr + row_n, log_sum_n, mask=real_n)
 
 
-@triton.jit
+@jit
 def _logp_bwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, log_sum_ptr, grad_ptr, grad_logit_ptr, N, V, D,
                      first_col, n_cols, stride_hn, stride_wv, inverse_temperature, BLOCK_N: tl.constexpr,
                      BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
@@ -992,13 +958,13 @@ class _LinearLogpTriton(torch.autograd.Function):
         tiling, options = _tiling("linear_invariant" if invariant else "logp", 0, hidden_nd)
         n_tiles = triton.cdiv(V, tiling["BLOCK_V"])
         part_xtn = hidden_nd.new_empty(3, n_tiles, N, dtype=torch.float32)
-        logit_n, logp_n, entropy_n = hidden_nd.new_empty(3, N, dtype=torch.float32)
+        logit_n, logp_n, entropy_n = (torch.empty_like(part_xtn[0, 0]) for _ in range(3))
         if N:
             _logp_fwd_kernel[triton.cdiv(N, tiling["BLOCK_N"]) * n_tiles,](
                 hidden_nd, weight_vd, target_n, *part_xtn, logit_n, N, V, D, hidden_nd.stride(0), weight_vd.stride(0),
                 1 / temperature, **tiling, **options)
             _logp_merge_kernel[triton.cdiv(N, 64),](*part_xtn, logit_n, logp_n, entropy_n, N, n_tiles, 64, num_warps=2,
-                                                    enable_fp_fusion=False)
+                                                    **POINTWISE)
         max_n, log_sum_n = part_xtn[:2, 0].clone()
         ctx.save_for_backward(hidden_nd, weight_vd, target_n, max_n, log_sum_n)
         ctx.temperature = temperature
@@ -1049,7 +1015,7 @@ def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None, retu
 # ------------------------------------------------------------------------------------------------- the matrix product
 
 
-@triton.jit
+@jit
 def _linear_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, N, V, D, stride_xn, stride_wv, BLOCK_N: tl.constexpr,
                    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
                    PRECISION: tl.constexpr):
@@ -1065,21 +1031,24 @@ def _linear_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, N, V, D, stride_xn, str
              mask=(row_n < N)[:, None] & (col_v < V)[None, :])
 
 
+def _launch_linear(x_nd, weight_vd, bias_v, dtype):
+    _check(x_nd, weight_vd, *([] if bias_v is None else [bias_v]))
+    (N, D), V = x_nd.shape, len(weight_vd)
+    tiling, options = _tiling("linear_invariant", 0, x_nd)
+    out_nv = x_nd.new_empty(N, V, dtype=dtype)
+    if N:
+        _linear_kernel[triton.cdiv(N, tiling["BLOCK_N"]) * triton.cdiv(V, tiling["BLOCK_V"]),](
+            x_nd, weight_vd, bias_v, out_nv, N, V, D, x_nd.stride(0), weight_vd.stride(0), BIAS=bias_v is not None,
+            **tiling, **options)
+    return out_nv
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_nd, weight_vd, bias_v):
         x_nd = x_nd if x_nd.stride(1) == 1 else x_nd.contiguous()
-        _check(x_nd, weight_vd, *([] if bias_v is None else [bias_v]))
-        (N, D), V = x_nd.shape, len(weight_vd)
-        tiling, options = _tiling("linear_invariant", 0, x_nd)
-        out_nv = x_nd.new_empty(N, V)
-        if N:
-            _linear_kernel[triton.cdiv(N, tiling["BLOCK_N"]) * triton.cdiv(V, tiling["BLOCK_V"]),](
-                x_nd, weight_vd, bias_v, out_nv, N, V, D, x_nd.stride(0), weight_vd.stride(0), BIAS=bias_v is not None,
-                **tiling, **options)
         ctx.save_for_backward(x_nd, weight_vd)
-        ctx.bias_dtype = None if bias_v is None else bias_v.dtype
-        return out_nv
+        return _launch_linear(x_nd, weight_vd, bias_v, x_nd.dtype)
 
     @staticmethod
     def backward(ctx, grad_nv):
@@ -1100,6 +1069,19 @@ def linear(x_nd, weight_vd, bias_v=None, impl=None):
     return _Linear.apply(x_nd, weight_vd, bias_v)
 
 
+def logits(hidden_nd, weight_vd, impl=None):
+    """hidden weight^T without gradient, float32 (float64 for float64 inputs): what the sampler draws from.
+
+    On a GPU bfloat16 products are not rounded to bfloat16 on the way, like linear_logp's: rounded logits would put
+    the sampler's log-probabilities 2e-2 off the trainer's.
+    """
+    if impl == "invariant":
+        return _launch_linear(hidden_nd, weight_vd, None, torch.float32)
+    if hidden_nd.is_cuda and wide(hidden_nd.dtype) != hidden_nd.dtype:
+        return torch.mm(hidden_nd, weight_vd.t(), out_dtype=torch.float32)
+    return F.linear(hidden_nd, weight_vd).to(wide(hidden_nd.dtype))
+
+
 # ---------------------------------------------------------------------------------------------------- pointwise fusions
 
 
@@ -1110,7 +1092,7 @@ def add_rms_norm_ref(x_nd, delta_nd, weight_d, eps):
     return sum_nd, weight_d * (wide_nd * torch.rsqrt(wide_nd.square().mean(-1, keepdim=True) + eps)).to(sum_nd.dtype)
 
 
-@triton.jit
+@jit
 def _rms_norm_fwd_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, rstd_ptr, D, eps, ADD: tl.constexpr,
                          BLOCK_D: tl.constexpr):
     """rstd = 1 / sqrt(mean(x^2) + eps);  out = weight x rstd, one row; with ADD, x + delta takes x's place."""
@@ -1126,7 +1108,7 @@ def _rms_norm_fwd_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, rstd_pt
     tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit
+@jit
 def _rms_norm_bwd_kernel(x_ptr, weight_ptr, rstd_ptr, grad_ptr, grad_sum_ptr, grad_x_ptr, part_ptr, N, D,
                          ADD: tl.constexpr, BLOCK_D: tl.constexpr):
     """With h = x rstd:  grad_x = rstd (weight grad - h mean(weight grad h)) (+ grad_sum);  grad_weight = sum_n grad h.
@@ -1159,7 +1141,7 @@ class _AddRmsNorm(torch.autograd.Function):
         out_nd, rstd_n = torch.empty_like(x_nd), x_nd.new_empty(N, dtype=torch.float32)
         if N:
             _rms_norm_fwd_kernel[N,](x_nd, delta_nd, weight_d, sum_nd, out_nd, rstd_n, D, eps, delta_nd is not None,
-                                     triton.next_power_of_2(D), num_warps=_row_warps(D))
+                                     triton.next_power_of_2(D), num_warps=_row_warps(D), **POINTWISE)
         ctx.save_for_backward(sum_nd, weight_d, rstd_n)
         ctx.add = delta_nd is not None
         return (sum_nd, out_nd) if ctx.add else out_nd
@@ -1173,7 +1155,7 @@ class _AddRmsNorm(torch.autograd.Function):
         part_pd = rstd_n.new_empty(n_programs, D)
         if N:
             _rms_norm_bwd_kernel[n_programs,](sum_nd, weight_d, rstd_n, grads[-1], grads[0], grad_x_nd, part_pd, N, D,
-                                              ctx.add, triton.next_power_of_2(D), num_warps=_row_warps(D))
+                                              ctx.add, triton.next_power_of_2(D), num_warps=_row_warps(D), **POINTWISE)
         return grad_x_nd, grad_x_nd if ctx.add else None, part_pd.sum(0).to(weight_d.dtype), None
 
 
@@ -1205,7 +1187,7 @@ def rope_ref(x_nhc, cos_nc, sin_nc, weight_c=None, eps=0.0):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_nhc.dtype)
 
 
-@triton.jit
+@jit
 def _rope_fwd_kernel(x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, eps, stride_xn, stride_xh, H: tl.constexpr,
                      HALF: tl.constexpr, NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr):
     """(a, b) -> (a cos - b sin, b cos + a sin) for the two halves of the channels of a token's heads."""
@@ -1226,7 +1208,7 @@ def _rope_fwd_kernel(x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, eps, stride_x
     tl.store(out_hc + HALF, (b_hc * cos_c + a_hc * sin_c).to(out_ptr.dtype.element_ty), mask=real_hc)
 
 
-@triton.jit
+@jit
 def _rope_bwd_kernel(x_ptr, cos_ptr, sin_ptr, weight_ptr, grad_ptr, grad_x_ptr, part_ptr, N, eps, stride_xn, stride_xh,
                      H: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, BLOCK_H: tl.constexpr,
                      BLOCK_C: tl.constexpr):
@@ -1276,7 +1258,7 @@ class _Rope(torch.autograd.Function):
         ctx.strides, ctx.eps = x_nhc.stride()[:2], eps
         out_nhc = x_nhc.new_empty(N, H, C)
         if N:
-            _rope_fwd_kernel[N,](x_nhc, cos_nc, sin_nc, weight_c, out_nhc, eps, *ctx.strides, *ctx.shapes)
+            _rope_fwd_kernel[N,](x_nhc, cos_nc, sin_nc, weight_c, out_nhc, eps, *ctx.strides, *ctx.shapes, **POINTWISE)
         ctx.save_for_backward(None if weight_c is None else x_nhc, cos_nc, sin_nc, weight_c)
         return out_nhc
 
@@ -1289,7 +1271,7 @@ class _Rope(torch.autograd.Function):
         part_pc = None if weight_c is None else cos_nc.new_empty(n_programs, C)
         if N:
             _rope_bwd_kernel[n_programs,](x_nhc, cos_nc, sin_nc, weight_c, grad_nhc, grad_x_nhc, part_pc, N, ctx.eps,
-                                          *ctx.strides, *ctx.shapes)
+                                          *ctx.strides, *ctx.shapes, **POINTWISE)
         return grad_x_nhc, None, None, None if weight_c is None else part_pc.sum(0).to(weight_c.dtype), None
 
 
@@ -1305,7 +1287,7 @@ def swiglu_ref(gate_nf, up_nf):
     return F.silu(gate_nf) * up_nf
 
 
-@triton.jit
+@jit
 def _swiglu_fwd_kernel(gate_ptr, up_ptr, out_ptr, n, BLOCK: tl.constexpr):
     """out = gate sigmoid(gate) up."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -1314,7 +1296,7 @@ def _swiglu_fwd_kernel(gate_ptr, up_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + i, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=i < n)
 
 
-@triton.jit
+@jit
 def _swiglu_bwd_kernel(gate_ptr, up_ptr, grad_ptr, grad_gate_ptr, grad_up_ptr, n, BLOCK: tl.constexpr):
     """With s = sigmoid(gate):  grad_up = grad gate s;  grad_gate = grad up s (1 + gate (1 - s))."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -1333,7 +1315,8 @@ class _SwiGLU(torch.autograd.Function):
         _check(gate_nf, up_nf)
         out_nf = torch.empty_like(gate_nf)
         if out_nf.numel():
-            _swiglu_fwd_kernel[triton.cdiv(out_nf.numel(), 1024),](gate_nf, up_nf, out_nf, out_nf.numel(), 1024)
+            n = out_nf.numel()
+            _swiglu_fwd_kernel[triton.cdiv(n, 1024),](gate_nf, up_nf, out_nf, n, 1024, **POINTWISE)
         ctx.save_for_backward(gate_nf, up_nf)
         return out_nf
 
@@ -1343,7 +1326,7 @@ class _SwiGLU(torch.autograd.Function):
         grad_gate_nf, grad_up_nf = torch.empty_like(gate_nf), torch.empty_like(up_nf)
         if grad_nf.numel():
             _swiglu_bwd_kernel[triton.cdiv(grad_nf.numel(), 1024),](
-                gate_nf, up_nf, grad_nf.contiguous(), grad_gate_nf, grad_up_nf, grad_nf.numel(), 1024)
+                gate_nf, up_nf, grad_nf.contiguous(), grad_gate_nf, grad_up_nf, grad_nf.numel(), 1024, **POINTWISE)
         return grad_gate_nf, grad_up_nf
 
 

@@ -14,6 +14,7 @@ weights are.
 Letters: N packed tokens, S segments, M scored tokens, D width, H query heads, K key/value heads, C channels of a head.
 """
 
+import functools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import add_rms_norm, attention, linear, linear_logp, rms_norm, rope, swiglu, wide
+from kernels import add_rms_norm, attention, linear, linear_logp, logits, rms_norm, rope, swiglu, wide
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -260,7 +261,7 @@ class Model(nn.Module):
     def logits(self, ids):
         """[T, V] logits of one sequence of ids: float32, or float64 for a float64 model."""
         hidden_td = self(pack([(list(ids), [])], self.head_vd.device))
-        return (hidden_td @ self.head_vd.t()).to(wide(hidden_td.dtype))
+        return logits(hidden_td, self.head_vd, self.impl)
 
     @staticmethod
     def random(config, seed=0, device="cpu", dtype=torch.float32):
@@ -360,9 +361,14 @@ class RMSNorm(nn.Module):
 
 def rope_table(rope, positions_n, dtype):
     """cos and sin of position * inv_freq, [N, C/2]; angles in float64: a float32 angle is off by 2e-3 at 32k."""
-    inv_freq_c = torch.tensor(rope.inv_freq, dtype=torch.float64, device=positions_n.device)
-    angle_nc = positions_n[:, None] * inv_freq_c
+    angle_nc = positions_n[:, None] * _on_device(rope.inv_freq, positions_n.device)
     return (angle_nc.cos() * rope.scale).to(dtype), (angle_nc.sin() * rope.scale).to(dtype)
+
+
+@functools.lru_cache
+def _on_device(values, device):
+    """Copied once, not at every decode step."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common import copy_weights, fail, one_line_errors, parse_config
 from data.pairs import Pair, read_pairs
-from kernels import Prompts, attention, decode_attention, linear, linear_logp, wide
+from kernels import Prompts, attention, decode_attention, linear_logp, logits, require_triton
 from model import Model, pack
 from reward import benchmark_verdict, load_prompt, majority, render
 from tokenizer import StreamDecoder, Tokenizer
@@ -90,7 +90,8 @@ def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
         beyond = p_bv.cumsum(1) - p_bv >= top_p  # the likelier tokens reach top_p without this one
         logits_bv = logits_bv.masked_fill(torch.zeros_like(beyond).scatter(1, order_bv, beyond), -torch.inf)
     logp_bv = logits_bv.log_softmax(1)
-    cdf_bv = logp_bv.exp().cumsum(1, dtype=torch.float64)
+    # float64, so that the draw does not depend on how a device orders the sum, which it may do by the number of rows
+    cdf_bv = (logits_bv - logits_bv.amax(1, keepdim=True)).double().exp().cumsum(1)
     total_b = cdf_bv[:, -1]
     # below the total, to which the product may round up; then the first token whose sum is above has a p that is not 0
     point_b = (uniform_b * total_b).minimum(total_b.nextafter(torch.zeros_like(total_b)))
@@ -177,16 +178,16 @@ class Batch:
         last_b being the prompt's last, and it sees drawn_b of its own, itself included. An empty slot sees itself.
         """
         self.active = [b for b, slot in enumerate(self.slots) if slot.rollout is not None]
-        slot_pm = np.full((1 + max(self.rows.values()), self.n), -1)
+        slot_pm, place_b = np.full((1 + max(self.rows.values()), self.n), -1), np.full(len(self.slots), -1)
         length_p, table_bx = np.zeros(len(slot_pm), dtype=np.int64), [(1, 0, 0, 0)] * len(self.slots)
         for b in self.active:
             slot, ids = self.slots[b], self.prompts[self.slots[b].prompt]
             row = self.rows[slot.prompt]
-            slot_pm[row, slot.sample], length_p[row] = b, len(ids)
+            slot_pm[row, slot.sample], place_b[b], length_p[row] = b, row * self.n + slot.sample, len(ids)
             table_bx[b] = len(slot.rollout.ids), len(ids) - 1, self.keys[slot.prompt], slot.sample
-        parts = [*np.array(table_bx).T, np.array(self.active), length_p, slot_pm]
+        parts = [*np.array(table_bx).T, place_b, np.array(self.active), length_p, slot_pm]
         flat = torch.from_numpy(np.concatenate(parts, axis=None)).to(self.device).split([x.size for x in parts])
-        self.drawn_b, self.last_b, self.key_b, self.sample_b, self.active_a, self.length_p, slot_pm = flat
+        self.drawn_b, self.last_b, self.key_b, self.sample_b, self.place_b, self.active_a, self.length_p, slot_pm = flat
         self.slot_pm, self.U, self.stale = slot_pm.view(-1, self.n), int(length_p.max()), False
 
     def admit(self, admitted):
@@ -238,7 +239,7 @@ class Batch:
             k, v = self.own.k[layer], self.own.v[layer]
             k[slot_b, :, new_b], v[slot_b, :, new_b] = k_bkc, v_bkc
             shared = (x[layer][:len(self.slot_pm), :, :self.U] for x in (self.shared.k, self.shared.v))
-            prompts = Prompts(*shared, self.length_p, self.slot_pm)
+            prompts = Prompts(*shared, self.length_p, self.slot_pm, self.place_b)
             return decode_attention(q_bhc, k[:, :, :T], v[:, :, :T], self.drawn_b, prompts, impl=self.model.impl)
         return attend
 
@@ -254,8 +255,7 @@ class Batch:
         """Samples a token for each of these slots, records it, and frees the slots whose rollouts end with it."""
         how, head_vd, impl = self.sampling, self.model.head_vd, self.model.impl
         uniform_a = uniforms(how.seed, self.key_b[slot_a], self.sample_b[slot_a], self.drawn_b[slot_a])
-        logits_av = linear(hidden_ad, head_vd, impl=impl).to(wide(hidden_ad.dtype))
-        id_a, logp_a = choose(logits_av, uniform_a, how.temperature, how.top_p, how.top_k)
+        id_a, logp_a = choose(logits(hidden_ad, head_vd, impl), uniform_a, how.temperature, how.top_p, how.top_k)
         if impl == "invariant" and how.top_k == 0 and how.top_p == 1:  # the trainer's own operation: equal bits
             logp_a, _ = linear_logp(hidden_ad, head_vd, id_a, how.temperature or 1.0, impl=impl)
         self.token_b[slot_a] = id_a
@@ -356,7 +356,7 @@ def whole_model(model, dtype):
     with torch.device("meta"):
         copy = Model(model.config)
     copy = copy.to_empty(device=weight.device).to(dtype).requires_grad_(False)
-    copy.n_vocab = model.n_vocab
+    copy.n_vocab, copy.impl = model.n_vocab, model.impl
     return copy
 
 
@@ -513,6 +513,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, or auto
     dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
+    batch_invariant: bool = False  # a judgement's bits do not depend on what is judged beside it; slower, needs a GPU
 
     def __post_init__(self):
         check_sampling(self)
@@ -547,6 +548,8 @@ def load_judge(cfg):
         raise ValueError("--device cuda: this PyTorch sees no GPU")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device == "cuda" else torch.float32
+    if cfg.batch_invariant:
+        require_triton(device, dtype)
     tokenizer = Tokenizer(cfg.model)
     own_prompt = Path(cfg.model) / "prompt.txt"
     if cfg.prompt is None and not own_prompt.exists():
@@ -556,7 +559,7 @@ def load_judge(cfg):
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{cfg.model}: tokenizer.json has {tokenizer.n_vocab} tokens, but config.json's vocab_size is "
                          f"{model.config.vocab_size}: they are not of the same model")
-    model.n_vocab = tokenizer.n_vocab
+    model.n_vocab, model.impl = tokenizer.n_vocab, "invariant" if cfg.batch_invariant else None
     return Judge(Sampler(model, cfg.n_slots), tokenizer, load_prompt(cfg.prompt or str(own_prompt)), cfg.max_new_tokens,
                  cfg.temperature, cfg.top_p, cfg.top_k, cfg.votes, cfg.seed)
 
@@ -568,6 +571,7 @@ def judge_settings(cfg, judge):
     return {"model": str(Path(cfg.model).resolve()), "prompt": asdict(judge.prompt), "votes": cfg.votes,
             "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k,
             "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "weights": weights,
+            "batch_invariant": cfg.batch_invariant,
             "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
 
 

@@ -1,10 +1,12 @@
 """Every kernel at every tuned configuration, compiled for GPUs that are not here: registers, spills, shared memory.
 
-    python -m bench.compile                      sm_80, sm_90 and sm_100, bfloat16; --dtype float16, float32
+    python -m bench.compile                              sm_80, sm_90 and sm_100, bfloat16; minutes on two cores
+    python -m bench.compile --sm 89 120 --dtype float16  the cards with less shared memory
 
 The operations are called on meta tensors, forward and backward, and their launches are recorded instead of run: so what
 is compiled is what the launchers would ask for. `cuobjdump` of the triton package then reads registers, stack and local
-memory (spills), and counts each generation's tensor-core instructions: HMMA on sm_80, HGMMA on sm_90, UTCHMMA on sm_100.
+memory (spills), and counts each generation's tensor-core instructions: HMMA on sm_80, HGMMA on sm_90, UTCHMMA on
+sm_100. Prints a table and the faults; the exit status is 1 if there are any.
 """
 
 import argparse
@@ -30,6 +32,8 @@ SHARED_KB = {80: 163, 90: 227, 100: 227, 89: 99, 120: 99}  # per block, NVIDIA's
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 HEAD_SIZES = (32, 64, 128, 256)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+# HMMA will do: beside two float32 gradients of 256 channels, what HGMMA needs spills at every tile
+OLDER_INSTRUCTIONS = {("attention_bwd_kv C=256", 90)}
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,21 @@ class Launch:
     options: tuple
 
     @property
-    def label(self):
-        shown = {k: v for k, v in self.constants if k in ("C", "BLOCK_M", "BLOCK_N", "BLOCK_V", "BLOCK_D", "CACHED", "NORM",
-                                                        "ADD")}
+    def name(self):
+        """What it computes, whatever the tile: attention_fwd C=64 CACHED."""
+        values = dict(self.constants)
+        rows = "group" * (self.kernel == "_decode_split_kernel" and values["BLOCK_M"] > 16)
+        invariant = "invariant" * (not dict(self.options).get("enable_fp_fusion", True))
+        words = [self.kernel[1:].removesuffix("_kernel"), f"C={values.get('C')}" * ("C" in values), rows,
+                 invariant]
+        return " ".join(filter(None, words + [key for key in ("CACHED", "BIAS", "ADD", "NORM") if values.get(key)]))
+
+    @property
+    def tile(self):
+        """Its first two block sizes, warps, stages: 128x64 8w 3s."""
+        sizes = [str(v) for k, v in self.constants if k.startswith("BLOCK")][:2]
         options = dict(self.options)
-        return " ".join([self.kernel.removeprefix("_").removesuffix("_kernel")] +
-                        [f"{k.removeprefix('BLOCK_')}={v}" for k, v in shown.items()] +
-                        [f"warps={options.get('num_warps', 4)} stages={options.get('num_stages', 3)}"])
+        return f"{'x'.join(sizes)} {options.get('num_warps', 4)}w {options.get('num_stages', 3)}s"
 
 
 class Recorder:
@@ -83,8 +95,8 @@ class Recorder:
                                     tuple(sorted(options.items()))))
 
 
-def run_everything(dtype):
-    """Each operation once per head size and shape class, forward and backward, on meta tensors: Qwen2.5-7B's geometry."""
+def run_everything(dtype, head_sizes):
+    """Each operation once per head size and shape class, forward and backward, in Qwen2.5-7B's geometry."""
     def new(*shape):
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
@@ -95,7 +107,7 @@ def run_everything(dtype):
     H, K, D, F, V = 28, 4, 3584, 18944, 151936
     segments = torch.tensor([(0, 100, -1), (100, 50, 0), (150, 50, 0)])
     length = torch.empty(8, dtype=torch.int64, device="meta")
-    for C in HEAD_SIZES:
+    for C in head_sizes:
         for impl in ("triton", "invariant"):
             backward(kernels.attention(new(200, H, C), new(200, K, C), new(200, K, C), segments, impl))
             for members in (1, 7):
@@ -114,7 +126,7 @@ def run_everything(dtype):
     backward(kernels.swiglu(new(208, F), new(208, F), "triton"))
 
 
-def launches(generation, dtype):
+def launches(generation, dtype, head_sizes=HEAD_SIZES):
     """The distinct launches of run_everything on a GPU of this generation."""
     found, names = [], [name for name in vars(kernels) if name.endswith("_kernel")]
     saved = {name: getattr(kernels, name) for name in names + ["_generation", "_check"]}
@@ -122,7 +134,7 @@ def launches(generation, dtype):
         for name in names:
             setattr(kernels, name, Recorder(name, saved[name], found))
         kernels._generation, kernels._check = (lambda device: generation), (lambda *tensors: None)
-        run_everything(dtype)
+        run_everything(dtype, head_sizes)
     finally:
         for name, value in saved.items():
             setattr(kernels, name, value)
@@ -131,26 +143,27 @@ def launches(generation, dtype):
 
 
 def compiled(launch, capability):
-    """(registers, bytes of stack and local memory, bytes of shared memory, tensor-core instructions, matrix products)."""
+    """(registers, bytes of stack and local memory, bytes of shared memory, tensor-core instructions, products)."""
     function = getattr(kernels, launch.kernel)
     source = ASTSource(function, dict(zip(function.arg_names, launch.types)), constexprs=dict(launch.constants),
                        attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible})
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    options = {"enable_fp_fusion": True} | dict(launch.options)  # Triton's default, with a warning if unnamed
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    n_dots = binary.asm["ttir"].count("tt.dot")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage, sass = (subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
-                       for flag in ("-res-usage", "-sass"))
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return (registers, stack + local, binary.metadata.shared, len(re.findall(rf"\b{TENSOR_CORE[capability]}\b", sass)),
-            binary.asm["ttir"].count("tt.dot"))
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage", file.name]
+        text = subprocess.run(command + ["-sass"] * (n_dots > 0), capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return (registers, stack + local, binary.metadata.shared, len(re.findall(rf"\b{TENSOR_CORE[capability]}\b", text)),
+            n_dots)
 
 
-def compile_all(capabilities, dtype, workers=2):
+def compile_all(capabilities, dtype, head_sizes=HEAD_SIZES, workers=2):
     """{(launch, capability): what `compiled` found}."""
     jobs = [(launch, cc) for cc in capabilities
-            for launch in launches(cc if cc in kernels.TILES else "small", dtype)]
+            for launch in launches(cc if cc in kernels.GENERATIONS else "small", dtype, head_sizes)]
     with ProcessPoolExecutor(workers) as pool:
         return dict(zip(jobs, pool.map(compiled, *zip(*jobs))))
 
@@ -159,12 +172,13 @@ def faults(found, tensor_cores=True):
     """A line for every launch that spills, does not fit, or multiplies without its generation's tensor cores."""
     lines = []
     for (launch, cc), (_, spilled, shared, n_tensor, n_dots) in found.items():
+        label = f"sm_{cc} {launch.name}, {launch.tile}"
         if spilled:
-            lines.append(f"sm_{cc} {launch.label}: {spilled} bytes of stack and local memory")
+            lines.append(f"{label}: {spilled} bytes of stack and local memory")
         if shared > SHARED_KB[cc] * 1024:
-            lines.append(f"sm_{cc} {launch.label}: {shared} bytes of shared memory, {SHARED_KB[cc]} KB exist")
-        if tensor_cores and n_dots and not n_tensor:
-            lines.append(f"sm_{cc} {launch.label}: no {TENSOR_CORE[cc]} instruction")
+            lines.append(f"{label}: {shared} bytes of shared memory, {SHARED_KB[cc]} KB exist")
+        if tensor_cores and n_dots and not n_tensor and (launch.name, cc) not in OLDER_INSTRUCTIONS:
+            lines.append(f"{label}: no {TENSOR_CORE[cc]} instruction")
     return lines
 
 
@@ -174,12 +188,12 @@ if __name__ == "__main__":
     parser.add_argument("--sm", type=int, nargs="+", choices=tuple(SHARED_KB), default=(80, 90, 100))
     args = parser.parse_args()
     found = compile_all(args.sm, getattr(torch, args.dtype))
-    labels = list(dict.fromkeys(launch.label for launch, _ in found))
-    print("| kernel | " + " | ".join(f"sm_{cc} registers / shared KB" for cc in args.sm) + " |")
-    print("|---|" + "--:|" * len(args.sm))
-    for label in labels:
-        cells = {cc: f"{row[0]} / {row[2] / 1024:.0f}" for (launch, cc), row in found.items() if launch.label == label}
-        print(f"| {label} | " + " | ".join(cells.get(cc, "") for cc in args.sm) + " |")
+    print("| | " + " | ".join(f"sm_{cc}: tile, registers, shared KB" for cc in args.sm) + " |")
+    print("|---|" + "---|" * len(args.sm))
+    for name in dict.fromkeys(launch.name for launch, _ in found):
+        cells = {cc: f"{launch.tile}, {row[0]}, {row[2] / 1024:.0f}" for (launch, cc), row in found.items()
+                 if launch.name == name}
+        print(f"| {name} | " + " | ".join(cells.get(cc, "") for cc in args.sm) + " |")
     wrong = faults(found, args.dtype != "float32")
     print(f"\n{len(found)} compilations, {len(wrong)} faults")
     print("\n".join(wrong))

@@ -1,0 +1,12 @@
+"""Oracle of the oracles: the tests of kernels.py must notice every mistake that mutants.py lists."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_every_mistake_in_the_kernels_is_caught():
+    """Each is made alone in a copy; a test that names it must fail, and must pass without it."""
+    script = Path(__file__).with_name("mutants.py")
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
