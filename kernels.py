@@ -744,7 +744,7 @@ def _decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
             q_bhc, k, v, length_x, slot_xm, part_bhsc, lse_bhs, q_bhc.stride(0), q_bhc.stride(1), *k.stride()[:3], K,
             slot_xm.shape[1], n_row_tiles, first_split, n_splits, 1 / math.sqrt(C), splits, H // K, C, **tiling,
             **options)
-    out_bhc = torch.empty_like(q_bhc)
+    out_bhc = q_bhc.new_empty(B, H, C)
     BLOCK_S, BLOCK_C = triton.next_power_of_2(n_splits), triton.next_power_of_2(C)
     _decode_merge_kernel[B * H,](part_bhsc, lse_bhs, out_bhc, n_splits, C, BLOCK_S, BLOCK_C, **POINTWISE)
     return out_bhc
@@ -767,6 +767,7 @@ def _decode_invariant(q_bhc, k_bktc, v_bktc, length_b, prompts):
         place_b = _places(prompts, B)
         n_prefix_b = torch.where(place_b >= 0, prompts.length_p[place_b // prompts.slot_pm.shape[1]], 0)
         place_b = place_b.clamp(min=0) // prompts.slot_pm.shape[1]
+    assert k_bktc.stride(0) % k_bktc.stride(2) == prompt_k.stride(0) % prompt_k.stride(2) == 0
     own_b = torch.arange(B, device=device) * (k_bktc.stride(0) // k_bktc.stride(2))  # rows are [C] blocks of memory
     prompt_b = place_b * (prompt_k.stride(0) // prompt_k.stride(2))
     table = torch.stack([torch.arange(B, device=device), zero_b + 1, n_prefix_b + length_b - 1, own_b, prompt_b,

@@ -18,12 +18,12 @@ import torch
 
 import distill
 import grpo
-from common import Ranks, learning_rate, micro_batches
+from common import Ranks, learning_rate, leave_ranks, micro_batches, shard
 from data import toy
 from data.pairs import Pair, read_pairs
 from grpo import Config, Group, advantages, micro_step, n_tree_tokens, steps_pairs, token_losses, trees
 from model import Model, ModelConfig
-from sample import Rollout
+from sample import Rollout, whole_model
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -560,3 +560,30 @@ def test_the_papers_recipes():
         assert schedule == [lr] * 60
         assert cfg.prompt == ("reasoning" if name.startswith("deepseek") else None)
     assert set(rates) == set(grpo.RECIPES)
+
+
+def test_batch_invariant_training_has_no_mismatch(made, tmp_path):
+    """By the claim of --batch-invariant: the trainer's log-probabilities are the sampler's bits, so mismatch is 0.0 and
+    nothing is clipped; and the default path's mismatch is not 0, in the same step. Two groups of two, in Triton's
+    interpreter."""
+    small = dict(n_prompts=2, mini_prompts=2, group_size=2, steps=1, micro_tokens=400, max_new_tokens=3,
+                 skip_zero_spread=False)
+    grpo.main(config(made, tmp_path / "invariant", batch_invariant=True, **small))
+    grpo.main(config(made, tmp_path / "default", **small))
+    invariant, default = metrics(tmp_path / "invariant")[0], metrics(tmp_path / "default")[0]
+    assert invariant["mismatch"] == invariant["mismatch_max"] == 0.0 < default["mismatch"] < 1e-5
+    assert invariant["clip_frac"] == 0.0
+    assert invariant["grad_norm"] == pytest.approx(default["grad_norm"], rel=1e-3) and invariant["grad_norm"] > 0
+
+
+def test_batch_invariant_copy_and_refusal(made, tmp_path):
+    """The sampler's copy of sharded weights keeps the choice; without Triton --batch-invariant is refused before work."""
+    model = Model.from_pretrained(made / "distilled/model")
+    model.impl = "invariant"
+    try:
+        assert whole_model(shard(model, ALONE, torch.float16), torch.float16).impl == "invariant"
+    finally:
+        leave_ranks()
+    with pytest.raises(ValueError, match="--batch-invariant: its kernels are Triton's, which do not run bfloat16 on cpu"):
+        grpo.main(config(made, tmp_path / "no", batch_invariant=True, dtype="bfloat16"))
+    assert not (tmp_path / "no").exists()

@@ -1,6 +1,6 @@
-"""Batch invariance (impl="invariant"): a token's numbers are the same bits alone, in a batch, in a forest and decoded one
-by one. Oracle: the same operation on the row, or the sequence, alone; torch.equal. In Triton's interpreter in float32, on a
-GPU in bfloat16 (RM_TEST_DEVICE=cuda). The control shows that the default path differs, so that the tests can fail."""
+"""Batch invariance (impl="invariant"): a token's numbers are the same bits alone, in a batch, in a forest and decoded
+one by one. Oracle: the same operation on the row, or the sequence, alone; torch.equal. In Triton's interpreter in float32,
+on a GPU in bfloat16 (RM_TEST_DEVICE=cuda). The control shows that the default path differs: the tests can fail."""
 
 import os
 
@@ -38,13 +38,12 @@ def test_rows_of_linear_alone(N, D, V):
 
 def test_rows_of_linear_logp_alone():
     """logp, entropy and lse of each row alone, at a temperature; the vocabulary ends within a tile."""
-    N, V = 41, 107
-    hidden, weight, target = normal(N, 48), normal(V, 48, seed=1), torch.arange(N, device=DEVICE) * 5 % V
+    N, V = 37, 71
+    hidden, weight, target = normal(N, 40), normal(V, 40, seed=1), torch.arange(N, device=DEVICE) * 5 % V
     together = linear_logp(hidden, weight, target, 0.7, "invariant", return_lse=True)
-    for i, x in enumerate(together):
-        def alone(row, i=i):
-            return linear_logp(hidden[row], weight, target[row], 0.7, "invariant", return_lse=True)[i]
-        assert torch.equal(x, rows_alone(alone, N))
+    def alone(row):
+        return torch.stack(linear_logp(hidden[row], weight, target[row], 0.7, "invariant", return_lse=True), 1)
+    assert torch.equal(torch.stack(together, 1), rows_alone(alone, N))
 
 
 def test_rows_of_pointwise_operations_alone():
@@ -61,11 +60,11 @@ def test_rows_of_pointwise_operations_alone():
         assert torch.equal(f(slice(None)), rows_alone(f, N))
 
 
-@pytest.mark.parametrize("H,K,C", [(4, 2, 32), (7, 1, 64), (5, 5, 80)])
+@pytest.mark.parametrize("H,K,C", [(4, 2, 32), (7, 1, 64), (3, 3, 80)])
 def test_attention_in_a_forest_alone_and_decoded(H, K, C):
     """Trees of prompts and responses of odd lengths: each [prompt, response] alone as one causal sequence, and every one
     of its tokens decoded against the prompt's cache and its own; a prompt alone."""
-    trees = [(37, [9, 33, 1]), (5, [20, 2]), (32, [16])]
+    trees = [(37, [9, 18, 1]), (5, [2]), (32, [4])]
     segments, start = [], 0
     for prompt, responses in trees:
         parent = len(segments)
@@ -81,7 +80,7 @@ def test_attention_in_a_forest_alone_and_decoded(H, K, C):
         assert torch.equal(out[rows], alone)
         if above < 0:
             continue
-        for i in range(n):  # three slots: two of the prompt's, and one with the whole sequence in its own cache
+        for i in range(0, n, 1 + n // 5):  # three slots: two of the prompt's, and one with the whole sequence in its own cache
             own = slice(first, first + i + 1)
             q_bhc = torch.stack([q[first + i]] * 3)
             k_bktc, v_bktc = (normal(3, K, p + n + 3, C, seed=9) for _ in range(2))
@@ -111,12 +110,12 @@ def tiny(kind):
     return model
 
 
-PROMPTS = [[5, 6, 7, 8, 9] * 7, [11, 3], [1, 2, 3, 4] * 4 + [9]]
+PROMPTS = [[5, 6, 7, 8, 9] * 7, [11, 3], [1, 2, 3, 4, 9]]
 
 
 def sampled_and_scored(model, n, n_slots, **options):
     """The sampler's log-probabilities of its rollouts, and the trainer's of the same tokens in one forest."""
-    rollouts = Sampler(model, n_slots).generate(PROMPTS, n, 6, **options)
+    rollouts = Sampler(model, n_slots).generate(PROMPTS, n, 3, **options)
     forest = pack([(ids, [r.ids for r in group]) for ids, group in zip(PROMPTS, rollouts)], DEVICE)
     scored = torch.cat([torch.arange(s, s + m) for s, m, above in forest.segments_s3.tolist() if above >= 0]).to(DEVICE)
     sampled = torch.tensor([x for group in rollouts for r in group for x in r.logps])
@@ -125,19 +124,19 @@ def sampled_and_scored(model, n, n_slots, **options):
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_the_sampler_gives_the_trainers_bits(kind):
-    """Log-probabilities: sampled in groups of 3 with continuous batching, scored in a forest; then each rollout scored as
-    a sequence of its own, and sampled again alone: all the same bits."""
+    """Log-probabilities: sampled in groups of 2 with continuous batching, scored in a forest; then a rollout scored as a
+    sequence of its own, and a group sampled again alone, and greedily: all the same bits."""
     model = tiny(kind)
     model.impl = "invariant"
-    rollouts, sampled, scored = sampled_and_scored(model, 3, 6, temperature=0.8, seed=4)
-    assert len(sampled) == 54 and sampled.min() > -20 and sampled.std() > 0.5
+    rollouts, sampled, scored = sampled_and_scored(model, 2, 4, temperature=0.8, seed=4)
+    assert len(sampled) == 18 and sampled.min() > -20 and sampled.std() > 0.5
     assert torch.equal(sampled, scored)
     for i, ids in enumerate(PROMPTS):
-        for r in rollouts[i]:
+        for r in rollouts[i][:1]:
             forest = pack([(ids + r.ids, [])], DEVICE)
             alone = model(forest, torch.arange(len(ids), len(ids + r.ids), device=DEVICE), 0.8)[0].cpu()
             assert torch.equal(alone, torch.tensor(r.logps))
-    again = Sampler(model, 3).generate(PROMPTS[1:2], 3, 6, temperature=0.8, seed=4)
+    again = Sampler(model, 2).generate(PROMPTS[1:2], 2, 3, temperature=0.8, seed=4)
     assert [(r.ids, r.logps) for r in again[0]] == [(r.ids, r.logps) for r in rollouts[1]]
     _, sampled, scored = sampled_and_scored(model, 1, 2, temperature=0.0)
     assert torch.equal(sampled, scored)
@@ -148,5 +147,5 @@ def test_the_default_path_differs():
     model = tiny("qwen2")
     model.impl = "torch"
     _, sampled, scored = sampled_and_scored(model, 3, 6, temperature=0.8, seed=4)
-    assert not torch.equal(sampled, scored)
+    assert len(sampled) == 27 and not torch.equal(sampled, scored)
     assert (sampled - scored).abs().max() < (1e-4 if DTYPE == torch.float32 else 0.3)
