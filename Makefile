@@ -6,6 +6,9 @@ demo: .venv/runtime  ## the embedded default: set-up, three stages of training, 
 test: .venv/dev  ## the same set-up with the development packages, then the tests
 	.venv/bin/python -m pytest -q
 
+test-gpu: .venv/dev  ## the kernels compiled and tested on this machine's GPU, bfloat16 included
+	RM_TEST_DEVICE=cuda .venv/bin/python -m pytest -q tests/test_kernels.py tests/test_invariance.py
+
 .venv/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
@@ -16,4 +19,4 @@ test: .venv/dev  ## the same set-up with the development packages, then the test
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test test-gpu

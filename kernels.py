@@ -86,12 +86,12 @@ def _check(*tensors):
 # How a kernel is cut: two block sizes, warps, pipeline stages; by operation and padded head size. Chosen so that
 # nothing spills, the shared memory fits and every product is made of the generation's widest tensor-core instructions:
 # bench/compile.py prints what each costs. 80, 90 and 100 are A100, H100 and B200; "small" are the cards of any of these
-# generations with 99 KB of shared memory (RTX 30, 40, 50). The sizes are BLOCK_M and BLOCK_N (queries and keys); without
-# a head size, BLOCK_N and BLOCK_V. An "invariant" tile serves training, prefill and decoding, which must agree.
+# generations with 99 KB of shared memory (RTX 30, 40, 50). The sizes are BLOCK_M and BLOCK_N (queries and keys), but
+# BLOCK_N and BLOCK_V without a head size. An "invariant" tile serves training, prefill and decoding: they must agree.
 GENERATIONS = (80, 90, 100, "small")
 TILES = {
     ("attention_fwd", 32): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    ("attention_fwd", 64): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3)),
+    ("attention_fwd", 64): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
     ("attention_fwd", 128): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
     ("attention_fwd", 256): ((64, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
     ("attention_invariant", 32): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
@@ -104,20 +104,21 @@ TILES = {
     ("attention_bwd_q", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("attention_bwd_kv", 32): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
     ("attention_bwd_kv", 64): ((32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 3)),
-    ("attention_bwd_kv", 128): ((64, 128, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2)),
+    ("attention_bwd_kv", 128): ((64, 128, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
     ("attention_bwd_kv", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
     ("decode", 32): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
     ("decode", 64): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
     ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
     ("decode", 256): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
     ("decode_group", 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 3)),
-    ("decode_group", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 4, 3)),
-    ("decode_group", 128): ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 4, 2)),
+    ("decode_group", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
+    ("decode_group", 128): ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
     ("decode_group", 256): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
     ("logp", 0): ((128, 256, 8, 3), (128, 256, 16, 4), (128, 128, 8, 4), (128, 128, 8, 3)),
     ("linear_invariant", 0): ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3)),
 }
-FLOAT32_TILE = (32, 32, 4, 1)  # "ieee" products have no tensor core
+# "ieee" products have no tensor core: whole rows of both factors lie in registers
+FLOAT32_TILES = {0: (32, 32, 4, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 INTERPRETER_TILES = {"decode": (16, 16), "attention_bwd_kv": (16, 32)}  # else (32, 16): small, so that tests cross them
 
 
@@ -139,15 +140,13 @@ def _tiling(op, C, x, n_rows=16):
     if generation is None:
         first, second, warps, stages = *INTERPRETER_TILES.get(op, (32, 16)), 4, 1
     elif x.dtype == torch.float32:
-        first, second, warps, stages = FLOAT32_TILE
+        first, second, warps, stages = FLOAT32_TILES[BLOCK_C]
     else:
         first, second, warps, stages = TILES[op, BLOCK_C][GENERATIONS.index(generation)]
-    # products of float32 inputs keep float32 precision: TF32 would not
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": "invariant" not in op}
     if C == 0:
-        return dict(BLOCK_N=first, BLOCK_V=second, BLOCK_D=32 if x.dtype == torch.float32 else 64, GROUP=16,
-                    PRECISION="ieee"), options
-    return dict(BLOCK_M=first, BLOCK_N=second, BLOCK_C=BLOCK_C, PRECISION="ieee"), options
+        return dict(BLOCK_N=first, BLOCK_V=second, BLOCK_D=32 if x.dtype == torch.float32 else 64, GROUP=16), options
+    return dict(BLOCK_M=first, BLOCK_N=second, BLOCK_C=BLOCK_C), options
 
 
 # -------------------------------------------------------------------------------------------------------- shared pieces
@@ -167,7 +166,7 @@ def _load_rows(ptr_rc, real_r, c, C: tl.constexpr, BLOCK_C: tl.constexpr, MASKED
 
 @jit
 def _product_tile(x_ptr, w_ptr, row_n, col_v, N, V, D, stride_xn, stride_wv, BLOCK_N: tl.constexpr,
-                  BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+                  BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """A [BLOCK_N, BLOCK_V] float32 tile of x w^T, summed over D in steps of BLOCK_D, first to last.
 
     Rows and columns beyond N and V repeat the last one instead of being masked: they are not stored.
@@ -179,7 +178,7 @@ def _product_tile(x_ptr, w_ptr, row_n, col_v, N, V, D, stride_xn, stride_wv, BLO
     for first in range(0, D, BLOCK_D):
         x_nd = tl.load(x_ptr, mask=(d < D - first)[None, :], other=0.0)
         w_vd = tl.load(w_ptr, mask=(d < D - first)[None, :], other=0.0)
-        acc_nv = tl.dot(x_nd, w_vd.T, acc_nv, input_precision=PRECISION)
+        acc_nv = tl.dot(x_nd, w_vd.T, acc_nv, input_precision="ieee")  # float32 inputs stay float32, not TF32
         x_ptr += BLOCK_D
         w_ptr += BLOCK_D
     return acc_nv
@@ -256,39 +255,10 @@ def _keys_at(ptr, prefix_ptr, key_n, n_prefix, own_row, prefix_row, stride, pref
 
 
 @jit
-def _attend_keys(q_mc, max_m, sum_m, acc_mc, begin, end, n_keys, position_m, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
-                 n_prefix, own_row, prefix_row, stride_kn, stride_pn, scale_log2, C: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, CACHED: tl.constexpr, MASKED: tl.constexpr,
-                 PRECISION: tl.constexpr):
-    """Online softmax over the keys from begin to end: all of them visible to every row, unless MASKED.
-
-    weight = exp2(score - max);  sum += weight 1;  acc += weight v;  both rescaled whenever the running maximum grows.
-    """
-    j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
-    for start in range(begin, end, BLOCK_N):
-        key_n = start + j
-        real_n = key_n < n_keys
-        k_n = _keys_at(k_ptr, prefix_k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
-        v_n = _keys_at(v_ptr, prefix_v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
-        k_nc = _load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
-        score_mn = tl.dot(q_mc, k_nc.T, input_precision=PRECISION) * scale_log2
-        if MASKED:
-            score_mn = tl.where(key_n[None, :] <= position_m[:, None], score_mn, float("-inf"))
-        new_max_m = tl.maximum(max_m, tl.max(score_mn, 1))  # finite: all rows see position 0, of the first block
-        weight_mn = tl.exp2(score_mn - new_max_m[:, None])
-        keep_m = tl.exp2(max_m - new_max_m)
-        sum_m = sum_m * keep_m + tl.sum(weight_mn, 1)
-        v_nc = _load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
-        acc_mc = tl.dot(weight_mn.to(v_nc.dtype), v_nc, acc_mc * keep_m[:, None], input_precision=PRECISION)
-        max_m = new_max_m
-    return max_m, sum_m, acc_mc
-
-
-@jit
 def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr, tile_ptr, stride_qn,
                           stride_qh, stride_kn, stride_kh, stride_pn, stride_ph, n_kv, scale, SHARE: tl.constexpr,
                           C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-                          CACHED: tl.constexpr, PRECISION: tl.constexpr):
+                          CACHED: tl.constexpr):
     """out = softmax(scale q k^T) v and lse = log2 of the softmax's denominator, for one tile of queries of one segment.
 
     Keys are taken in blocks of the sequence's own positions, prompt first, whatever lies where in memory; so the order
@@ -299,7 +269,7 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
     kv = tl.program_id(0) % n_kv
     first, n_tokens, position = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     own_row, prefix_row, n_prefix = tl.load(tile_ptr + 3), tl.load(tile_ptr + 4), tl.load(tile_ptr + 5)
-    r, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
+    r, j, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
     real_m = token_m < n_tokens
     row_m = (first + token_m).to(tl.int64)
@@ -308,20 +278,30 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
     k_ptr, v_ptr = k_ptr + kv * stride_kh.to(tl.int64), v_ptr + kv * stride_kh.to(tl.int64)
     prefix_k_ptr += kv * stride_ph.to(tl.int64)
     prefix_v_ptr += kv * stride_ph.to(tl.int64)
-    # 2. the keys that every row sees, without masks; then those around the diagonal
+    # 2. online softmax: weight = exp2(score - max); acc and sum are rescaled whenever the running maximum grows. First
+    #    over the keys that every row sees, without masks; then over those around the diagonal
     max_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_m = tl.zeros([BLOCK_M], tl.float32)
     acc_mc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     n_keys = position + n_tokens
     n_clear = (position + 1) // BLOCK_N * BLOCK_N
-    max_m, sum_m, acc_mc = _attend_keys(
-        q_mc, max_m, sum_m, acc_mc, 0, n_clear, n_keys, position + token_m, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
-        n_prefix, own_row, prefix_row, stride_kn, stride_pn, scale * LOG2E, C, BLOCK_N, BLOCK_C, CACHED, False,
-        PRECISION)
-    max_m, sum_m, acc_mc = _attend_keys(
-        q_mc, max_m, sum_m, acc_mc, n_clear, n_keys, n_keys, position + token_m, k_ptr, v_ptr, prefix_k_ptr,
-        prefix_v_ptr, n_prefix, own_row, prefix_row, stride_kn, stride_pn, scale * LOG2E, C, BLOCK_N, BLOCK_C, CACHED,
-        True, PRECISION)
+    for MASKED in tl.static_range(2):
+        for start in range(n_clear if MASKED else 0, n_keys if MASKED else n_clear, BLOCK_N):
+            key_n = start + j
+            real_n = key_n < n_keys
+            k_n = _keys_at(k_ptr, prefix_k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
+            v_n = _keys_at(v_ptr, prefix_v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
+            k_nc = _load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
+            score_mn = tl.dot(q_mc, k_nc.T, input_precision="ieee") * (scale * LOG2E)
+            if MASKED:
+                score_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], score_mn, float("-inf"))
+            new_max_m = tl.maximum(max_m, tl.max(score_mn, 1))  # finite: all rows see position 0, of the first block
+            weight_mn = tl.exp2(score_mn - new_max_m[:, None])
+            keep_m = tl.exp2(max_m - new_max_m)
+            sum_m = sum_m * keep_m + tl.sum(weight_mn, 1)
+            v_nc = _load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
+            acc_mc = tl.dot(weight_mn.to(v_nc.dtype), v_nc, acc_mc * keep_m[:, None], input_precision="ieee")
+            max_m = new_max_m
     # 3. out is dense [N, H, C], lse [N, H]. Where a row goes is read and computed again: kept during the loops, the
     #    offsets would take the registers of the products, and spill
     first, n_tokens = tl.load(tile_ptr, volatile=True), tl.load(tile_ptr + 1, volatile=True)
@@ -333,40 +313,16 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
 
 
 @jit
-def _query_gradient(q_mc, grad_out_mc, lse_m, delta_m, position_m, k_ptr, v_ptr, grad_q_mc, begin, end, n_keys,
-                    n_prefix, own_row, prefix_row, stride_kn, scale_log2, C: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_C: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """grad_q += weight (grad_out v^T - delta) k over the keys from begin to end."""
-    j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
-    for start in range(begin, end, BLOCK_N):
-        key_n = start + j
-        real_n = key_n < n_keys
-        k_n = _keys_at(k_ptr, k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
-        v_n = _keys_at(v_ptr, v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
-        k_nc = _load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
-        v_nc = _load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
-        score_mn = tl.dot(q_mc, k_nc.T, input_precision=PRECISION) * scale_log2
-        weight_mn = tl.exp2(score_mn - lse_m[:, None])
-        if MASKED:
-            weight_mn = tl.where(key_n[None, :] <= position_m[:, None], weight_mn, 0.0)
-        grad_weight_mn = tl.dot(grad_out_mc, v_nc.T, input_precision=PRECISION)
-        grad_score_mn = weight_mn * (grad_weight_mn - delta_m[:, None])
-        grad_q_mc = tl.dot(grad_score_mn.to(k_nc.dtype), k_nc, grad_q_mc, input_precision=PRECISION)
-    return grad_q_mc
-
-
-@jit
 def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr, tile_ptr,
                             stride_qn, stride_qh, stride_kn, stride_kh, n_kv, scale, SHARE: tl.constexpr,
-                            C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-                            PRECISION: tl.constexpr):
+                            C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """weight = exp2(score - lse);  delta = sum_c grad_out out;  grad_score = weight (grad_out v^T - delta);
     grad_q = scale grad_score k. delta is left in memory for the kernel of the keys, which runs next."""
     tile_ptr += tl.program_id(0) // n_kv * 6
     kv = tl.program_id(0) % n_kv
     first, n_tokens, position = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     own_row, prefix_row, n_prefix = tl.load(tile_ptr + 3), tl.load(tile_ptr + 4), tl.load(tile_ptr + 5)
-    r, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
+    r, j, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
     real_m = token_m < n_tokens
     row_m = (first + token_m).to(tl.int64)
@@ -383,12 +339,21 @@ def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr,
     grad_q_mc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     n_keys = position + n_tokens
     n_clear = (position + 1) // BLOCK_N * BLOCK_N
-    grad_q_mc = _query_gradient(
-        q_mc, grad_out_mc, lse_m, delta_m, position + token_m, k_ptr, v_ptr, grad_q_mc, 0, n_clear, n_keys, n_prefix,
-        own_row, prefix_row, stride_kn, scale * LOG2E, C, BLOCK_N, BLOCK_C, False, PRECISION)
-    grad_q_mc = _query_gradient(
-        q_mc, grad_out_mc, lse_m, delta_m, position + token_m, k_ptr, v_ptr, grad_q_mc, n_clear, n_keys, n_keys,
-        n_prefix, own_row, prefix_row, stride_kn, scale * LOG2E, C, BLOCK_N, BLOCK_C, True, PRECISION)
+    for MASKED in tl.static_range(2):
+        for start in range(n_clear if MASKED else 0, n_keys if MASKED else n_clear, BLOCK_N):
+            key_n = start + j
+            real_n = key_n < n_keys
+            k_n = _keys_at(k_ptr, k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
+            v_n = _keys_at(v_ptr, v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
+            k_nc = _load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
+            v_nc = _load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
+            score_mn = tl.dot(q_mc, k_nc.T, input_precision="ieee") * (scale * LOG2E)
+            weight_mn = tl.exp2(score_mn - lse_m[:, None])
+            if MASKED:
+                weight_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], weight_mn, 0.0)
+            grad_weight_mn = tl.dot(grad_out_mc, v_nc.T, input_precision="ieee")
+            grad_score_mn = weight_mn * (grad_weight_mn - delta_m[:, None])
+            grad_q_mc = tl.dot(grad_score_mn.to(k_nc.dtype), k_nc, grad_q_mc, input_precision="ieee")
     first, n_tokens = tl.load(tile_ptr, volatile=True), tl.load(tile_ptr + 1, volatile=True)  # as in the forward kernel
     real_m = token_m < n_tokens
     dense_mc = ((first + token_m).to(tl.int64) * (n_kv * SHARE) + head_m)[:, None] * C + c[None, :]
@@ -397,39 +362,9 @@ def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr,
 
 
 @jit
-def _key_gradient(k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, kv, begin, end,
-                  n_rows, stride_qn, stride_qh, n_kv, scale_log2, SHARE: tl.constexpr, C: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr,
-                  PRECISION: tl.constexpr):
-    """Adds to grad_k and grad_v what the query rows from begin to end contribute; row r is of token r // SHARE, counted
-    from the tile's first: 32-bit offsets, which take half the registers."""
-    j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
-    for start in range(begin, end, BLOCK_M):
-        r = start + tl.arange(0, BLOCK_M)
-        token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
-        real_m = r < n_rows  # rows beyond are zeros: they add nothing
-        q_m = q_ptr + (token_m * stride_qn + head_m * stride_qh)
-        q_mc = _load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C, True)
-        row_m = token_m * (n_kv * SHARE) + head_m
-        grad_out_mc = _load_rows(grad_out_ptr + (row_m[:, None] * C + c[None, :]), real_m, c, C, BLOCK_C, True)
-        lse_m = tl.load(lse_ptr + row_m, mask=real_m, other=0.0)
-        delta_m = tl.load(delta_ptr + row_m, mask=real_m, other=0.0)
-        score_nm = tl.dot(k_nc, q_mc.T, input_precision=PRECISION) * scale_log2
-        weight_nm = tl.exp2(score_nm - lse_m[None, :])
-        if MASKED:  # key j is token first + j
-            weight_nm = tl.where(j[:, None] <= token_m[None, :], weight_nm, 0.0)
-        grad_v_nc = tl.dot(weight_nm.to(k_nc.dtype), grad_out_mc, grad_v_nc, input_precision=PRECISION)
-        grad_weight_nm = tl.dot(v_nc, grad_out_mc.T, input_precision=PRECISION)
-        grad_score_nm = weight_nm * (grad_weight_nm - delta_m[None, :])
-        grad_k_nc = tl.dot(grad_score_nm.to(k_nc.dtype), q_mc, grad_k_nc, input_precision=PRECISION)
-    return grad_k_nc, grad_v_nc
-
-
-@jit
 def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, tile_ptr,
                              stride_qn, stride_qh, stride_kn, stride_kh, n_kv, scale, SHARE: tl.constexpr,
-                             C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-                             PRECISION: tl.constexpr):
+                             C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """grad_v = weight^T grad_out;  grad_k = scale grad_score^T q, for one tile of keys of one segment.
 
     The queries that see a key are the tokens from it to the end of its segment and, a parent's children following it
@@ -453,12 +388,25 @@ def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_p
     delta_ptr += first_row
     n_rows = (until - first) * SHARE
     n_diagonal = tl.minimum(tl.cdiv(n_tile_keys * SHARE, BLOCK_M) * BLOCK_M, n_rows)
-    grad_k_nc, grad_v_nc = _key_gradient(
-        k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, kv, 0, n_diagonal, n_rows,
-        stride_qn, stride_qh, n_kv, scale * LOG2E, SHARE, C, BLOCK_M, BLOCK_N, BLOCK_C, True, PRECISION)
-    grad_k_nc, grad_v_nc = _key_gradient(
-        k_nc, v_nc, grad_k_nc, grad_v_nc, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, kv, n_diagonal, n_rows, n_rows,
-        stride_qn, stride_qh, n_kv, scale * LOG2E, SHARE, C, BLOCK_M, BLOCK_N, BLOCK_C, False, PRECISION)
+    for CLEAR in tl.static_range(2):  # the queries around the diagonal; then those that see all of the tile
+        for start in range(n_diagonal if CLEAR else 0, n_rows if CLEAR else n_diagonal, BLOCK_M):
+            r = start + tl.arange(0, BLOCK_M)
+            token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
+            real_m = r < n_rows  # rows beyond are zeros: they add nothing
+            q_m = q_ptr + (token_m * stride_qn + head_m * stride_qh)
+            q_mc = _load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C, True)
+            row_m = token_m * (n_kv * SHARE) + head_m
+            grad_out_mc = _load_rows(grad_out_ptr + (row_m[:, None] * C + c[None, :]), real_m, c, C, BLOCK_C, True)
+            lse_m = tl.load(lse_ptr + row_m, mask=real_m, other=0.0)
+            delta_m = tl.load(delta_ptr + row_m, mask=real_m, other=0.0)
+            score_nm = tl.dot(k_nc, q_mc.T, input_precision="ieee") * (scale * LOG2E)
+            weight_nm = tl.exp2(score_nm - lse_m[None, :])
+            if not CLEAR:  # key j is token first + j
+                weight_nm = tl.where(j[:, None] <= token_m[None, :], weight_nm, 0.0)
+            grad_v_nc = tl.dot(weight_nm.to(k_nc.dtype), grad_out_mc, grad_v_nc, input_precision="ieee")
+            grad_weight_nm = tl.dot(v_nc, grad_out_mc.T, input_precision="ieee")
+            grad_score_nm = weight_nm * (grad_weight_nm - delta_m[None, :])
+            grad_k_nc = tl.dot(grad_score_nm.to(k_nc.dtype), q_mc, grad_k_nc, input_precision="ieee")
     first, n_tile_keys = tl.load(tile_ptr, volatile=True), tl.load(tile_ptr + 1, volatile=True)  # as in the forward one
     real_n, key_n = j < n_tile_keys, (first + j).to(tl.int64)
     dense_nc = ((key_n * n_kv + kv) * C)[:, None] + c[None, :]
@@ -660,7 +608,7 @@ def _places(prompts, B):
 def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse_ptr, stride_qb, stride_qh, stride_kx,
                          stride_kh, stride_kt, n_kv, n_members, n_row_tiles, first_split, n_splits, scale,
                          splits, SHARE: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                         BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+                         BLOCK_C: tl.constexpr):
     """The softmax of all slots of one item (a slot's own cache, or a prompt) over one split of the item's keys.
 
     Query rows are (member, head) pairs, and they are the columns of the products: k q^T and v^T weight need 64 or 128
@@ -690,14 +638,14 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
             real_n = start + j < end
             offset_nc = ((start + j).to(tl.int64) * stride_kt)[:, None] + c[None, :]
             k_nc = _load_rows(k_ptr + offset_nc, real_n, c, C, BLOCK_C, True)
-            score_nm = tl.dot(k_nc, q_mc.T, input_precision=PRECISION) * (scale * LOG2E)
+            score_nm = tl.dot(k_nc, q_mc.T, input_precision="ieee") * (scale * LOG2E)
             score_nm = tl.where(real_n[:, None], score_nm, float("-inf"))
             new_max_m = tl.maximum(max_m, tl.max(score_nm, 0))
             weight_nm = tl.exp2(score_nm - new_max_m[None, :])
             keep_m = tl.exp2(max_m - new_max_m)
             sum_m = sum_m * keep_m + tl.sum(weight_nm, 0)
             v_nc = _load_rows(v_ptr + offset_nc, real_n, c, C, BLOCK_C, True)
-            acc_cm = tl.dot(v_nc.T, weight_nm.to(v_nc.dtype), acc_cm * keep_m[None, :], input_precision=PRECISION)
+            acc_cm = tl.dot(v_nc.T, weight_nm.to(v_nc.dtype), acc_cm * keep_m[None, :], input_precision="ieee")
             max_m = new_max_m
         out_m = (slot_m * (n_kv * SHARE) + head_m) * n_splits + first_split + split
         tl.store(out_ptr + out_m[None, :] * C + c[:, None], acc_cm / sum_m[None, :],
@@ -869,14 +817,14 @@ def _column_blocks(hidden_nd, weight_vd, temperature, n_blocks):
 @jit
 def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, moment_ptr, logit_ptr, N, V, D, stride_hn,
                      stride_wv, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-                     BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
+                     BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
     """One tile of logits z, reduced on the spot:  max z,  sum exp(z - max),  sum exp(z - max) (z - max),  z[target]."""
     n_col_tiles = tl.cdiv(V, BLOCK_V)
     row_tile, col_tile = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), n_col_tiles, GROUP)
     row_n = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     col_v = col_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    z_nv = _product_tile(hidden_ptr, weight_ptr, row_n, col_v, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D,
-                         PRECISION) * inverse_temperature
+    z_nv = _product_tile(hidden_ptr, weight_ptr, row_n, col_v, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D)
+    z_nv *= inverse_temperature
     target_n = tl.load(target_ptr + row_n, mask=row_n < N, other=-1)
     logit_n = tl.sum(tl.where(col_v[None, :] == target_n[:, None], z_nv, 0.0), 1)
     tl.store(logit_ptr + row_n, logit_n, mask=(target_n >= col_tile * BLOCK_V) & (target_n < (col_tile + 1) * BLOCK_V))
@@ -925,14 +873,14 @@ def _logp_merge_kernel(max_ptr, sum_ptr, moment_ptr, logit_ptr, logp_ptr, entrop
 @jit
 def _logp_bwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, log_sum_ptr, grad_ptr, grad_logit_ptr, N, V, D,
                      first_col, n_cols, stride_hn, stride_wv, inverse_temperature, BLOCK_N: tl.constexpr,
-                     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
+                     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
     """grad_logit = grad (onehot(target) - softmax(z)) / temperature for the columns from first_col on; z recomputed."""
     row_tile, col_tile = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(n_cols, BLOCK_V), GROUP)
     row_n = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     within_v = col_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     col_v = first_col + within_v
-    z_nv = _product_tile(hidden_ptr, weight_ptr, row_n, col_v, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D,
-                         PRECISION) * inverse_temperature
+    z_nv = _product_tile(hidden_ptr, weight_ptr, row_n, col_v, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D)
+    z_nv *= inverse_temperature
     real_n = row_n < N
     target_n = tl.load(target_ptr + row_n, mask=real_n, other=-1)
     max_n = tl.load(max_ptr + row_n, mask=real_n, other=float("inf"))  # no exp of large rubbish
@@ -1018,14 +966,12 @@ def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None, retu
 
 @jit
 def _linear_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, N, V, D, stride_xn, stride_wv, BLOCK_N: tl.constexpr,
-                   BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
-                   PRECISION: tl.constexpr):
+                   BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr):
     """out = x weight^T + bias, one tile."""
     row_tile, col_tile = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP)
     row_n = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     col_v = col_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    out_nv = _product_tile(x_ptr, weight_ptr, row_n, col_v, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D,
-                           PRECISION)
+    out_nv = _product_tile(x_ptr, weight_ptr, row_n, col_v, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D)
     if BIAS:
         out_nv += tl.load(bias_ptr + col_v, mask=col_v < V, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + row_n.to(tl.int64)[:, None] * V + col_v[None, :], out_nv.to(out_ptr.dtype.element_ty),

@@ -563,9 +563,8 @@ def test_the_papers_recipes():
 
 
 def test_batch_invariant_training_has_no_mismatch(made, tmp_path):
-    """By the claim of --batch-invariant: the trainer's log-probabilities are the sampler's bits, so mismatch is 0.0 and
-    nothing is clipped; and the default path's mismatch is not 0, in the same step. Two groups of two, in Triton's
-    interpreter."""
+    """The trainer's log-probabilities are the sampler's bits, so mismatch is 0.0 and nothing is clipped; on the default
+    path it is not 0, in the same step. Two groups of two, in Triton's interpreter."""
     small = dict(n_prompts=2, mini_prompts=2, group_size=2, steps=1, micro_tokens=400, max_new_tokens=3,
                  skip_zero_spread=False)
     grpo.main(config(made, tmp_path / "invariant", batch_invariant=True, **small))
@@ -577,13 +576,13 @@ def test_batch_invariant_training_has_no_mismatch(made, tmp_path):
 
 
 def test_batch_invariant_copy_and_refusal(made, tmp_path):
-    """The sampler's copy of sharded weights keeps the choice; without Triton --batch-invariant is refused before work."""
+    """The sampler's copy of sharded weights keeps the choice; what Triton cannot run is refused before any work."""
     model = Model.from_pretrained(made / "distilled/model")
     model.impl = "invariant"
     try:
         assert whole_model(shard(model, ALONE, torch.float16), torch.float16).impl == "invariant"
     finally:
         leave_ranks()
-    with pytest.raises(ValueError, match="--batch-invariant: its kernels are Triton's, which do not run bfloat16 on cpu"):
+    with pytest.raises(ValueError, match="kernels are Triton's, which do not run bfloat16 on cpu"):
         grpo.main(config(made, tmp_path / "no", batch_invariant=True, dtype="bfloat16"))
     assert not (tmp_path / "no").exists()

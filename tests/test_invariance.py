@@ -1,6 +1,6 @@
 """Batch invariance (impl="invariant"): a token's numbers are the same bits alone, in a batch, in a forest and decoded
-one by one. Oracle: the same operation on the row, or the sequence, alone; torch.equal. In Triton's interpreter in float32,
-on a GPU in bfloat16 (RM_TEST_DEVICE=cuda). The control shows that the default path differs: the tests can fail."""
+one by one. Oracle: the same operation on the row, or the sequence, alone; torch.equal. In Triton's interpreter in
+float32, on a GPU in bfloat16 (RM_TEST_DEVICE=cuda). The control shows that the default path differs: they can fail."""
 
 import os
 
@@ -62,8 +62,8 @@ def test_rows_of_pointwise_operations_alone():
 
 @pytest.mark.parametrize("H,K,C", [(4, 2, 32), (7, 1, 64), (3, 3, 80)])
 def test_attention_in_a_forest_alone_and_decoded(H, K, C):
-    """Trees of prompts and responses of odd lengths: each [prompt, response] alone as one causal sequence, and every one
-    of its tokens decoded against the prompt's cache and its own; a prompt alone."""
+    """Trees of prompts and responses of odd lengths: each [prompt, response] alone as one causal sequence, and some of
+    its tokens decoded against the prompt's cache and its own; a prompt alone."""
     trees = [(37, [9, 18, 1]), (5, [2]), (32, [4])]
     segments, start = [], 0
     for prompt, responses in trees:
@@ -80,7 +80,7 @@ def test_attention_in_a_forest_alone_and_decoded(H, K, C):
         assert torch.equal(out[rows], alone)
         if above < 0:
             continue
-        for i in range(0, n, 1 + n // 5):  # three slots: two of the prompt's, and one with the whole sequence in its own cache
+        for i in range(0, n, 1 + n // 5):  # slots 0 and 1 share the prompt, 2 has it in its own cache
             own = slice(first, first + i + 1)
             q_bhc = torch.stack([q[first + i]] * 3)
             k_bktc, v_bktc = (normal(3, K, p + n + 3, C, seed=9) for _ in range(2))
@@ -124,8 +124,8 @@ def sampled_and_scored(model, n, n_slots, **options):
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_the_sampler_gives_the_trainers_bits(kind):
-    """Log-probabilities: sampled in groups of 2 with continuous batching, scored in a forest; then a rollout scored as a
-    sequence of its own, and a group sampled again alone, and greedily: all the same bits."""
+    """Log-probabilities: sampled in groups of 2 with continuous batching, scored in a forest; then a rollout scored as
+    a sequence of its own, and a group sampled again alone, and greedily: all the same bits."""
     model = tiny(kind)
     model.impl = "invariant"
     rollouts, sampled, scored = sampled_and_scored(model, 2, 4, temperature=0.8, seed=4)
