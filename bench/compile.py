@@ -50,9 +50,9 @@ class Launch:
         """What it computes, whatever the tile: attention_fwd C=64 CACHED."""
         values = dict(self.constants)
         rows = "group" * (self.kernel == "_decode_split_kernel" and values["BLOCK_M"] > 16)
-        invariant = "invariant" * (bool({"BLOCK_M", "GROUP"} & values.keys()) and not dict(self.options)["enable_fp_fusion"])
-        words = [self.kernel[1:].removesuffix("_kernel"), f"C={values.get('C')}" * ("C" in values), rows,
-                 invariant]
+        tiled = "BLOCK_M" in values or "GROUP" in values  # pointwise kernels are never fused
+        invariant = "invariant" * (tiled and not dict(self.options)["enable_fp_fusion"])
+        words = [self.kernel[1:].removesuffix("_kernel"), f"C={values.get('C')}" * ("C" in values), rows, invariant]
         return " ".join(filter(None, words + [key for key in ("CACHED", "BIAS", "ADD", "NORM") if values.get(key)]))
 
     @property
