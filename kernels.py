@@ -12,11 +12,11 @@ in any batch, in a forest and when decoded. Softmax statistics and sums are floa
 PyTorch computes). Nothing here ever holds [tokens, tokens] scores of a whole batch or [tokens, vocabulary] logits, and
 nothing uses atomics: every sum has one order.
 
-Letters: N packed tokens, S segments, B decode slots, P prompts, T positions, H query heads, K key/value heads, C
-channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads key/value head h // (H / K). Inside
-the attention kernels m counts query rows and n keys. A query row is a (token, head) pair: the H / K heads that share a
-key/value head are rows of one tile, so that keys are loaded once for all of them and their gradients need no sum over
-heads afterwards.
+Letters: N packed tokens, S segments, B decode slots with T positions, P prompts with U positions and M slots, H query
+heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads key/value
+head h // (H / K). Inside the attention kernels m counts query rows and n keys. A query row is a (token, head) pair:
+the H / K heads that share a key/value head are rows of one tile, so that keys are loaded once for all of them and their
+gradients need no sum over heads afterwards.
 """
 
 import functools
@@ -37,7 +37,7 @@ except ImportError:  # no Triton for this platform: the kernels below stay plain
 jit = triton.jit if triton else lambda f=None, **options: f or (lambda g: g)
 
 LOGIT_CHUNK = 2**24  # elements of the [N, columns] float32 blocks that linear_logp holds at once, two of 64 MB
-GRADIENT_CHUNK = 2**27  # elements of the [N, columns] logit gradients that the Triton path holds at once: 256 MB
+GRADIENT_CHUNK = 2**27  # elements of the [N, columns] logit gradients, in the inputs' dtype, that the Triton path holds
 POINTWISE = {"enable_fp_fusion": False}  # bound by memory: one rounding per operation costs nothing
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -104,32 +104,33 @@ TILES = {
     ("attention_bwd_q", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("attention_bwd_kv", 32): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
     ("attention_bwd_kv", 64): ((32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 3)),
-    ("attention_bwd_kv", 128): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+    ("attention_bwd_kv", 128): ((64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
     ("attention_bwd_kv", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
     ("decode", 32): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
     ("decode", 64): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
-    ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
+    ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2), (16, 64, 4, 3)),
     ("decode", 256): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
     ("decode_group", 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 3)),
     ("decode_group", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
-    ("decode_group", 128): ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
+    ("decode_group", 128): ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (32, 64, 4, 2)),
     ("decode_group", 256): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
     ("logp", 0): ((128, 256, 8, 3), (128, 256, 16, 4), (128, 128, 8, 4), (128, 128, 8, 3)),
     ("linear_invariant", 0): ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3)),
 }
 # "ieee" products have no tensor core: whole rows of both factors lie in registers
 FLOAT32_TILES = {0: (32, 32, 4, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
-INTERPRETER_TILES = {"decode": (16, 16), "attention_bwd_kv": (16, 32)}  # else (32, 16): small, so that tests cross them
+INTERPRETER_TILES = {"decode": (16, 16), "attention_bwd_kv": (16, 32), "attention_invariant": (16, 32),
+                     "linear_invariant": (16, 32)}  # else (32, 16): small, so that tests cross them
 
 
+@functools.lru_cache
 def _generation(device):
     """The column of TILES for a device; None in the interpreter."""
     if device.type != "cuda":
         return None
     card = torch.cuda.get_device_properties(device)
-    if card.shared_memory_per_block_optin < 160 * 1024:
-        return "small"
-    return max(g for g in (80, 90, 100) if g <= 10 * card.major) if card.major >= 8 else "small"
+    small = card.shared_memory_per_block_optin < 160 * 1024
+    return "small" if small else max(g for g in (80, 90, 100) if g <= 10 * card.major)
 
 
 def _tiling(op, C, x, n_rows=16):
@@ -137,6 +138,7 @@ def _tiling(op, C, x, n_rows=16):
     the query rows of decode: those of a group of slots have a tile of their own."""
     op = "decode_group" if op == "decode" and n_rows > 16 else op
     generation, BLOCK_C = _generation(x.device), C and max(32, triton.next_power_of_2(C))
+    assert C <= 256, f"heads of {C} channels: the kernels have tiles for up to 256"
     if generation is None:
         first, second, warps, stages = *INTERPRETER_TILES.get(op, (32, 16)), 4, 1
     elif x.dtype == torch.float32:
@@ -169,7 +171,8 @@ def _product_tile(x_ptr, w_ptr, row_n, col_v, N, V, D, stride_xn, stride_wv, BLO
                   BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """A [BLOCK_N, BLOCK_V] float32 tile of x w^T, summed over D in steps of BLOCK_D, first to last.
 
-    Rows and columns beyond N and V repeat the last one instead of being masked: they are not stored.
+    Rows and columns beyond N and V repeat the last one instead of being masked: they are not stored. (No test on a CPU
+    can tell: a read beyond the end that is thrown away is silent there, and a fault on a GPU.)
     """
     d = tl.arange(0, BLOCK_D)
     x_ptr += tl.minimum(row_n, N - 1).to(tl.int64)[:, None] * stride_xn + d[None, :]
@@ -198,7 +201,8 @@ def _tile_of(pid, n_row_tiles, n_col_tiles, GROUP: tl.constexpr):
 
 def attention_ref(q_nhc, k_nkc, v_nkc, segments_s3):
     """`attention` in plain PyTorch. Segments of similar size are padded into one scaled_dot_product_attention call: a
-    forest of many short segments costs a handful of calls, and a long one is never padded by more than 31 keys."""
+    forest of many short segments costs a handful of calls, and a long one is padded by 31 keys at most, and as many of
+    its prompt."""
     N, H, C = q_nhc.shape
     out_nhc = torch.zeros_like(q_nhc)
     for query_st, key_su, real_st, visible in _padded_segments(segments_s3, q_nhc.device):
@@ -490,7 +494,7 @@ class _Attention(torch.autograd.Function):
         delta_nh = torch.empty_like(lse_nh)
         strides = q_nhc.stride(0), q_nhc.stride(1), k_nkc.stride(0), k_nkc.stride(1)
         tiling, options = _tiling("attention_bwd_q", C, q_nhc)
-        tiles = _query_tiles(ctx.segments, tiling["BLOCK_M"] // (H // K), q_nhc.device)
+        tiles = _query_tiles(ctx.segments, _tokens_per_tile(tiling, H, K), q_nhc.device)
         if len(tiles):
             _attention_bwd_q_kernel[len(tiles) * K,](
                 q_nhc, k_nkc, v_nkc, out_nhc, grad_out_nhc, lse_nh, delta_nh, grad_q_nhc, tiles, *strides, K,
@@ -504,6 +508,11 @@ class _Attention(torch.autograd.Function):
         return grad_q_nhc, grad_k_nkc, grad_v_nkc, None, None
 
 
+def _tokens_per_tile(tiling, H, K):
+    assert H // K <= tiling["BLOCK_M"], f"{H} heads share {K}: at most {tiling['BLOCK_M']} may share one"
+    return tiling["BLOCK_M"] // (H // K)
+
+
 def _launch_attention(q_nhc, k_rkc, v_rkc, prefix_k_rkc, prefix_v_rkc, tiles, cached, invariant):
     """out_nhc and lse_nh; tiles(tokens per tile) gives the table of _query_tiles."""
     (N, H, C), K = q_nhc.shape, k_rkc.shape[1]
@@ -511,9 +520,8 @@ def _launch_attention(q_nhc, k_rkc, v_rkc, prefix_k_rkc, prefix_v_rkc, tiles, ca
     assert k_rkc.stride() == v_rkc.stride() and prefix_k_rkc.stride() == prefix_v_rkc.stride()
     tiling, options = _tiling("attention_invariant" if invariant else "attention_fwd", C, q_nhc)
     assert not cached or all(s * q_nhc.element_size() % 16 == 0 for x in (k_rkc, prefix_k_rkc) for s in x.stride()[:2])
-    assert H // K <= tiling["BLOCK_M"], f"{H} heads share {K}: at most {tiling['BLOCK_M']} may share one"
     out_nhc, lse_nh = q_nhc.new_empty(N, H, C), q_nhc.new_empty(N, H, dtype=torch.float32)
-    table = tiles(tiling["BLOCK_M"] // (H // K))
+    table = tiles(_tokens_per_tile(tiling, H, K))
     if len(table):
         _attention_fwd_kernel[len(table) * K,](
             q_nhc, k_rkc, v_rkc, prefix_k_rkc, prefix_v_rkc, out_nhc, lse_nh, table, q_nhc.stride(0), q_nhc.stride(1),
@@ -948,8 +956,9 @@ def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None, retu
     """log softmax(hidden weight^T / temperature)[target] and that distribution's entropy, in nats: logp_n, entropy_n.
 
     With return_lse also lse_n = log sum exp(hidden weight^T / temperature). float32 (float64 for float64 inputs); only
-    logp carries a gradient. Peak extra memory whatever N is: in PyTorch two blocks of LOGIT_CHUNK elements; in Triton
-    12 bytes per row and column tile forward, GRADIENT_CHUNK elements backward; and the gradients themselves.
+    logp carries a gradient. Peak extra memory: in PyTorch two blocks of LOGIT_CHUNK elements, whatever N and V are; in
+    Triton 12 bytes per row and column tile forward (0.12 GB at N = 16384, V = 151936), GRADIENT_CHUNK elements and a
+    float32 gradient of hidden backward; and the gradients themselves.
     """
     assert temperature > 0, f"temperature must be positive, got {temperature}"
     assert hidden_nd.shape[0] == target_n.shape[0] and hidden_nd.shape[1] == weight_vd.shape[1], \

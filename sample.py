@@ -86,7 +86,8 @@ def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
     if 0 < top_k < logits_bv.shape[1]:
         logits_bv = logits_bv.masked_fill(logits_bv < logits_bv.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        p_bv, order_bv = logits_bv.softmax(1).sort(dim=1, descending=True, stable=True)  # of equal ones the first
+        # of equally likely ones the first
+        p_bv, order_bv = logits_bv.double().softmax(1).sort(dim=1, descending=True, stable=True)
         beyond = p_bv.cumsum(1) - p_bv >= top_p  # the likelier tokens reach top_p without this one
         logits_bv = logits_bv.masked_fill(torch.zeros_like(beyond).scatter(1, order_bv, beyond), -torch.inf)
     logp_bv = logits_bv.log_softmax(1)

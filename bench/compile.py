@@ -1,6 +1,6 @@
 """Every kernel at every tuned configuration, compiled for GPUs that are not here: registers, spills, shared memory.
 
-    python -m bench.compile                              sm_80, sm_90 and sm_100, bfloat16; minutes on two cores
+    python -m bench.compile                              sm_80, sm_90 and sm_100, bfloat16; six minutes on two cores
     python -m bench.compile --sm 89 120 --dtype float16  the cards with less shared memory
 
 The operations are called on meta tensors, forward and backward, and their launches are recorded instead of run: so what
@@ -30,7 +30,8 @@ import kernels  # noqa: E402
 
 SHARED_KB = {80: 163, 90: 227, 100: 227, 89: 99, 120: 99}  # per block, NVIDIA's CUDA programming guide
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-HEAD_SIZES = (32, 64, 128, 256)
+TUNED = tuple((C, 7) for C in (32, 64, 128, 256))  # head size, query heads per key/value head: one for each tile
+GEOMETRIES = TUNED + ((80, 7), (96, 7)) + tuple((C, share) for C in (64, 128) for share in (1, 4, 5, 8))
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # HMMA will do: beside two float32 gradients of 256 channels, what HGMMA needs spills at every tile
 OLDER_INSTRUCTIONS = {("attention_bwd_kv C=256", 90)}
@@ -52,7 +53,8 @@ class Launch:
         rows = "group" * (self.kernel == "_decode_split_kernel" and values["BLOCK_M"] > 16)
         tiled = "BLOCK_M" in values or "GROUP" in values  # pointwise kernels are never fused
         invariant = "invariant" * (tiled and not dict(self.options)["enable_fp_fusion"])
-        words = [self.kernel[1:].removesuffix("_kernel"), f"C={values.get('C')}" * ("C" in values), rows, invariant]
+        words = [self.kernel[1:].removesuffix("_kernel"), f"C={values.get('C')}" * ("C" in values),
+                 f"share={values.get('SHARE')}" * (values.get("SHARE", 7) != 7), rows, invariant]
         return " ".join(filter(None, words + [key for key in ("CACHED", "BIAS", "ADD", "NORM") if values.get(key)]))
 
     @property
@@ -78,7 +80,8 @@ class Recorder:
         types, constants, divisible = [], [], []
         for i, parameter in enumerate(self.function.params):
             value = values[parameter.name]
-            if parameter.is_constexpr or value is None or isinstance(value, int) and value == 1:
+            special = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or special and value == 1:
                 types.append("constexpr")
                 constants.append((parameter.name, value))
                 continue
@@ -89,14 +92,14 @@ class Recorder:
                 divisible.append(i)
             else:
                 types.append("fp32" if isinstance(value, float) else "i32")
-                if isinstance(value, int) and value % 16 == 0:
+                if special and value % 16 == 0:
                     divisible.append(i)
         self.launches.append(Launch(self.name, tuple(types), tuple(constants), tuple(divisible),
                                     tuple(sorted(options.items()))))
 
 
-def run_everything(dtype, head_sizes):
-    """Each operation once per head size and shape class, forward and backward, in Qwen2.5-7B's geometry."""
+def run_everything(dtype, geometries):
+    """Each operation once per geometry of heads, else in Qwen2.5-7B's, forward and backward."""
     def new(*shape):
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
@@ -104,10 +107,11 @@ def run_everything(dtype, head_sizes):
         outputs = [x for x in outputs if x.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
 
-    H, K, D, F, V = 28, 4, 3584, 18944, 151936
+    K, D, F, V = 4, 3584, 18944, 151936
     segments = torch.tensor([(0, 100, -1), (100, 50, 0), (150, 50, 0)])
     length = torch.empty(8, dtype=torch.int64, device="meta")
-    for C in head_sizes:
+    for C, share in geometries:
+        H = share * K
         for impl in ("triton", "invariant"):
             backward(kernels.attention(new(200, H, C), new(200, K, C), new(200, K, C), segments, impl))
             for members in (1, 7):
@@ -121,12 +125,12 @@ def run_everything(dtype, head_sizes):
     backward(kernels.linear(new(208, D), new(D, D), None, "invariant"))
     backward(kernels.rms_norm(new(208, D), new(D), 1e-6, "triton"))
     backward(*kernels.add_rms_norm(new(208, D), new(208, D), new(D), 1e-6, "triton"))
-    backward(kernels.rope(new(208, H, 128), table, table, impl="triton"))
-    backward(kernels.rope(new(208, H, 128), table, table, new(128), 1e-6, "triton"))
+    backward(kernels.rope(new(208, 28, 128), table, table, impl="triton"))
+    backward(kernels.rope(new(208, 28, 128), table, table, new(128), 1e-6, "triton"))
     backward(kernels.swiglu(new(208, F), new(208, F), "triton"))
 
 
-def launches(generation, dtype, head_sizes=HEAD_SIZES):
+def launches(generation, dtype, geometries=GEOMETRIES):
     """The distinct launches of run_everything on a GPU of this generation."""
     found, names = [], [name for name in vars(kernels) if name.endswith("_kernel")]
     saved = {name: getattr(kernels, name) for name in names + ["_generation", "_check"]}
@@ -134,7 +138,7 @@ def launches(generation, dtype, head_sizes=HEAD_SIZES):
         for name in names:
             setattr(kernels, name, Recorder(name, saved[name], found))
         kernels._generation, kernels._check = (lambda device: generation), (lambda *tensors: None)
-        run_everything(dtype, head_sizes)
+        run_everything(dtype, geometries)
     finally:
         for name, value in saved.items():
             setattr(kernels, name, value)
@@ -160,10 +164,10 @@ def compiled(launch, capability):
             n_dots)
 
 
-def compile_all(capabilities, dtype, head_sizes=HEAD_SIZES, workers=2):
+def compile_all(capabilities, dtype, geometries=GEOMETRIES, workers=2):
     """{(launch, capability): what `compiled` found}."""
     jobs = [(launch, cc) for cc in capabilities
-            for launch in launches(cc if cc in kernels.GENERATIONS else "small", dtype, head_sizes)]
+            for launch in launches(cc if cc in kernels.GENERATIONS else "small", dtype, geometries)]
     with ProcessPoolExecutor(workers) as pool:
         return dict(zip(jobs, pool.map(compiled, *zip(*jobs))))
 

@@ -24,15 +24,16 @@ def run(code, tmp_path):
 
 
 def test_no_launch_spills_or_misses_the_tensor_cores(tmp_path):
-    """The common head sizes on three generations, and the others on A100, which has the least shared memory of them."""
+    """Every tile of the three generations, at 7 query heads per key/value head; `python -m bench.compile` compiles more
+    geometries than there is time for here."""
     out = run("""
 import torch
-from bench.compile import compile_all, faults
-found = compile_all((80, 90, 100), torch.bfloat16, (64, 128)) | compile_all((80,), torch.bfloat16, (32, 256))
+from bench.compile import TUNED, compile_all, faults
+found = compile_all((80, 90, 100), torch.bfloat16, TUNED)
 print(len(found), *faults(found), sep="\\n")
 """, tmp_path)
     n_found, *wrong = out.splitlines()
-    assert int(n_found) > 100 and not wrong, "\n".join(wrong)
+    assert int(n_found) > 140 and not wrong, "\n".join(wrong)
 
 
 def test_a_bad_tile_is_reported(tmp_path):
@@ -49,8 +50,10 @@ def retiled(launch, first, second):
     return dataclasses.replace(launch, constants=tuple((k, sizes.get(k, v)) for k, v in launch.constants),
                                options=tuple(sorted(options.items())))
 
-forward = {C: [x for x in launches(80, torch.bfloat16, (C,)) if x.name == f"attention_fwd C={C}"][0] for C in (64, 256)}
-spilling, large = retiled(forward[64], 256, 64), retiled(forward[256], 16, 256)
+def forward(C):
+    return [x for x in launches(80, torch.bfloat16, ((C, 7),)) if x.name == f"attention_fwd C={C}"][0]
+
+spilling, large = retiled(forward(64), 256, 64), retiled(forward(256), 16, 256)
 for launch in (spilling, large):
     print(*faults({(launch, 80): compiled(launch, 80)}), sep=" and ")
 good = (128, 0, 1024, 8, 2)

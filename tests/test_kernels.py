@@ -3,8 +3,8 @@
 Oracles: attention and decode_attention against a naive softmax over a [N, N] mask written from the visibility rule,
 linear_logp against torch.log_softmax, the pointwise operations against their PyTorch references, which hand-worked
 numbers check. Lower precisions may err at most twice as much as plain torch does, gradients included. What kernels.py
-allocates holds NaN and is fenced, and so are its inputs: reading what nobody wrote, or beyond an end, spoils a result;
-writing beyond one is found. tests/mutants.py lists mistakes that these tests must notice.
+allocates holds NaN and is fenced, and so are its inputs: using what nobody wrote, or what lies beyond an end, spoils a
+result; writing beyond one is found. tests/mutants.py lists mistakes that these tests must notice.
 
 On the CPU the kernels run in Triton's interpreter, in tiles of 32 by 16; RM_TEST_DEVICE=cuda: see conftest.py.
 """
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import (Prompts, add_rms_norm, attention, decode_attention, linear, linear_logp, rms_norm, rope, swiglu,
-                     wide)
+from kernels import (Prompts, add_rms_norm, attention, decode_attention, linear, linear_logp, logits, rms_norm, rope,
+                     swiglu, wide)
 
 torch.set_num_threads(1)
 
@@ -633,6 +633,35 @@ def test_invariant_linear(N, D, V, dtype):
         check(lambda x, *rest: linear(x[::2], *rest, impl="invariant"), dtype,
               [randn(2 * N, D), randn(V, D, seed=1), randn(V, seed=2)][:n_inputs], [randn(N, V, seed=3)],
               lambda x, *rest: F.linear(x[::2], *rest))
+
+
+@pytest.mark.parametrize("impl,dtype", EVERY, ids=shown)
+def test_logits(impl, dtype):
+    """Oracle: the product in float64. Wide, whatever the inputs are; the invariant kernel does not round half-precision
+    products to half precision on the way: its error is float32's. No gradient."""
+    hidden, weight = (randn(*shape, seed=i).to(DEVICE, dtype) for i, shape in enumerate([(37, 50), (33, 50)]))
+    out = logits(hidden, weight, impl)
+    exact = hidden.double() @ weight.double().t()
+    assert out.dtype == wide(dtype) and not out.requires_grad
+    rounded = dtype in (F16, BF16) and impl != "invariant" and DEVICE == "cpu"
+    assert error(out, exact) < {F64: 1e-14}.get(dtype, 1e-6) * (1000 if rounded else 1)
+
+
+@pytest.mark.parametrize("impl,dtype", KERNELS, ids=shown)
+def test_linear_logp_of_a_large_vocabulary(monkeypatch, impl, dtype):
+    """Oracle: log_softmax in float64 over Qwen2.5's 151,665 tokens, which end within a tile of the kernel."""
+    for op in ("logp", "linear_invariant"):
+        monkeypatch.setitem(kernels.INTERPRETER_TILES, op, (16, 4096))
+    V = 151_665
+    hidden, weight = randn(5, 24).to(DEVICE, dtype), randn(V, 24, seed=1).to(DEVICE, dtype)
+    target = torch.tensor([0, V - 1, V - 2, 77_777, 4096], device=DEVICE)
+
+    def dense(dtype):
+        z_nv = hidden.to(dtype) @ weight.to(dtype).t() / 0.7
+        logp_nv = z_nv.log_softmax(1)
+        return logp_nv.gather(1, target[:, None])[:, 0], -(logp_nv.exp() * logp_nv).sum(1), z_nv.logsumexp(1)
+    ours = linear_logp(hidden, weight, target, 0.7, impl, return_lse=True)
+    assert_no_worse_than_torch(ours, dense(F32), dense(F64))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

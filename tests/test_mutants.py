@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("triton")
+
 
 def test_every_mistake_in_the_kernels_is_caught():
     """Each is made alone in a copy; a test that names it must fail, and must pass without it."""
