@@ -111,8 +111,8 @@ TILES = {
     ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2), (16, 64, 4, 3)),
     ("decode", 256): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
     ("decode_group", 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 3)),
-    ("decode_group", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
-    ("decode_group", 128): ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (32, 64, 4, 2)),
+    ("decode_group", 64): ((64, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
+    ("decode_group", 128): ((64, 64, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3), (32, 64, 4, 2)),
     ("decode_group", 256): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
     ("logp", 0): ((128, 256, 8, 3), (128, 256, 16, 4), (128, 128, 8, 4), (128, 128, 8, 3)),
     ("linear_invariant", 0): ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3)),
@@ -476,6 +476,7 @@ class _Attention(torch.autograd.Function):
         assert segments_s3.dtype == torch.int64 and not segments_s3.is_cuda, (segments_s3.dtype, segments_s3.device)
         segments = segments_s3.numpy().tobytes()
         _check_segments(segments, len(q_nhc))
+
         def tiles(tokens_per_tile):
             return _query_tiles(segments, tokens_per_tile, q_nhc.device)
         out_nhc, lse_nh = _launch_attention(q_nhc, k_nkc, v_nkc, k_nkc, v_nkc, tiles, False, invariant)
@@ -534,8 +535,8 @@ def attention(q_nhc, k_nkc, v_nkc, segments_s3, impl=None):
     """softmax(q k^T / sqrt(C)) v over a forest of segments; returns out_nhc.
 
     segments_s3 is an int64 CPU table of (start, length, parent). A token sees its own segment up to itself and, if
-    parent is not -1, all of the parent segment. A parent is itself parentless. Example, a prompt of 3 tokens and two
-    replies of 2:
+    parent is not -1, all of the parent segment. A parent is itself parentless, segments lie back to back, and children
+    directly follow their parent. Example, a prompt of 3 tokens and two replies of 2:
 
         segments = [(0, 3, -1), (3, 2, 0), (5, 2, 0)]
         token      0  1  2 | 3  4 | 5  6
@@ -702,7 +703,8 @@ def _decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
             **options)
     out_bhc = q_bhc.new_empty(B, H, C)
     BLOCK_S, BLOCK_C = triton.next_power_of_2(n_splits), triton.next_power_of_2(C)
-    _decode_merge_kernel[B * H,](part_bhsc, lse_bhs, out_bhc, n_splits, C, BLOCK_S, BLOCK_C, **POINTWISE)
+    _decode_merge_kernel[B * H,](part_bhsc, lse_bhs, out_bhc, n_splits, C, BLOCK_S, BLOCK_C,
+                                 num_warps=min(max(BLOCK_S * BLOCK_C // 2048, 1), 16), **POINTWISE)
     return out_bhc
 
 

@@ -118,6 +118,9 @@ def run_everything(dtype, geometries):
                 prompts = kernels.Prompts(new(8, K, 512, C), new(8, K, 512, C), length,
                                           torch.empty(8, members, dtype=torch.int64, device="meta"))
                 kernels.decode_attention(new(8, H, C), new(8, K, 512, C), new(8, K, 512, C), length, prompts, impl)
+        alone = torch.empty(1, 1, dtype=torch.int64, device="meta")
+        long = kernels.Prompts(*[new(1, K, 32768, C)] * 2, length[:1], alone)
+        kernels.decode_attention(new(1, H, C), *[new(1, K, 32768, C)] * 2, length[:1], long, "triton")  # many splits
     target, table = torch.empty(208, dtype=torch.int64, device="meta"), torch.empty(208, 64, device="meta")
     for impl in ("triton", "invariant"):
         backward(kernels.linear_logp(new(208, D), new(V, D), target, 0.7, impl)[0])
