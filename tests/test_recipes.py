@@ -97,7 +97,7 @@ def test_the_recipes_combination_learns_and_resumes(tmp_path):
     assert all(isinstance(row[key], (int, float)) for row in rl_rows for key in GRPO_KEYS)
     accuracy = [row["accuracy"] for row in rl_rows]
     assert accuracy[0] < 0.7 and sum(accuracy[-3:]) / 3 > 0.9, accuracy
-    assert all(row["n_updates"] == 2 and row["mismatch"] <= row["mismatch_max"] < 0.05 for row in rl_rows), rl_rows
+    assert all(row["n_updates"] == 2 and row["mismatch"] <= row["mismatch_max"] < 0.1 for row in rl_rows), rl_rows
 
     run(*(command(script, options | dict(out=f"{options['out']}-again", resume=True))
           for script, options in (("distill.py", sft), ("grpo.py", rl))))
