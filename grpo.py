@@ -44,10 +44,9 @@ from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, ma
                     shard)
 from data.pairs import Pair, read_pairs
 from evaluate import HeldOut
-from kernels import require_triton
 from model import Model, pack
 from reward import load_prompt, prompt_path, render, reward, training_verdict
-from sample import Rollout, Sampler, refresh, whole_model
+from sample import Rollout, Sampler, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 
 
@@ -250,8 +249,7 @@ def rollout_metrics(groups, texts):
 
 def main(cfg):
     ranks, dtype = init_ranks(cfg.threads), getattr(torch, cfg.dtype)
-    if cfg.batch_invariant:
-        require_triton(ranks.device, dtype)
+    impl = model_impl(cfg.batch_invariant, ranks.device, dtype)
     if cfg.model == Config.model and not Path(cfg.model).exists():  # the embedded default begins with its first stage
         import distill
         begun = any(Path(distill.Config.out, "checkpoints").glob("step-*"))
@@ -281,10 +279,10 @@ def main(cfg):
     checkpoint = latest_checkpoint(run.folder / "checkpoints") if cfg.resume else None
     model = Model.from_pretrained(checkpoint or cfg.model, ranks.loading_device, torch.float32)
     model.n_vocab, model.gradient_checkpointing = tokenizer.n_vocab, cfg.gradient_checkpointing
-    model.impl = "invariant" if cfg.batch_invariant else None
+    model.impl = impl
     model = shard(model, ranks, dtype)  # before the reference is loaded
     reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
-    reference.n_vocab, reference.impl = tokenizer.n_vocab, model.impl
+    reference.n_vocab, reference.impl = tokenizer.n_vocab, impl
     reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.micro_tokens)

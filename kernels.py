@@ -66,13 +66,6 @@ def runs_triton(device, dtype):
     return INTERPRETED and bool(triton) and dtype in (torch.float32, torch.float16)
 
 
-def require_triton(device, dtype):
-    """ValueError where --batch-invariant cannot run."""
-    if not runs_triton(device, dtype):
-        raise ValueError(f"--batch-invariant: its kernels are Triton's, which do not run {str(dtype)[6:]} on {device}; "
-                         "use a GPU, or float32 with TRITON_INTERPRET=1 in the environment (slow: for tiny models)")
-
-
 def _check(*tensors):
     """What every launcher assumes: a device that runs Triton, one dtype, dense rows."""
     x = tensors[0]
@@ -427,9 +420,7 @@ def _query_tiles(segments, tokens_per_tile, device):
     the table's bytes: the tiles of a forest are made once for all layers.
     """
     start, length, parent = np.frombuffer(segments, np.int64).reshape(-1, 3).T
-    n_tiles = -(-length // tokens_per_tile)
-    segment = np.repeat(np.arange(len(start)), n_tiles)
-    first = (np.arange(n_tiles.sum()) - np.repeat(n_tiles.cumsum() - n_tiles, n_tiles)) * tokens_per_tile
+    segment, first = _cut(length, tokens_per_tile)
     above = parent[segment]
     n_prefix = np.where(above >= 0, length[above], 0)
     n_tokens = np.minimum(length[segment] - first, tokens_per_tile)
@@ -444,11 +435,16 @@ def _key_tiles(segments, keys_per_tile, device):
     start, length, parent = np.frombuffer(segments, np.int64).reshape(-1, 3).T
     until = start + length
     np.maximum.at(until, parent[parent >= 0], until[parent >= 0].copy())
-    n_tiles = -(-length // keys_per_tile)
-    segment = np.repeat(np.arange(len(start)), n_tiles)
-    first = (np.arange(n_tiles.sum()) - np.repeat(n_tiles.cumsum() - n_tiles, n_tiles)) * keys_per_tile
+    segment, first = _cut(length, keys_per_tile)
     table = np.stack([start[segment] + first, np.minimum(length[segment] - first, keys_per_tile), until[segment]], 1)
     return _upload(table[np.argsort(table[:, 0] - table[:, 2], kind="stable")], device)
+
+
+def _cut(length, size):
+    """Segments of these lengths in pieces of at most `size`: each piece's segment, and its first token in it."""
+    n_tiles = -(-length // size)
+    segment = np.repeat(np.arange(len(length)), n_tiles)
+    return segment, (np.arange(n_tiles.sum()) - np.repeat(n_tiles.cumsum() - n_tiles, n_tiles)) * size
 
 
 def _upload(table, device):
@@ -708,6 +704,7 @@ def _decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
     return out_bhc
 
 
+@functools.lru_cache
 def _n_splits(n_programs, T, BLOCK_N, device):
     """Splits of the keys, a power of two, so that few programs fill the GPU twice; at least 4 blocks of keys each."""
     n_cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
@@ -939,7 +936,8 @@ class _LinearLogpTriton(torch.autograd.Function):
         step = max(tiling["BLOCK_V"], min(V, GRADIENT_CHUNK // max(N, 1) // tiling["BLOCK_V"] * tiling["BLOCK_V"]))
         grad_n, block = grad_n.contiguous(), hidden_nd.new_empty(N * step)
         grad_hidden_nd = torch.zeros_like(hidden_nd, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        grad_weight_vd = torch.zeros_like(weight_vd) if ctx.needs_input_grad[1] else None
+        new = torch.empty_like if N else torch.zeros_like  # without rows the loop writes nothing
+        grad_weight_vd = new(weight_vd) if ctx.needs_input_grad[1] else None
         for first in range(0, V if N else 0, step):
             n_cols = min(step, V - first)
             grad_nv = block[:N * n_cols].view(N, n_cols)

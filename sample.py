@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common import copy_weights, fail, one_line_errors, parse_config
 from data.pairs import Pair, read_pairs
-from kernels import Prompts, attention, decode_attention, linear_logp, logits, require_triton
+from kernels import Prompts, attention, decode_attention, linear_logp, logits, runs_triton
 from model import Model, pack
 from reward import benchmark_verdict, load_prompt, majority, render
 from tokenizer import StreamDecoder, Tokenizer
@@ -346,6 +346,14 @@ def _packs(sizes, limit):
     return packs + [(first, len(sizes))]
 
 
+def model_impl(batch_invariant, device, dtype):
+    """Model.impl as --batch-invariant wants it; ValueError where its kernels cannot run."""
+    if batch_invariant and not runs_triton(device, dtype):
+        raise ValueError(f"--batch-invariant: its kernels are Triton's, which do not run {str(dtype)[6:]} on {device}; "
+                         "use a GPU, or float32 with TRITON_INTERPRET=1 in the environment (slow: for tiny models)")
+    return "invariant" if batch_invariant else None
+
+
 def whole_model(model, dtype):
     """The policy as a sampler wants it: the model itself, or, if its weights are sharded, an empty whole copy of it.
 
@@ -549,8 +557,7 @@ def load_judge(cfg):
         raise ValueError("--device cuda: this PyTorch sees no GPU")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device == "cuda" else torch.float32
-    if cfg.batch_invariant:
-        require_triton(device, dtype)
+    impl = model_impl(cfg.batch_invariant, device, dtype)
     tokenizer = Tokenizer(cfg.model)
     own_prompt = Path(cfg.model) / "prompt.txt"
     if cfg.prompt is None and not own_prompt.exists():
@@ -560,7 +567,7 @@ def load_judge(cfg):
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{cfg.model}: tokenizer.json has {tokenizer.n_vocab} tokens, but config.json's vocab_size is "
                          f"{model.config.vocab_size}: they are not of the same model")
-    model.n_vocab, model.impl = tokenizer.n_vocab, "invariant" if cfg.batch_invariant else None
+    model.n_vocab, model.impl = tokenizer.n_vocab, impl
     return Judge(Sampler(model, cfg.n_slots), tokenizer, load_prompt(cfg.prompt or str(own_prompt)), cfg.max_new_tokens,
                  cfg.temperature, cfg.top_p, cfg.top_k, cfg.votes, cfg.seed)
 

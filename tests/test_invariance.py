@@ -65,14 +65,10 @@ def test_attention_in_a_forest_alone_and_decoded(H, K, C):
     """Trees of prompts and responses of odd lengths: each [prompt, response] alone as one causal sequence, and some of
     its tokens decoded against the prompt's cache and its own; a prompt alone."""
     trees = [(37, [9, 18, 1]), (5, [2]), (32, [4])]
-    segments, start = [], 0
-    for prompt, responses in trees:
-        parent = len(segments)
-        for n, above in [(prompt, -1)] + [(n, parent) for n in responses]:
-            segments.append((start, n, above))
-            start += n
-    q, k, v = normal(start, H, C), normal(start, K, C, seed=1), normal(start, K, C, seed=2)
-    out = attention(q, k, v, torch.tensor(segments), "invariant")
+    forest = pack([([0] * prompt, [[0] * n for n in responses]) for prompt, responses in trees])
+    N, segments = len(forest.tokens_n), forest.segments_s3.tolist()
+    q, k, v = normal(N, H, C), normal(N, K, C, seed=1), normal(N, K, C, seed=2)
+    out = attention(q, k, v, forest.segments_s3, "invariant")
     for first, n, above in segments:
         p_first, p = segments[above][:2] if above >= 0 else (first, 0)
         rows = torch.tensor([*range(p_first, p_first + p), *range(first, first + n)], device=DEVICE)
