@@ -35,7 +35,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def parse_config(cls, recipes=None, argv=None):
     """An instance of the frozen dataclass `cls` from the command line: one flag a field, its trailing comment the help.
 
-    An empty value of an option that may be None is None: --eval-data "" evaluates on nothing. `recipes` maps a name to
+    A field without a default is a positional argument, and one of type tuple[str, ...] takes one or more values. An
+    empty value of an option that may be None is None: --eval-data "" evaluates on nothing. `recipes` maps a name to
     overrides that --recipe applies before the flags. Unknown, abbreviated or mistyped flags, and values that
     cls.__post_init__ refuses with ValueError, end the program with one line and status 2.
     """
@@ -49,17 +50,24 @@ def parse_config(cls, recipes=None, argv=None):
     for f in dataclasses.fields(cls):
         comment = re.search(rf"^    {f.name}:.*?  # (.+)$", source, re.M)
         assert comment, f"{cls.__name__}.{f.name} needs a trailing comment: it is the option's help"
-        flag, text = "--" + f.name.replace("_", "-"), comment[1].replace("%", "%%") + f" (default: {f.default})"
+        flag, text = "--" + f.name.rstrip("_").replace("_", "-"), comment[1].replace("%", "%%")
         kind = types[f.name]
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=f.name,
+                                help=f"{text} (default: {f.default})")
+            continue
+        several = {"nargs": "+"} if typing.get_origin(kind) is tuple else {}
+        kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
+        if f.default is dataclasses.MISSING:
+            parser.add_argument(f.name, type=kind, help=text, metavar=f.name.upper(), **several)
         else:
-            kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
-            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
+            default = " ".join(f.default) if several else f.default
+            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), dest=f.name,
+                                help=f"{text} (default: {default})", **several)
     given = vars(parser.parse_args(argv))
     recipe = given.pop("recipe", None)
-    given = {name: None if value == "" and type(None) in typing.get_args(types[name]) else value
-             for name, value in given.items()}
+    given = {name: None if value == "" and type(None) in typing.get_args(types[name]) else
+             tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
         return cls(**(recipes[recipe] if recipe else {}) | given)
     except ValueError as e:

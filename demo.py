@@ -23,8 +23,8 @@ import distill
 import grpo
 from common import one_line_errors, parse_config
 from data import toy
-from data.pairs import read_pairs
-from evaluate import score
+from data.pairs import read_pairs, write_pairs
+from evaluate import write_lines, write_scores
 from model import Model
 from reward import load_prompt
 from sample import Judge, Sampler
@@ -47,20 +47,23 @@ class Config:
             raise ValueError("--pairs must be at least 20, --threads and --seed at least 0")
 
 
-def judge_all(model_folder, pairs, temperature, seed, file):
-    """Judges the pairs, writes the judgements; returns the scores by domain, and the shares of judgements that begin
-    with the right solution or rubric and that check both answers."""
+def judge_all(model_folder, pairs, temperature, seed, out):
+    """Judges the pairs, leaves a folder like evaluate.py's; returns the scores by name, and the shares of judgements
+    that begin with the right solution or rubric and that check both answers."""
     tokenizer = Tokenizer(model_folder)
     model = Model.from_pretrained(model_folder).requires_grad_(False)
     model.n_vocab = tokenizer.n_vocab
     judge = Judge(Sampler(model), tokenizer, load_prompt("toy"), 96, temperature, seed=seed)
-    done = tqdm(judge.judge(pairs), f"judge {file.stem}", len(pairs), leave=False)
+    done = tqdm(judge.judge(pairs), f"judge {out.name}", len(pairs), leave=False)
     records = [record for _, record in sorted(done, key=lambda item: item[0])]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    out.mkdir(parents=True)
+    write_pairs(out / "pairs.jsonl", pairs)
+    write_lines(out / "judgements.jsonl", records)
+    settings = {"model": str(model_folder), "temperature": temperature, "seed": seed}
+    rows = write_scores(out, out.name, records, settings, judge.sampler.stats())["rows"]
     texts = [record["votes"][0]["text"] for record in records]
     grounded = sum(toy.is_grounded(pair.prompt[0]["content"], text) for pair, text in zip(pairs, texts))
-    return score(records), grounded / len(texts), sum(map(toy.is_careful, texts)) / len(texts)
+    return {r["name"]: r for r in rows}, grounded / len(texts), sum(map(toy.is_careful, texts)) / len(texts)
 
 
 def main(cfg):
@@ -94,20 +97,21 @@ def main(cfg):
     for name, title in TITLES.items():
         folder = out / name if name == "untrained" else out / name / "model"
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            file = out / "judgements" / f"{name}-{how}.jsonl"
-            scores, grounded, careful = judge_all(folder, pairs, temperature, cfg.seed, file)
+            judged = out / "judgements" / f"{name}-{how}"
+            scores, grounded, careful = judge_all(folder, pairs, temperature, cfg.seed, judged)
             everything = scores["all"]
-            rows.append(f"{title:17} {how:8}{percent(everything):>19}{percent(scores['domain reasoning']):>20}"
-                        f"{percent(scores['domain chat']):>20}{everything['n_tokens']:8.1f}{100 * grounded:9.1f}"
+            rows.append(f"{title:17} {how:8}{percent(everything):>19}{percent(scores['reasoning']):>20}"
+                        f"{percent(scores['chat']):>20}{everything['tokens']:8.1f}{100 * grounded:9.1f}"
                         f"{100 * careful:9.1f}{seconds[name]:9.0f}")
-            summary[name if how == "greedy" else f"{name}_sampled"] = round(100 * everything["accuracy"], 1)
+            summary[name if how == "greedy" else f"{name}_sampled"] = round(100 * everything["score"], 1)
     print(f"\nAccuracy in % (95% interval) on {len(pairs)} held-out pairs. tokens: mean judgement length. solves: % of "
           "judgements\nthat begin with the right solution or the right weights. checks: % that check both answers. "
           "seconds: training of the stage.\n")
     print(f"{'':26}{'all':>19}{'reasoning':>20}{'chat':>20}{'tokens':>8}{'solves':>9}{'checks':>9}{'seconds':>9}")
     print("\n".join(rows))
     print(f"\nJudge a pair of your own:  .venv/bin/python sample.py --model {out}/grpo/model "
-          "--question 'sort 40718' --answer-a 01478 --answer-b 01487\n")
+          "--question 'sort 40718' --answer-a 01478 --answer-b 01487\n"
+          f"Read the judgements and runs:  .venv/bin/python report.py {out}\n")
     summary = {key: summary[key] for key in ("untrained", "answer_only", "distilled", "grpo", "grpo_sampled")}
     summary["seconds"] = round(time.perf_counter() - began, 1)
     (out / MARK).write_text(json.dumps(summary | {"seed": cfg.seed, "stage_seconds": seconds}))
@@ -115,7 +119,7 @@ def main(cfg):
 
 
 def percent(row):
-    return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
+    return f"{100 * row['score']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
 
 
 if __name__ == "__main__":

@@ -1,20 +1,33 @@
-"""How often a judge agrees with the labels: accuracy on a file of pairs, by domain and source, with 95% intervals.
+"""How often a judge agrees with people: RewardBench, RM-Bench, RMB by their own rules, or any labelled pairs.
 
-    python evaluate.py --model runs/demo/grpo/model --data runs/demo/data/heldout.jsonl --out runs/eval
-    python evaluate.py --model DIR --prompt instruct --data pairs.jsonl --votes 8 --temperature 1 --out runs/eval
+    python evaluate.py --model DIR --rewardbench FILE --rmbench FILE --rmb FOLDER --out runs/eval
+    python evaluate.py --model DIR --data heldout.jsonl --votes 8 --temperature 1 --out runs/eval
+    python evaluate.py --from eval/result/RM-R1-Qwen2.5-Instruct-32B --out runs/rescored      scores recorded outputs
+    torchrun --nproc_per_node 8 evaluate.py ...                                               the pairs shared out
 
-Writes judgements.jsonl (every vote's text; resumable) and scores.json into --out, and prints the table.
+Each pair is judged once, greedily, in a seeded A/B order that is recorded; a missing verdict is wrong. Written into
+--out: pairs.jsonl (as they were shown), judgements.jsonl (every vote's text), scores.json (all that is printed).
+Started again, it judges what is missing. report.py makes a page of it.
+
+Departures from RM-R1's evaluation:
+
+1. The A/B order is balanced and seeded, and the same in every environment; --order published gives theirs.
+2. RM-Bench's headline is the intended matrix; as the published one was counted, with one rotation's file read twice,
+   stands beside it under its own name.
+3. RMB's folder is walked in sorted order, not in the file system's.
+4. A model is asked with the prompt that it was trained with, or the one given; never by the letters of its path.
 """
 
 import json
-import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import one_line_errors, parse_config
-from data.pairs import read_pairs
+import scores
+from benchmarks import read_benchmark, read_recorded
+from common import init_ranks, one_line_errors, parse_config
+from data.pairs import SWAPPED, read_pairs, swapped, write_pairs
 from model import read_json
 from reward import load_prompt
 from sample import Judge, Sampler, check_sampling, judge_file, judge_settings, load_judge
@@ -22,13 +35,20 @@ from sample import Judge, Sampler, check_sampling, judge_file, judge_settings, l
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "runs/toy/grpo/model"  # Hugging Face folder of the judge
-    data: str = "runs/toy/data/heldout.jsonl"  # labelled pairs, in any format that data/pairs.py reads
-    out: str = "runs/eval"  # folder for judgements.jsonl and scores.json
+    model: tuple[str, ...] = ("runs/toy/grpo/model",)  # Hugging Face folder of the judge; several stand side by side
+    rewardbench: str | None = None  # RewardBench's rows as JSON lines
+    rmbench: str | None = None  # RM-Bench's total_dataset.json, or the file of a domain, or a folder of such
+    rmb: str | None = None  # RMB's folder, with Pairwise_set and BoN_set in it
+    data: str | None = None  # labelled pairs in any format that data/pairs.py reads; by default the generated task's
+    from_: tuple[str, ...] = ()  # score recorded outputs instead: judgements.jsonl, RM-R1's logs (a file or a folder)
+    out: str = "runs/eval"  # folder for pairs.jsonl, judgements.jsonl and scores.json
     prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
-    limit: int = 0  # only the first so many pairs, 0 = all
+    order: str = "balanced"  # which answer is A: balanced (seeded), or published, as in RM-R1's recorded runs
+    swap: bool = False  # judge every pair in the other order too: consistency and position bias
+    limit: int = 0  # only the first so many records of each file, 0 = all
     skip_bad: bool = False  # skip unreadable records and count them, instead of stopping before any work
     votes: int = 1  # judgements per pair; the verdict is their majority, a tie counts as wrong
+    budgets: str | None = None  # e.g. 512,1024,2048: also the scores had judgements ended after so many tokens
     temperature: float = 0.0  # 0 takes the likeliest token; votes need more
     top_p: float = 1.0  # sample from the smallest set of likeliest tokens with this probability
     top_k: int = 0  # sample from so many likeliest tokens, 0 = all
@@ -42,44 +62,20 @@ class Config:
 
     def __post_init__(self):
         check_sampling(self)
+        if self.order not in ("balanced", "published"):
+            raise ValueError(f"--order is balanced or published, got {self.order}")
+        given = [flag for flag in ("rewardbench", "rmbench", "rmb", "data") if getattr(self, flag)]
+        if self.from_ and (given or self.swap or self.budgets or self.votes > 1):
+            raise ValueError("--from scores what was recorded; it goes with --out and --skip-bad only")
+        if max(budgets_of(self), default=0) > self.max_new_tokens:
+            raise ValueError(f"--budgets: the largest is above --max-new-tokens {self.max_new_tokens}")
 
 
-def wilson(right, n, z=1.96):
-    """95% interval of a share, (low, high) in [0, 1] (Wilson 1927): honest near 0 and 1, unlike +-z sqrt(pq/n)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = right / n, z * z / n
-    middle, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def score(records):
-    """{"all": row, "domain X": row, "source Y": row}: n, right, accuracy, low, high, no_verdict (shares), n_tokens
-    (mean a vote).
-
-    A record is right when its majority verdict is its winner; none is wrong. Records without a label are left out.
-    """
-    groups = {}
-    for r in records:
-        if r["winner"] is not None:
-            for name in ("all", f"domain {r['domain']}", f"source {r['source']}"):
-                groups.setdefault(name, []).append(r)
-    rows = {}
-    for name, members in sorted(groups.items()):
-        n, right = len(members), sum(r["verdict"] == r["winner"] for r in members)
-        votes = [vote for r in members for vote in r["votes"]]
-        rows[name] = {"n": n, "right": right, "accuracy": right / n, **dict(zip(("low", "high"), wilson(right, n))),
-                      "no_verdict": sum(v["verdict"] is None for v in votes) / len(votes),
-                      "n_tokens": sum(v["n_tokens"] for v in votes) / len(votes)}
-    return rows
-
-
-def table(rows):
-    lines = [f"{'':24}{'pairs':>7}{'accuracy':>10}  {'95% interval':15}{'no verdict':>11}{'tokens':>8}"]
-    for name, r in rows.items():
-        lines.append(f"{name:24}{r['n']:7}{100 * r['accuracy']:10.1f}  {100 * r['low']:5.1f} to {100 * r['high']:5.1f} "
-                     f"{100 * r['no_verdict']:12.1f}{r['n_tokens']:8.0f}")
-    return "\n".join(lines)
+def budgets_of(cfg):
+    parts = cfg.budgets.split(",") if cfg.budgets else []
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"--budgets: {cfg.budgets!r} is not a list of token counts like 512,1024")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 class HeldOut:
@@ -98,37 +94,135 @@ class HeldOut:
         judge = Judge(Sampler(model), self.tokenizer, self.prompt, self.max_new_tokens)
         mine = [record for _, record in judge.judge(self.pairs[self.ranks.rank::self.ranks.world])]
         records = [record for share in self.ranks.gather(mine) for record in share]
-        rows = score(records)
-        domains = {f"eval_accuracy_{name[7:]}": r["accuracy"] for name, r in rows.items() if name.startswith("domain ")}
-        return {"eval_accuracy": rows["all"]["accuracy"], **domains, "eval_no_verdict": rows["all"]["no_verdict"],
-                "eval_tokens": rows["all"]["n_tokens"], "eval_s": time.perf_counter() - began}, records
+        everything, *rows = scores.pairs(records)
+        domains = {f"eval_accuracy_{r['name']}": r["score"] for r in rows if r["kind"] == "domain"}
+        return {"eval_accuracy": everything["score"], **domains, "eval_no_verdict": everything["no_verdict"],
+                "eval_tokens": everything["tokens"], "eval_s": time.perf_counter() - began}, records
+
+
+def read_all(cfg):
+    """The pairs of every file given, in the order in which they will be judged."""
+    files = {"reward-bench": cfg.rewardbench, "rm-bench": cfg.rmbench, "rmb": cfg.rmb}
+    parts = [read_benchmark(path, source, cfg.order, cfg.seed, cfg.skip_bad) for source, path in files.items() if path]
+    if cfg.data or not parts:
+        path = cfg.data or "runs/toy/data/heldout.jsonl"
+        parts.append(read_pairs(path, cfg.seed, cfg.skip_bad))
+        if all(pair.winner is None for pair in parts[-1]):
+            raise ValueError(f"{path}: no pair has a winner, nothing to score; sample.py judges unlabelled pairs")
+    pairs = []
+    for part in parts:
+        kept = set(list(dict.fromkeys(pair.item or pair.id for pair in part))[:cfg.limit or None])
+        pairs += [pair for pair in part if (pair.item or pair.id) in kept]
+    if len({pair.id for pair in pairs}) < len(pairs):
+        raise ValueError("two of the files given have pairs of the same id; evaluate them one by one")
+    return pairs
+
+
+def judge_all(cfg, pairs, out, ranks):
+    """Judges what out/judgements.jsonl does not hold yet; returns all records (on rank 0), what made them, and the
+    sampler's statistics."""
+    judge = replace(load_judge(cfg), budgets=budgets_of(cfg))
+    settings, whole = judge_settings(cfg, judge), out / "judgements.jsonl"
+    to_judge = pairs + [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs] if cfg.swap else pairs
+    if ranks.main:
+        out.mkdir(parents=True, exist_ok=True)
+        if whole.exists():
+            reopen(whole, settings, {pair.id for pair in to_judge}, cfg.skip_bad)
+        (out / "settings.json").write_text(json.dumps(settings))
+        write_pairs(out / "pairs.jsonl", pairs)
+    return judge_file(judge, to_judge, whole, settings, cfg.skip_bad, ranks), settings, judge.sampler.stats()
+
+
+def reopen(whole, settings, wanted, skip_bad):
+    """Turns a finished judgements file back into a partial one: what it lacks is judged, what it has is not."""
+    if read_json(whole.with_name("settings.json")) != settings:
+        raise ValueError(f"{whole}: was judged with other settings (settings.json beside it); choose another --out")
+    text = whole.read_text(encoding="utf-8")
+    others = [name for line in text.split("\n")[:-1] if (name := json.loads(line)["id"]) not in wanted]
+    if others and not skip_bad:
+        raise ValueError(f"{whole}: holds {len(others)} judgements of pairs that are not given now, such as "
+                         f"{others[0]}; choose another --out")
+    temporary = Path(f"{whole}.tmp")
+    temporary.write_text(json.dumps(settings) + "\n" + text, encoding="utf-8")
+    os.replace(temporary, f"{whole}.partial")
+    whole.unlink()
+
+
+def rescore(cfg, source, out):
+    """Scores recorded outputs; returns (the rows, how many recorded verdicts came out again)."""
+    pairs, records = read_recorded(source, cfg.skip_bad)
+    again, settings = [r for r in records if r["votes"] and "recorded" in r], {"from": str(Path(source).resolve())}
+    differ = [r["id"] for r in again if scores.is_right(r) != (r["recorded"] == 1)]
+    reproduced = {"n": len(again), "same": len(again) - len(differ), "differ": differ}
+    whole, own = (out / "judgements.jsonl").resolve(), Path(source).resolve()
+    if whole not in (own, own / "judgements.jsonl"):  # scored again where they lie, only the scores are new
+        if whole.exists() and read_json(out / "settings.json") != settings:
+            raise ValueError(f"{out}: holds other judgements; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "settings.json").write_text(json.dumps(settings))
+        if pairs:  # a table of outcomes has no texts
+            write_pairs(out / "pairs.jsonl", pairs)
+        write_lines(whole, records)
+    return records, settings, {"reproduced": reproduced}
+
+
+def write_lines(path, rows):
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_scores(out, model, records, settings, run):
+    """Scores the records, writes out/scores.json and returns what stands in it."""
+    if not any(r["winner"] for r in records):
+        raise ValueError(f"{out}: none of {len(records)} judgements has a label, nothing to score")
+    budgets = set.intersection(*({int(n) for n in vote.get("at", {})} for r in records for vote in r["votes"] or [{}]))
+    result = {"model": model, "settings": settings, "rows": scores.score(records),
+              "positions": scores.position_rows(records), "swap": scores.swap_rows(records),
+              "budgets": scores.budget_rows(records, sorted(budgets)), "run": run}
+    temporary = out / "scores.json.tmp"
+    temporary.write_text(json.dumps({key: value for key, value in result.items() if value != []}, indent=2))
+    os.replace(temporary, out / "scores.json")
+    return result
+
+
+def show(result):
+    """Prints everything that is in scores.json, but for the settings."""
+    print(f"\n{result['model']}\n\n{scores.table(result['rows'])}\n")
+    for title in ("positions", "swap"):
+        if result[title]:
+            print(scores.wide_table(result[title], title) + "\n")
+    if result["budgets"]:
+        print(scores.table([{**row, "kind": f"after {row['budget']} tokens"} for row in result["budgets"]]) + "\n")
+    print(", ".join(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+                    for name, value in result["run"].items()))
+
+
+def short_names(paths):
+    """The last parts of each path, as few as tell them apart."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names) and (n > 1 or "model" not in names):
+            return names
+    raise ValueError(f"{paths[0]}: is given twice")
 
 
 def main(cfg):
-    pairs = read_pairs(cfg.data, cfg.seed, cfg.skip_bad)
-    pairs = pairs[:cfg.limit] if cfg.limit else pairs
-    if all(pair.winner is None for pair in pairs):
-        raise ValueError(f"{cfg.data}: no pair has a winner, nothing to score; sample.py judges unlabelled pairs")
-    judge, out = load_judge(cfg), Path(cfg.out)
-    settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.data).resolve()), "limit": cfg.limit}
-    whole = out / "judgements.jsonl"
-    if not whole.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "settings.json").write_text(json.dumps(settings))
-        records = judge_file(judge, pairs, whole, settings, cfg.skip_bad)
-    elif read_json(out / "settings.json") == settings:  # judged, but not scored: the run ended between the two
-        records = [json.loads(line) for line in whole.read_text(encoding="utf-8").split("\n")[:-1]]
-        pair_of = {pair.id: pair for pair in pairs}
-        if not cfg.skip_bad and [r["id"] for r in records] != list(pair_of):
-            raise ValueError(f"{whole}: judged other pairs than {cfg.data} holds now; choose another --out")
-        records = [r | {"winner": pair_of[r["id"]].winner} for r in records if r["id"] in pair_of]  # perhaps corrected
-    else:
-        raise ValueError(f"{whole}: was judged with other settings (settings.json beside it); choose another --out")
-    rows = score(records)
-    temporary = out / "scores.json.tmp"
-    temporary.write_text(json.dumps({"settings": settings, "scores": rows, **judge.sampler.stats()}, indent=2))
-    os.replace(temporary, out / "scores.json")
-    print(table(rows))
+    ranks = init_ranks(cfg.threads)
+    sources, pairs = cfg.from_ or cfg.model, [] if cfg.from_ else read_all(cfg)
+    results = []
+    for source, name in zip(sources, short_names(sources)):
+        out, began = Path(cfg.out) / name if len(sources) > 1 else Path(cfg.out), time.perf_counter()
+        records, settings, run = (rescore(cfg, source, out) if cfg.from_ else
+                                  judge_all(replace(cfg, model=source), pairs, out, ranks))
+        if ranks.main:
+            run = {"judgements": sum(len(r["votes"]) for r in records), "wall_s": time.perf_counter() - began} | run
+            results.append(write_scores(out, name, records, settings, run))
+            show(results[-1])
+    if len(results) > 1:
+        print("\n" + scores.side_by_side({r["model"]: r["rows"] for r in results}))
+        (Path(cfg.out) / "scores.json").write_text(json.dumps({"models": results}, indent=2))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from common import copy_weights, fail, one_line_errors, parse_config
-from data.pairs import Pair, read_pairs
+from common import Ranks, copy_weights, fail, one_line_errors, parse_config
+from data.pairs import SWAPPED, Pair, read_pairs
 from kernels import Prompts, attention, decode_attention, linear_logp, logits, runs_triton
 from model import Model, pack
 from reward import benchmark_verdict, load_prompt, majority, render
@@ -378,6 +378,9 @@ def refresh(copy, model):
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
 @dataclass(frozen=True)
 class Judge:
     """A sampler with everything that turns a pair into a judgement record."""
@@ -390,6 +393,7 @@ class Judge:
     top_k: int = 0
     votes: int = 1
     seed: int = 0
+    budgets: tuple[int, ...] = ()  # also record the verdict that each vote's first so many tokens hold
 
     def encode(self, pair):
         return self.tokenizer.chat(render(self.prompt, pair))
@@ -403,13 +407,17 @@ class Judge:
             votes = []
             for r in rollouts:
                 text = self.tokenizer.decode(r.ids)
+                at = {str(n): benchmark_verdict(self.tokenizer.decode(r.ids[:n])) for n in self.budgets}
                 votes.append({"text": text, "n_tokens": len(r.ids), "finished": r.finished,
-                              "verdict": benchmark_verdict(text), "seconds": round(r.seconds, 3)})
+                              "verdict": benchmark_verdict(text), "seconds": round(r.seconds, 3),
+                              **({"at": at} if at else {})})
             pair = pairs[i]
             yield i, {"id": pair.id, "prompt_hash": f"{prompt_key(prompts[i]):016x}",
                       "n_prompt_tokens": len(prompts[i]), "votes": votes,
                       "verdict": majority([v["verdict"] for v in votes]), "winner": pair.winner,
-                      "source": pair.source, "domain": pair.domain, "seconds": max(v["seconds"] for v in votes)}
+                      "source": pair.source, "domain": pair.domain, "subset": pair.subset, "item": pair.item,
+                      "seconds": max(v["seconds"] for v in votes),
+                      **({"swapped": True} if pair.id.endswith(SWAPPED) else {})}
 
 
 class JudgementFile:
@@ -417,17 +425,28 @@ class JudgementFile:
     whole.
 
     OUT.partial begins with the settings that made it; started again with the same ones it goes on, with others it
-    refuses.
+    refuses. Several ranks write OUT.partial.RANK each, which the next one to open OUT.partial takes in.
     """
 
     def __init__(self, out, settings):
         self.out, self.partial = Path(out), Path(f"{out}.partial")
-        self.done = {}
         refuse_existing(self.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
+        shares = [f for f in self.out.parent.glob("*.partial.*") if f.stem == self.partial.name and f.suffix != ".tmp"]
+        self.done, lines = {}, [json.dumps(settings).encode()]
+        for file in [self.partial, *shares] if self.partial.exists() else shares:
+            lines += self._read(file, settings)[1:]
+        temporary = Path(f"{self.partial}.tmp")
+        temporary.write_bytes(b"\n".join(lines) + b"\n")
+        os.replace(temporary, self.partial)
+        for file in shares:
+            file.unlink()
+
+    def _read(self, file, settings):
+        """The file's whole lines, the settings first."""
         # up to the last line break: an interrupted run may have left half a line
-        whole = self.partial.read_bytes().rpartition(b"\n")[0] if self.partial.exists() else b""
-        lines = whole.split(b"\n") if whole else [json.dumps(settings).encode()]
+        whole = file.read_bytes().rpartition(b"\n")[0]
+        lines = whole.split(b"\n") if whole else []
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
@@ -436,19 +455,16 @@ class JudgementFile:
                     continue
                 before = dict(row)
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{self.partial}:{number}: no line of a judging run; delete the file") from None
+                raise ValueError(f"{file}:{number}: no line of a judging run; delete the file") from None
             for name in settings | before:
                 if settings.get(name) != before.get(name):
-                    raise ValueError(f"{self.partial}: begun with {name}={before.get(name)!r}, "
+                    raise ValueError(f"{file}: begun with {name}={before.get(name)!r}, "
                                      f"not {settings.get(name)!r}; go on with the same settings, or delete it")
-        temporary = Path(f"{self.partial}.tmp")
-        temporary.write_bytes(b"\n".join(lines) + b"\n")
-        os.replace(temporary, self.partial)
+        return lines
 
     def add(self, record):
         self.done[record["id"], record["prompt_hash"]] = record
-        with open(self.partial, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append(self.partial, record)
 
     def finish(self, keys):
         """Writes the judgements of these (id, prompt hash), in this order, under the final name."""
@@ -459,13 +475,18 @@ class JudgementFile:
         self.partial.unlink()
 
 
+def append(file, row):
+    with open(file, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def refuse_existing(out):
     if Path(out).exists():
         raise ValueError(f"{out}: already there and whole; delete it or choose another --out")
 
 
-def judge_file(judge, pairs, out, settings, skip_bad=False):
-    """Judges the pairs that OUT.partial does not hold yet; returns all records in the pairs' order.
+def judge_file(judge, pairs, out, settings, skip_bad=False, ranks=ALONE):
+    """Judges the pairs that OUT.partial does not hold yet; returns all records in the pairs' order (on rank 0).
 
     A pair that the prompt cannot show (a conversation, say) stops the job before it begins, or is skipped and counted.
     """
@@ -480,15 +501,23 @@ def judge_file(judge, pairs, out, settings, skip_bad=False):
             print(f"skipped: {e}", file=sys.stderr)
     if len(fit) < len(pairs):
         print(f"skipped {len(pairs) - len(fit)} of {len(pairs)} pairs", file=sys.stderr)
-    pairs, file = fit, JudgementFile(out, settings)
-    todo = [pair for pair, key in zip(pairs, keys) if key not in file.done]
-    bar = tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="judge", unit="pair")
+    pairs, file = fit, JudgementFile(out, settings) if ranks.main else None
+    done = ranks.gather(set(file.done) if file else None)[0]
+    todo = [pair for pair, key in zip(pairs, keys) if key not in done][ranks.rank::ranks.world]
+    n_done, share = len(keys[ranks.rank::ranks.world]) - len(todo), Path(f"{out}.partial.{ranks.rank}")
+    if ranks.world > 1:
+        share.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    bar = tqdm(total=n_done + len(todo), initial=n_done, desc="judge", unit="pair", disable=not ranks.main)
     for _, record in judge.judge(todo):
-        file.add(record)
+        file.add(record) if ranks.world == 1 else append(share, record)
         bar.update()
         stats = judge.sampler.stats()
         bar.set_postfix(prefill_tok_s=f"{stats['prefill_tok_s']:.0f}", decode_tok_s=f"{stats['decode_tok_s']:.0f}")
     bar.close()
+    ranks.barrier()
+    if not ranks.main:
+        return []
+    file = JudgementFile(out, settings) if ranks.world > 1 else file
     for pair, key in zip(pairs, keys):
         file.done[key]["winner"] = pair.winner  # the labels may have been corrected since an interrupted run
     file.finish(keys)
@@ -579,7 +608,7 @@ def judge_settings(cfg, judge):
     return {"model": str(Path(cfg.model).resolve()), "prompt": asdict(judge.prompt), "votes": cfg.votes,
             "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k,
             "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "weights": weights,
-            "batch_invariant": cfg.batch_invariant,
+            "batch_invariant": cfg.batch_invariant, **({"budgets": list(judge.budgets)} if judge.budgets else {}),
             "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
 
 

@@ -31,6 +31,8 @@ from pathlib import Path
 import numpy as np
 
 ROLES = ("system", "user", "assistant")
+SWAPPED = "/swapped"                      # ends the id of a pair's judgement in the other order
+OTHER = {"a": "b", "b": "a", None: None}  # a label or verdict with the answers in the other order
 RM_BENCH_DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
 REWARD_BENCH_SECTIONS = {
     "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
@@ -49,9 +51,11 @@ class Pair:
     answer_a: str | list[dict]            # a list starts and ends with an assistant message
     answer_b: str | list[dict]
     winner: str | None                    # "a", "b", or None where nobody has said
-    source: str
+    source: str                           # "reward-bench", "rm-bench" and "rmb" are scored by their own rules
     domain: str
     rendered: list[dict] | None = None    # what the judge is shown, ready-made; then prompt and answers are empty
+    subset: str = ""                      # RewardBench's subset, RMB's category, RM-Bench's hard, normal or easy
+    item: str = ""                        # what the pairs of one best-of-n or RM-Bench record share
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,32 @@ class Chain:
 def read_pairs(path, seed=0, skip_bad=False):
     """All pairs under path. The first bad record raises ValueError, "file:line: what is wrong, what to do"; with
     skip_bad every bad record is reported on stderr instead, and one last line counts them."""
-    found = _read(path, _pairs_in, skip_bad)
+    found = read_records(path, pairs_in, skip_bad)
     to_draw = [i for i, (_, undecided) in enumerate(found) if undecided]
-    swapped = set(np.random.default_rng(seed).permutation(to_draw)[:len(to_draw) // 2].tolist())
-    return [replace(pair, answer_a=pair.answer_b, answer_b=pair.answer_a, winner="b") if i in swapped else pair
-            for i, (pair, _) in enumerate(found)]
+    to_swap = set(balanced_order(to_draw, seed))
+    return [swapped(pair) if i in to_swap else pair for i, (pair, _) in enumerate(found)]
+
+
+def balanced_order(candidates, seed):
+    """Half of the candidates (rounded down), drawn by the seed: the pairs that show the chosen answer as B."""
+    return np.random.default_rng(seed).permutation(candidates)[:len(candidates) // 2].tolist()
+
+
+def swapped(pair):
+    """The same pair with its answers in the other order."""
+    return replace(pair, answer_a=pair.answer_b, answer_b=pair.answer_a, winner=OTHER[pair.winner])
 
 
 def read_chains(path, skip_bad=False):
     """All chains under path; errors as in read_pairs."""
-    return [Chain(pair, judgement) for pair, judgement in _read(path, _chains_in, skip_bad)]
+    return [Chain(pair, judgement) for pair, judgement in read_records(path, _chains_in, skip_bad)]
 
 
 def to_json(item):
     """The dict that stands for a Pair or a Chain on disk; reading it gives an equal Pair or Chain."""
     pair = item.pair if isinstance(item, Chain) else item
-    record = {key: value for key, value in asdict(pair).items() if key != "rendered" or value is not None}
+    record = {key: value for key, value in asdict(pair).items()
+              if value or key not in ("rendered", "subset", "item")}
     return {**record, "judgement": item.judgement} if isinstance(item, Chain) else record
 
 
@@ -95,37 +109,42 @@ def write_pairs(path, pairs):
 
 # ---- files to records
 
-class _Bad(ValueError):
+class Bad(ValueError):
     """What is wrong with one record, without its place."""
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     file: Path
     default_id: str
     repeats: Counter                      # how often each best-of-n uid was met in this file
 
 
-def _read(path, convert, skip_bad):
-    """[(pair, ...)] of all records under path: `convert` makes a list of such tuples of one record."""
+def json_files(path):
+    """The file, or the .json and .jsonl files under the folder in sorted order."""
     root = Path(path)
     if not root.exists():
         raise ValueError(f"{path}: no such file or folder: check the path")
     if root.is_file() and root.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: not a .json or .jsonl file: convert it, or rename it if it is one")
-    files = [root] if root.is_file() else sorted(
+    return [root] if root.is_file() else sorted(
         f for f in root.rglob("*") if f.suffix in (".json", ".jsonl") and f.is_file())
-    found, first_at, n_records, n_bad = [], {}, 0, 0
-    for file in files:
+
+
+def read_records(path, convert, skip_bad=False, files=None):
+    """[(pair, ...)] of all records under path (or of these files under it): `convert(record, place)` makes a list of
+    such tuples of one record, or raises Bad."""
+    root, found, first_at, n_records, n_bad = Path(path), [], {}, 0, 0
+    for file in json_files(path) if files is None else files:
         repeats, name = Counter(), file.name if file == root else file.relative_to(root).as_posix()
         for number, (line, record) in enumerate(_records(file), 1):
             where, n_records = f"{file}:{line}", n_records + 1
             try:
-                items = convert(_object(record), _Place(file, f"{name}/{number}", repeats))
+                items = convert(_object(record), Place(file, f"{name}/{number}", repeats))
                 for pair, _ in items:
                     if pair.id in first_at:
-                        raise _Bad(f'id {_show(pair.id)} is also at {first_at[pair.id]}: remove or rename one of them')
-            except _Bad as bad:
+                        raise Bad(f'id {_show(pair.id)} is also at {first_at[pair.id]}: remove or rename one of them')
+            except Bad as bad:
                 if not skip_bad:
                     raise ValueError(f"{where}: {bad}") from None
                 n_bad += 1
@@ -141,7 +160,7 @@ def _read(path, convert, skip_bad):
 
 
 def _records(file):
-    """(line, record) of every record of one file; what cannot be decoded comes as a _Bad in the record's place."""
+    """(line, record) of every record of one file; what cannot be decoded comes as a Bad in the record's place."""
     data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     lines = data.rstrip().split(b"\n")    # not splitlines: U+2028 may stand in a JSON string
     if lines == [b""]:
@@ -149,7 +168,7 @@ def _records(file):
     one_per_line = data.startswith(b"{") and len(lines) > 1 and lines[0].rstrip().endswith(b"}")
     if file.suffix == ".jsonl" or one_per_line:
         for line, raw in enumerate(lines, 1):
-            yield _decode(raw, line) if raw.strip() else (line, _Bad("blank line: delete it"))
+            yield _decode(raw, line) if raw.strip() else (line, Bad("blank line: delete it"))
         return
     line, value = _decode(data, 1)
     groups = value.items() if isinstance(value, dict) else ()
@@ -165,18 +184,18 @@ def _records(file):
 
 
 def _decode(raw, line):
-    """The JSON value in raw, which starts on `line`, with that line; not being JSON, a _Bad with the fault's."""
+    """The JSON value in raw, which starts on `line`, with that line; not being JSON, a Bad with the fault's."""
     try:
         return line, json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as e:
         number = e.start - raw.rfind(b"\n", 0, e.start)    # from 1
-        fault = _Bad(f"byte {number} of the line, 0x{raw[e.start]:02x}, is not UTF-8: convert the file to UTF-8")
+        fault = Bad(f"byte {number} of the line, 0x{raw[e.start]:02x}, is not UTF-8: convert the file to UTF-8")
         return line + raw.count(b"\n", 0, e.start), fault
     except json.JSONDecodeError as e:
         fault = f"malformed JSON, {e.msg} at column {e.colno}"
-        return line + e.lineno - 1, _Bad(f"{fault}: repair or remove the record")
+        return line + e.lineno - 1, Bad(f"{fault}: repair or remove the record")
     except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
-        return line, _Bad("JSON nested too deeply, or a number too long: repair or remove the record")
+        return line, Bad("JSON nested too deeply, or a number too long: repair or remove the record")
 
 
 _DECODER, _GAP = json.JSONDecoder(), re.compile(r"[ \t\r\n,]*")
@@ -205,14 +224,14 @@ def _array(text, pos):
 
 # ---- records to pairs
 
-def _pairs_in(record, place):
+def pairs_in(record, place):
     """[(pair, undecided)]: an undecided pair has the chosen answer as A, and the shuffle may yet swap it."""
     if "text_chosen" in record or "text_rejected" in record:
-        return [(_logged(record, place), False)]
+        return [(logged_pair(record, place), False)]
     if "context_messages" in record:
-        label = _need(record, "winner", str, list)
+        label = need(record, "winner", str, list)
         if label not in ("model_a", "model_b"):
-            raise _Bad('"winner" is neither "model_a" nor "model_b": correct it, or read a file of chains as chains')
+            raise Bad('"winner" is neither "model_a" nor "model_b": correct it, or read a file of chains as chains')
         return [(_ready(record, place, record["context_messages"], "context_messages", label[-1]), False)]
     if "answer_a" in record or "answer_b" in record:
         return [(_own(record), False)]
@@ -223,106 +242,126 @@ def _pairs_in(record, place):
             return [(pair, True) for pair in _rm_bench(record, place)]
         return [(_preference(record, place), True)]
     if "messages" in record:
-        raise _Bad('"messages" alone is a chain, not a pair: read it as a chain, or give prompt, chosen and rejected')
-    raise _Bad(f"unknown format, its keys are {_keys(record)}: data/pairs.py lists the known ones")
+        raise Bad('"messages" alone is a chain, not a pair: read it as a chain, or give prompt, chosen and rejected')
+    raise Bad(f"unknown format, its keys are {_keys(record)}: data/pairs.py lists the known ones")
 
 
 def _chains_in(record, place):
     """[(pair, judgement)] of one record."""
     if "text_chosen" in record or "text_rejected" in record:
-        return [(_logged(record, place), _judgement(record, "answers"))]
+        return [(logged_pair(record, place), _judgement(record, "answers"))]
     if "context_messages" in record:
-        target = _need(record, "winner", str, list)
+        target = need(record, "winner", str, list)
         if target in ("model_a", "model_b"):
-            raise _Bad(f'"winner" is the label "{target}", not a judgement: read this file as pairs')
+            raise Bad(f'"winner" is the label "{target}", not a judgement: read this file as pairs')
         turns = _messages(target if isinstance(target, list) else [{"role": "assistant", "content": target}], "winner")
         if [turn["role"] for turn in turns] != ["assistant"]:
-            raise _Bad('"winner" as a list must be one assistant message: correct it')
+            raise Bad('"winner" as a list must be one assistant message: correct it')
         pair = _ready(record, place, record["context_messages"], "context_messages", None)
         return [(pair, _judgement(turns[0], "content"))]
     if "messages" in record:
         turns = _messages(record["messages"], "messages")
         if not turns or turns[-1]["role"] != "assistant":
-            raise _Bad('"messages" must end with the assistant turn to learn: remove what follows it')
+            raise Bad('"messages" must end with the assistant turn to learn: remove what follows it')
         return [(_ready(record, place, turns[:-1], "messages", None), _judgement(turns[-1], "content"))]
     if "judgement" in record:
         return [(_own(record), _judgement(record, "judgement"))]
-    raise _Bad(f"no judgement in this record, its keys are {_keys(record)}: data/pairs.py lists the forms of chains")
+    raise Bad(f"no judgement in this record, its keys are {_keys(record)}: data/pairs.py lists the forms of chains")
 
 
 def _own(record):
-    winner = _need(record, "winner", str, type(None))
+    winner = need(record, "winner", str, type(None))
     if winner not in ("a", "b", None):
-        raise _Bad(f'"winner" is {_show(winner)}: write "a", "b" or null')
+        raise Bad(f'"winner" is {_show(winner)}: write "a", "b" or null')
     fields = {"id": _id(record), "winner": winner} | {key: _text(record, key) for key in ("source", "domain")}
-    sides = {side: _need(record, side, str, list) for side in ("answer_a", "answer_b")}
-    prompt = _need(record, "prompt", list, str)
+    fields |= {key: _text(record, key, "") for key in ("subset", "item")}
+    sides = {side: need(record, side, str, list) for side in ("answer_a", "answer_b")}
+    prompt = need(record, "prompt", list, str)
     if record.get("rendered") is None:
         return _pair(**fields, **sides, prompt=prompt, plain=False)
     if (prompt, *sides.values()) != ([], "", ""):
-        raise _Bad('with "rendered", the prompt must be [] and the answers "": empty them, or remove "rendered"')
+        raise Bad('with "rendered", the prompt must be [] and the answers "": empty them, or remove "rendered"')
     return Pair(**fields, **sides, prompt=[], rendered=_prompt(record["rendered"], "rendered"))
 
 
 def _ready(record, place, messages, name, winner):
     return Pair(_id(record, place), [], "", "", winner, _text(record, "source", place.file.stem),
-                _text(record, "domain", ""), _prompt(messages, name))
+                _text(record, "domain", ""), _prompt(messages, name), _text(record, "subset", ""))
 
 
 def _preference(record, place):
-    chosen, rejected = _need(record, "chosen", str, list), _need(record, "rejected", str, list)
+    chosen, rejected = need(record, "chosen", str, list), need(record, "rejected", str, list)
+    if "prompt" in record and "subset" in record and "id" in record:
+        return _reward_bench(record, record["prompt"], chosen, rejected, "a")
     source, domain = _text(record, "source", place.file.stem), _text(record, "domain", "")
     if "prompt" in record:
-        prompt = _need(record, "prompt", str, list)
-        if "subset" in record and "id" in record:
-            source, domain = "reward-bench", _section(record)
+        prompt = need(record, "prompt", str, list)
     elif isinstance(chosen, str) or isinstance(rejected, str):
-        raise _Bad('an answer is a string, and there is no "prompt": add it, or make both answers whole conversations')
+        raise Bad('an answer is a string, and there is no "prompt": add it, or make both answers whole conversations')
     else:
         prompt, chosen, rejected = _split(chosen, rejected, "chosen", "rejected")
     return _pair(_id(record, place), prompt, chosen, rejected, "a", source, domain)
 
 
-def _rm_bench(record, place):
-    prompt = _need(record, "prompt", str)
-    chosen, rejected = _need(record, "chosen", list), _need(record, "rejected", list)
-    if len(chosen) != 3 or len(rejected) != 3:
-        raise _Bad(f"{len(chosen)} chosen and {len(rejected)} rejected answers: RM-Bench has 3 of each, repair it")
+def _reward_bench(record, prompt, chosen, rejected, winner):
+    subset = _text(record, "subset")
+    if subset not in SECTION_OF:
+        raise Bad(f'{_show(subset)} is no subset of RewardBench: correct it; in other data, rename the key "subset"')
+    # the released ids repeat: 3692 is in donotanswer and in hep-python
+    name, (a, b) = f"{subset}/{_id(record)}", (chosen, rejected) if winner == "a" else (rejected, chosen)
+    return _pair(name, prompt, a, b, winner, "reward-bench", SECTION_OF[subset], subset=subset)
+
+
+def rm_bench_pair(record, place, row, column, rejected, winner="a"):
+    """The pair of chosen style `row` and rejected style `column`; `rejected` is the text shown beside it."""
     domain = _text(record, "domain", place.file.name.split("_")[0])
     if domain not in RM_BENCH_DOMAINS:
-        raise _Bad(f'{_show(domain)} is no domain of RM-Bench: add "domain", or name the file <domain>_..., '
-                   f'with one of {", ".join(RM_BENCH_DOMAINS)}')
-    item = f"{domain}/{_id(record).removeprefix(domain + '/')}"
-    return [_pair(f"{item}/{row}{column}", prompt, chosen[row], rejected[column], "a", "rm-bench", domain)
-            for row in range(3) for column in range(3)]
+        raise Bad(f'{_show(domain)} is no domain of RM-Bench: add "domain", or name the file <domain>_..., '
+                  f'with one of {", ".join(RM_BENCH_DOMAINS)}')
+    item, chosen = f"{domain}/{_id(record).removeprefix(domain + '/')}", need(record, "chosen", list)[row]
+    a, b = (chosen, rejected) if winner == "a" else (rejected, chosen)
+    subset = "hard" if row < column else "normal" if row == column else "easy"  # is the chosen one plainer?
+    return _pair(f"{item}/{row}{column}", need(record, "prompt", str), a, b, winner, "rm-bench", domain,
+                 subset=subset, item=item)
+
+
+def _rm_bench(record, place):
+    chosen, rejected = need(record, "chosen", list), need(record, "rejected", list)
+    if len(chosen) != 3 or len(rejected) != 3:
+        raise Bad(f"{len(chosen)} chosen and {len(rejected)} rejected answers: RM-Bench has 3 of each, repair it")
+    return [rm_bench_pair(record, place, row, column, rejected[column]) for row in range(3) for column in range(3)]
 
 
 def _rmb(record, place):
     best_of_n, domain = "bon_uid" in record, _rmb_domain(record, place)
     uid = _id(record, key="bon_uid" if best_of_n else "pair_uid")
-    best = _need(_need(record, "bon_best" if best_of_n else "chosen", dict), "answer", str)
-    losers = _need(record, "loser_list", list) if best_of_n else [_need(record, "reject", dict)]
+    best = need(need(record, "bon_best" if best_of_n else "chosen", dict), "answer", str)
+    losers = need(record, "loser_list", list) if best_of_n else [need(record, "reject", dict)]
     if not losers:
-        raise _Bad('"loser_list" is empty: remove the record')
-    return [_pair(f"{uid}/{k}" if best_of_n else uid, _need(record, "conversation_input", list), best,
-                  _need(_object(loser), "answer", str), "a", "rmb", domain) for k, loser in enumerate(losers)]
+        raise Bad('"loser_list" is empty: remove the record')
+    return [_pair(f"{uid}/{k}" if best_of_n else uid, need(record, "conversation_input", list), best,
+                  need(_object(loser), "answer", str), "a", "rmb", domain, subset=_category(record, place),
+                  item=uid if best_of_n else "") for k, loser in enumerate(losers)]
 
 
-def _logged(record, place):
+def logged_pair(record, place):
     """What RM-R1 was shown in a recorded run, in the order it was shown. Best-of-n logs do not say which loser a record
     is about: its place among those of the same uid in the file numbers it, as in the data set's own order."""
+    name = item = ""
     if "bon_uid" in record:
-        uid = _id(record, key="bon_uid")
-        place.repeats[uid] += 1           # before any check, so that a bad record takes its number with it
-        name, source, domain = f"{uid}/{place.repeats[uid] - 1}", "rmb", _rmb_domain(record, place)
+        item = _id(record, key="bon_uid")
+        place.repeats[item] += 1          # before any check, so that a bad record takes its number with it
+        name = f"{item}/{place.repeats[item] - 1}"
     elif "pair_uid" in record:
-        name, source, domain = _id(record, key="pair_uid"), "rmb", _rmb_domain(record, place)
-    else:
-        name, source, domain = _id(record), "reward-bench", _section(record)
-    one, other = _need(record, "text_chosen", list), _need(record, "text_rejected", list)
-    prompt, a, b = _split(one, other, "text_chosen", "text_rejected")
-    chosen_is_b = _need(record, "Is_Chosen_Answer_Shuffled_toPositionB", bool)
-    return _pair(name, prompt, *((b, a, "b") if chosen_is_b else (a, b, "a")), source, domain)
+        name = _id(record, key="pair_uid")
+    one, other = need(record, "text_chosen", list), need(record, "text_rejected", list)
+    prompt, chosen, rejected = _split(one, other, "text_chosen", "text_rejected")
+    winner = "b" if need(record, "Is_Chosen_Answer_Shuffled_toPositionB", bool) else "a"
+    if not name:
+        return _reward_bench(record, prompt, chosen, rejected, winner)
+    a, b = (chosen, rejected) if winner == "a" else (rejected, chosen)
+    return _pair(name, prompt, a, b, winner, "rmb", _rmb_domain(record, place), subset=_category(record, place),
+                 item=item)
 
 
 def _rmb_domain(record, place):
@@ -330,14 +369,11 @@ def _rmb_domain(record, place):
         for domain in ("Helpfulness", "Harmlessness"):
             if domain in text:
                 return domain
-    raise _Bad('neither "category_path" nor the file\'s path says Helpfulness or Harmlessness: add "category_path"')
+    raise Bad('neither "category_path" nor the file\'s path says Helpfulness or Harmlessness: add "category_path"')
 
 
-def _section(record):
-    subset = _text(record, "subset")
-    if subset not in SECTION_OF:
-        raise _Bad(f'{_show(subset)} is no subset of RewardBench: correct it; in other data, rename the key "subset"')
-    return SECTION_OF[subset]
+def _category(record, place):
+    return _text(record, "category_path", place.file.stem)
 
 
 def _split(one, other, name, other_name):
@@ -353,13 +389,13 @@ def _split(one, other, name, other_name):
 
 # ---- checks
 
-def _pair(id, prompt, answer_a, answer_b, winner, source, domain, plain=True):
+def _pair(id, prompt, answer_a, answer_b, winner, source, domain, plain=True, subset="", item=""):
     """A checked Pair; with `plain`, an answer of one message becomes its text (our own records keep their form)."""
     prompt = _prompt([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "prompt")
     a, b = _answer(answer_a, prompt, plain), _answer(answer_b, prompt, plain)
     if not any(text.strip() for side in (a, b) for text in _texts(side)):
-        raise _Bad("both answers are blank: remove the record")
-    return Pair(id, prompt, a, b, winner, source, domain)
+        raise Bad("both answers are blank: remove the record")
+    return Pair(id, prompt, a, b, winner, source, domain, subset=subset, item=item)
 
 
 def _texts(answer):
@@ -369,9 +405,9 @@ def _texts(answer):
 def _prompt(value, name):
     messages = _messages(value, name)
     if not any(m["role"] == "user" and m["content"].strip() for m in messages):
-        raise _Bad(f'"{name}" is empty, no user turn has text: remove the record')
+        raise Bad(f'"{name}" is empty, no user turn has text: remove the record')
     if messages[-1]["role"] != "user":
-        raise _Bad(f'"{name}" ends with a turn of role {messages[-1]["role"]}: it must end with the user\'s turn')
+        raise Bad(f'"{name}" ends with a turn of role {messages[-1]["role"]}: it must end with the user\'s turn')
     return messages
 
 
@@ -383,16 +419,16 @@ def _answer(value, prompt, plain):
     if messages and messages[0]["role"] != "assistant" and messages[:len(prompt)] == prompt:
         messages = messages[len(prompt):]
     if not messages or messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        raise _Bad("an answer must start, after the prompt or without it, and end with an assistant turn: repair it")
+        raise Bad("an answer must start, after the prompt or without it, and end with an assistant turn: repair it")
     return messages[0]["content"] if plain and len(messages) == 1 else messages
 
 
 def _messages(value, name):
     if not isinstance(value, list):
-        raise _Bad(f'"{name}" is {_kind(value)}: it must be a list of messages')
+        raise Bad(f'"{name}" is {_kind(value)}: it must be a list of messages')
     for message in value:
-        if _need(_object(message), "role", str) not in ROLES:
-            raise _Bad(f'"{name}" has a message of role {_show(message["role"])}: use {", ".join(ROLES)}')
+        if need(_object(message), "role", str) not in ROLES:
+            raise Bad(f'"{name}" has a message of role {_show(message["role"])}: use {", ".join(ROLES)}')
     return [{"role": message["role"], "content": _text(message, "content")} for message in value]
 
 
@@ -400,43 +436,43 @@ def _id(record, place=None, key="id"):
     """The record's id as text; without one, the place's, if a place is given."""
     if place is not None and record.get(key) is None:
         return place.default_id
-    value = _clean(str(_need(record, key, str, int)), key)
+    value = _clean(str(need(record, key, str, int)), key)
     if not value.strip():
-        raise _Bad(f'"{key}" is blank: write one')
+        raise Bad(f'"{key}" is blank: write one')
     return value
 
 
 def _judgement(record, key):
     if not _text(record, key).strip():
-        raise _Bad(f'the judgement ("{key}") is blank: remove the record')
+        raise Bad(f'the judgement ("{key}") is blank: remove the record')
     return record[key]
 
 
 def _text(record, key, default=None):
-    return default if default is not None and record.get(key) is None else _clean(_need(record, key, str), key)
+    return default if default is not None and record.get(key) is None else _clean(need(record, key, str), key)
 
 
 def _clean(text, name):
     if re.search("[\ud800-\udfff]", text):    # half a pair, as a lone "\ud83d" escape gives: no tokenizer takes it
-        raise _Bad(f'"{name}" holds a lone surrogate, which is not text: repair or remove the record')
+        raise Bad(f'"{name}" holds a lone surrogate, which is not text: repair or remove the record')
     return text
 
 
 def _object(value):
     """value, if it is a JSON object (and the record in it, if it is one of the wrapped log records)."""
-    if isinstance(value, _Bad):
+    if isinstance(value, Bad):
         raise value
     if not isinstance(value, dict):
-        raise _Bad(f"a JSON object must stand here, not {_kind(value)}: repair or remove the record")
-    return _need(value, "record", dict) if value.keys() == {"source_index", "record"} else value
+        raise Bad(f"a JSON object must stand here, not {_kind(value)}: repair or remove the record")
+    return need(value, "record", dict) if value.keys() == {"source_index", "record"} else value
 
 
-def _need(record, key, *kinds):
+def need(record, key, *kinds):
     if key not in record:
-        raise _Bad(f'no "{key}" (found {_keys(record)}): add it')
+        raise Bad(f'no "{key}" (found {_keys(record)}): add it')
     value = record[key]
     if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-        raise _Bad(f'"{key}" is {_kind(value)}: it must be {" or ".join(_KINDS[kind] for kind in kinds)}')
+        raise Bad(f'"{key}" is {_kind(value)}: it must be {" or ".join(_KINDS[kind] for kind in kinds)}')
     return value
 
 

@@ -18,9 +18,9 @@ import distill
 import grpo
 from data import toy
 from data.pairs import read_pairs
-from evaluate import score
 from model import Model
 from reward import benchmark_verdict
+from scores import pairs as score
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,17 +61,19 @@ def test_the_demo_prints_what_it_judged_and_replaces_its_own_folder(small, tmp_p
     pairs = read_pairs(tmp_path / "demo/data/heldout.jsonl")[:20]
     for name, title in demo.TITLES.items():
         for how in ("greedy", "sampled"):
-            lines = (tmp_path / f"demo/judgements/{name}-{how}.jsonl").read_text(encoding="utf-8").splitlines()
+            judged = tmp_path / f"demo/judgements/{name}-{how}"
+            assert read_pairs(judged / "pairs.jsonl") == pairs and (judged / "scores.json").exists()
+            lines = (judged / "judgements.jsonl").read_text(encoding="utf-8").splitlines()
             records = [json.loads(line) for line in lines]
             assert [r["id"] for r in records] == [pair.id for pair in pairs]
             assert [r["verdict"] for r in records] == [benchmark_verdict(r["votes"][0]["text"]) for r in records]
-            scores = score(records)
+            scores = {r["name"]: r["score"] for r in score(records)}
             row, = (line for line in outputs[1] if line.startswith(f"{title:17} {how:8}"))
-            shown = [f"{100 * scores[part]['accuracy']:.1f}" for part in ("all", "domain reasoning", "domain chat")]
+            shown = [f"{100 * scores[part]:.1f}" for part in ("all", "reasoning", "chat")]
             assert numbers(row) == [float(x) for x in shown], row
             key = name if how == "greedy" else f"{name}_sampled"
             if key in summary:
-                assert summary[key] == round(100 * scores["all"]["accuracy"], 1)
+                assert summary[key] == round(100 * scores["all"], 1)
     for stage in ("answer_only", "distilled", "grpo"):
         assert Model.from_pretrained(tmp_path / f"demo/{stage}/model").config.hidden_size == 32
     assert json.loads((tmp_path / "demo/demo.json").read_text()).items() >= summary.items()

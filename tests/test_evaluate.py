@@ -1,9 +1,7 @@
-"""evaluate.py. Oracles: Newcombe's published Wilson intervals, the equation they solve and their exact binomial
-coverage; scores counted by hand; scores.json counted again from judgements.jsonl; the training loop's evaluation
-against the script's."""
+"""evaluate.py. Oracles: scores.json counted again from judgements.jsonl; separate runs with the answers exchanged and
+with smaller token limits; what an uninterrupted run wrote; the training loop's evaluation against the script's."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -11,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,83 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common import Ranks, parse_config  # noqa: E402
 from data import toy  # noqa: E402
-from data.pairs import Pair, read_pairs, write_pairs  # noqa: E402
-from evaluate import Config, HeldOut, main, score, table, wilson  # noqa: E402
+from data.pairs import Pair, read_pairs, swapped, write_pairs  # noqa: E402
+from evaluate import Config, HeldOut, main, short_names  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
-from reward import benchmark_verdict, majority, prompt_path  # noqa: E402
+from reward import benchmark_verdict, prompt_path  # noqa: E402
 from sample import load_judge  # noqa: E402
+from scores import pairs as score, table, wilson  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
-
-# ---- the interval
-
-
-@pytest.mark.parametrize("right, n, low, high", [
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
-    (1, 29, 0.0061, 0.1718),  # Newcombe 1998, table I
-    (50, 100, 0.4038, 0.5962), (8, 10, 0.4902, 0.9433), (20, 20, 0.8389, 1.0), (0, 0, 0.0, 1.0),
-])
-def test_wilson_equals_published_intervals(right, n, low, high):
-    assert wilson(right, n) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_wilson_ends_solve_their_equation():
-    """(share - p)^2 = z^2 p (1 - p) / n at both ends p; the ends mirror each other and lie in [0, 1]."""
-    for n in (1, 2, 17, 3000):
-        for right in {0, 1, n // 3, n - 1, n}:
-            low, high = wilson(right, n)
-            assert 0 <= low <= right / n <= high <= 1
-            assert wilson(n - right, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
-            for p in (low, high):
-                assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
-
-
-@pytest.mark.parametrize("n", [10, 40, 200])
-def test_wilson_covers_the_truth_95_times_in_100(n):
-    """Exactly, from the binomial: on average over true shares within 1 point of 95%, and nowhere in 0.05 .. 0.95
-    below 89%."""
-    ends, coverage = [wilson(right, n) for right in range(n + 1)], []
-    for k in range(50, 951, 3):
-        p = k / 1000
-        coverage.append(sum(math.comb(n, right) * p**right * (1 - p) ** (n - right)
-                            for right, (low, high) in enumerate(ends) if low <= p <= high))
-    assert abs(sum(coverage) / len(coverage) - 0.95) < 0.01 and min(coverage) > 0.89
-
-
-# ---- scores of hand-made records
-
-
-def record(winner, verdicts, domain, source, n_tokens=10):
-    return {"winner": winner, "domain": domain, "source": source, "verdict": majority(verdicts),
-            "votes": [{"verdict": v, "n_tokens": n_tokens} for v in verdicts]}
-
-
-RECORDS = [record("a", "aab", "chat", "x"), record("b", "bab", "chat", "y", 40),
-           record("a", ["a", "b", None], "code", "x"),
-           record("b", [None, None, None], "code", "x", 1), record("b", ["b", None, None], "code", "y"),
-           record("a", "bba", "chat", "y"), record(None, "aaa", "chat", "x", 9999), record(None, "bbb", "none", "z")]
-
-
-def test_score_counts_by_hand():
-    """Right: the 1st, 2nd, 5th. A tie and no verdict at all are wrong; the last two have no label and count nowhere."""
-    rows = score(RECORDS)
-    assert list(rows) == ["all", "domain chat", "domain code", "source x", "source y"]
-    assert {name: (r["n"], r["right"]) for name, r in rows.items()} == {
-        "all": (6, 3), "domain chat": (3, 2), "domain code": (3, 1), "source x": (3, 1), "source y": (3, 2)}
-    for r in rows.values():
-        assert r["accuracy"] == r["right"] / r["n"] and (r["low"], r["high"]) == wilson(r["right"], r["n"])
-    assert [rows[name]["no_verdict"] for name in ("all", "domain chat", "source y")] == [6 / 18, 0, 2 / 9]
-    assert rows["all"]["n_tokens"] == (4 * 10 + 40 + 1) / 6 and rows["domain chat"]["n_tokens"] == 20
-    assert score([]) == score(RECORDS[-2:]) == {}
-
-
-def test_table_shows_every_row_once():
-    lines = table(score(RECORDS)).split("\n")
-    assert len(lines) == 6 and lines[1].split() == "all 6 50.0 18.8 to 81.2 33.3 14".split()
-    names = [" ".join(line.split()[:3]) for line in lines[2:]]
-    assert names == ["domain chat 3", "domain code 3", "source x 3", "source y 3"]
-
 
 # ---- end to end, with a random model
 
@@ -131,56 +62,294 @@ def data(tmp_path_factory):
     return path
 
 
+def judged(out):
+    return [json.loads(line) for line in (out / "judgements.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def saved_scores(out):
+    return json.loads((out / "scores.json").read_text())
+
+
+def config(folder, data, out, **options):
+    return Config(**{"model": (str(folder),), "data": data and str(data), "out": str(out), "max_new_tokens": 2,
+                     "threads": 1} | options)
+
+
+def without_time(records):
+    return [r | {"seconds": 0, "votes": [vote | {"seconds": 0} for vote in r["votes"]]} for r in records]
+
+
 def test_main_scores_what_it_judged(folder, data, tmp_path, capsys):
-    """scores.json, counted again from the votes' texts in judgements.jsonl; a second start
-    scores them again, and refuses them under other settings."""
-    cfg = Config(model=str(folder), data=str(data), out=str(tmp_path / "eval"), votes=3, temperature=2.0,
-                 max_new_tokens=2, threads=1)
+    """scores.json, counted again from the votes' texts in judgements.jsonl; a second start judges nothing again, and
+    refuses other settings and fewer pairs."""
+    out = tmp_path / "eval"
+    cfg = config(folder, data, out, votes=7, temperature=2.0)
     main(cfg)
-    records = [json.loads(line) for line in (tmp_path / "eval" / "judgements.jsonl").read_text().split("\n")[:-1]]
-    saved = json.loads((tmp_path / "eval" / "scores.json").read_text())
-    pairs = read_pairs(data)
-    assert [r["id"] for r in records] == [pair.id for pair in pairs] and all(len(r["votes"]) == 3 for r in records)
-    n, right, none, tokens = Counter(), Counter(), Counter(), Counter()
+    records, saved, pairs = judged(out), saved_scores(out), read_pairs(data)
+    assert [r["id"] for r in records] == [pair.id for pair in pairs] and all(len(r["votes"]) == 7 for r in records)
+    assert read_pairs(out / "pairs.jsonl") == pairs
+    count = {name: Counter() for name in ("n", "right", "none", "ties", "tokens")}
     for pair, r in zip(pairs, records):
         verdicts = [benchmark_verdict(vote["text"]) for vote in r["votes"]]
-        for name in ("all", f"domain {pair.domain}", f"source {pair.source}") if pair.winner else ():
-            n[name] += 1
-            right[name] += (verdicts.count("a") > verdicts.count("b") and pair.winner == "a"
-                            or verdicts.count("b") > verdicts.count("a") and pair.winner == "b")
-            none[name] += verdicts.count(None)
-            tokens[name] += sum(vote["n_tokens"] for vote in r["votes"])
-    assert n["all"] == 38 and 0 < right["all"] < 38 and 0 < none["all"], "the case has lost its variety"
-    for name in n:
-        low, high = wilson(right[name], n[name])
-        assert saved["scores"][name] == pytest.approx({
-            "n": n[name], "right": right[name], "accuracy": right[name] / n[name], "low": low, "high": high,
-            "no_verdict": none[name] / n[name] / 3, "n_tokens": tokens[name] / n[name] / 3})
-    assert set(saved["scores"]) == set(n) and saved["settings"]["votes"] == 3 and saved["prefill_tok_s"] > 0
-    assert capsys.readouterr().out == table(saved["scores"]) + "\n"
-    assert sorted(os.listdir(tmp_path / "eval")) == ["judgements.jsonl", "scores.json", "settings.json"]
-    (tmp_path / "eval" / "scores.json").unlink()  # the run ended between judging and scoring: only that is done again
+        n_a, n_b = verdicts.count("a"), verdicts.count("b")
+        for name in (("overall", "all"), ("domain", pair.domain), ("source", pair.source)) if pair.winner else ():
+            count["n"][name] += 1
+            count["right"][name] += n_a > n_b and pair.winner == "a" or n_b > n_a and pair.winner == "b"
+            count["none"][name] += verdicts.count(None)
+            count["ties"][name] += n_a == n_b > 0
+            count["tokens"][name] += sum(vote["n_tokens"] for vote in r["votes"])
+    n, right, none = count["n"], count["right"], count["none"]
+    everything = ("overall", "all")
+    assert n[everything] == 38 > right[everything] > 0 < none[everything] and count["ties"][everything]
+    rows = {(r["kind"], r["name"]): r for r in saved["rows"]}
+    assert set(rows) == set(n) and saved["settings"]["votes"] == 7 and saved["run"]["prefill_tok_s"] > 0
+    for name, row in rows.items():
+        assert row["seconds"] > 0
+        assert {k: v for k, v in row.items() if k != "seconds"} == pytest.approx({
+            "benchmark": "pairs", "kind": name[0], "name": name[1], "n": n[name], "of": None, "right": right[name],
+            "score": right[name] / n[name], **dict(zip(("low", "high"), wilson(right[name], n[name]))),
+            "no_verdict": none[name] / n[name] / 7, "ties": count["ties"][name] / n[name],
+            "tokens": count["tokens"][name] / n[name] / 7})
+    shown = capsys.readouterr().out
+    assert table(saved["rows"]) in shown and "positions" in shown
+    assert sorted(os.listdir(out)) == ["judgements.jsonl", "pairs.jsonl", "scores.json", "settings.json"]
+
+    (out / "scores.json").unlink()  # the run ended between judging and scoring: only that is done again
     main(cfg)
-    assert json.loads((tmp_path / "eval" / "scores.json").read_text())["scores"] == saved["scores"]
-    for changed in (replace(cfg, seed=1), replace(cfg, limit=9)):
-        with pytest.raises(ValueError, match="judgements.jsonl: was judged with other settings"):
-            main(changed)
-    again = [json.loads(line) for line in (tmp_path / "eval" / "judgements.jsonl").read_text().split("\n")[:-1]]
-    assert again == records
+    again = saved_scores(out)
+    assert again["rows"] == saved["rows"] and again["run"]["prefill_tok_s"] == 0 and judged(out) == records
+    with pytest.raises(ValueError, match="judgements.jsonl: was judged with other settings"):
+        main(replace(cfg, seed=1))
+    with pytest.raises(ValueError, match="judgements.jsonl: holds 31 judgements of pairs that are not given now"):
+        main(replace(cfg, limit=9))
+    assert judged(out) == records
+
+
+@pytest.mark.parametrize("kept", [0, 1, 17, 40])
+def test_an_interrupted_run_goes_on_at_any_record(folder, data, tmp_path, kept, capsys):
+    """Judgements of the first `kept` pairs and half a line more are on disk: the others are judged, and all is as if
+    it had never stopped. What was done is not done again: a mark in its records survives."""
+    main(config(folder, data, tmp_path / "whole"))
+    main(config(folder, data, tmp_path / "out"))
+    whole, out = judged(tmp_path / "whole"), tmp_path / "out"
+    lines = [json.dumps(r | {"seconds": 1234.0}) for r in whole[:kept]] + [json.dumps(whole[-1])[:50]]
+    settings = (out / "settings.json").read_text()
+    (out / "judgements.jsonl").unlink()
+    (out / "judgements.jsonl.partial").write_text("\n".join([settings, *lines]))
+    main(config(folder, data, out))
+    assert [r["seconds"] == 1234.0 for r in judged(out)] == [i < kept for i in range(40)]
+    assert without_time(judged(out)) == without_time(whole)
+    assert sorted(os.listdir(out)) == ["judgements.jsonl", "pairs.jsonl", "scores.json", "settings.json"]
+
+
+def test_more_can_be_judged_later(folder, data, tmp_path, capsys):
+    """A few pairs first, then all, then all in the other order too; what was judged before stays as it is."""
+    main(config(folder, data, tmp_path, limit=5))
+    first = judged(tmp_path)
+    assert [r["id"] for r in first] == [pair.id for pair in read_pairs(data)[:5]]
+    main(config(folder, data, tmp_path))
+    second = judged(tmp_path)
+    assert len(second) == 40 and second[:5] == first
+    main(config(folder, data, tmp_path, swap=True))
+    assert len(judged(tmp_path)) == 80 and judged(tmp_path)[:40] == second
+
+
+def test_swap_equals_a_run_on_exchanged_answers(folder, data, tmp_path, capsys):
+    pairs, exchanged = read_pairs(data), tmp_path / "exchanged.jsonl"
+    write_pairs(exchanged, [swapped(pair) for pair in pairs])
+    main(config(folder, data, tmp_path / "both", swap=True))
+    main(config(folder, exchanged, tmp_path / "second"))
+    both, second = judged(tmp_path / "both"), judged(tmp_path / "second")
+    assert [r["id"] for r in both] == [pair.id for pair in pairs] + [f"{pair.id}/swapped" for pair in pairs]
+    as_second = [{key: value for key, value in r.items() if key != "swapped"} | {"id": r["id"].removesuffix("/swapped")}
+                 for r in both[40:]]
+    assert all(r["swapped"] for r in both[40:]) and without_time(as_second) == without_time(second)
+    row, = saved_scores(tmp_path / "both")["swap"]
+    labelled = [(one, other) for one, other in zip(both, second) if one["winner"]]
+    same = sum(one["verdict"] is not None and {one["verdict"], other["verdict"]} == {"a", "b"}
+               for one, other in labelled)
+    assert row["n"] == 38 and row["consistent"] == same / 38
+    accuracy = [saved_scores(tmp_path / name)["rows"][0]["score"] for name in ("both", "second")]
+    assert [row["first"], row["second"]] == accuracy and row["mean"] == pytest.approx(sum(accuracy) / 2)
+    assert "consistent" in capsys.readouterr().out
+
+
+def test_budgets_equal_runs_with_those_limits(folder, data, tmp_path, capsys):
+    """One sampling pass of 4 tokens tells what limits of 1, 2 and 4 would have scored, votes and ties included."""
+    how = dict(votes=3, temperature=2.0)
+    main(config(folder, data, tmp_path / "all", budgets="4,1,2", max_new_tokens=4, **how))
+    rows = saved_scores(tmp_path / "all")["budgets"]
+    assert {row["budget"] for row in rows} == {1, 2, 4}
+    for budget in (1, 2, 4):
+        main(config(folder, data, tmp_path / str(budget), max_new_tokens=budget, **how))
+        wanted = [r for r in saved_scores(tmp_path / str(budget))["rows"] if r["kind"] in ("overall", "domain")]
+        got = [{key: value for key, value in row.items() if key != "budget"} for row in rows if row["budget"] == budget]
+        assert [r | {"seconds": 0} for r in got] == [r | {"seconds": 0} for r in wanted]
+    assert len({row["score"] for row in rows if row["name"] == "all"}) > 1, "the case has lost its variety"
+    assert "after 2 tokens" in capsys.readouterr().out
+
+
+def test_models_side_by_side(folder, data, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.symlink_to(folder)
+    main(config(folder, data, tmp_path / "out", model=(str(folder), str(other))))
+    main(config(folder, data, tmp_path / "alone"))
+    shown, alone = capsys.readouterr().out, saved_scores(tmp_path / "alone")["rows"]
+    for name in (folder.name, "other"):
+        assert [r | {"seconds": 0} for r in saved_scores(tmp_path / "out" / name)["rows"]] == [
+            r | {"seconds": 0} for r in alone]
+        assert without_time(judged(tmp_path / "out" / name)) == without_time(judged(tmp_path / "alone"))
+    assert [m["model"] for m in saved_scores(tmp_path / "out")["models"]] == [folder.name, "other"]
+    line, = (line for line in shown.split("\n") if line.startswith("pairs: all"))
+    assert line.split()[2::2] == [f"{100 * alone[0]['score']:.1f}"] * 2
+    assert short_names(["a/x/model", "a/y/model"]) == ["x-model", "y-model"] and short_names(["a/b"]) == ["b"]
+    assert short_names(["runs/demo/grpo/model"]) == ["grpo-model"]
+    with pytest.raises(ValueError, match="is given twice"):
+        short_names(["a/b", "./a/b"])
+
+
+def test_recorded_judgements_are_scored_without_a_model(folder, data, tmp_path, capsys):
+    """In place and elsewhere: the same scores, budgets and swaps, from the texts; a verdict that the file has wrong is
+    told, and a folder that holds other judgements is left alone."""
+    main(config(folder, data, tmp_path / "run", swap=True, budgets="1,2"))
+    first, files = saved_scores(tmp_path / "run"), sorted(os.listdir(tmp_path / "run"))
+    for source, out in (("run", "copy"), ("run/judgements.jsonl", "copy2"), ("copy", "copy"), ("run", "run")):
+        main(Config(from_=(str(tmp_path / source),), out=str(tmp_path / out)))
+        again = saved_scores(tmp_path / out)
+        assert all(again[key] == first[key] for key in ("rows", "swap", "positions", "budgets")), (source, out)
+        assert again["run"]["reproduced"] == {"n": 80, "same": 80, "differ": []}
+        assert sorted(os.listdir(tmp_path / out)) == files
+        assert (tmp_path / out / "pairs.jsonl").read_text() == (tmp_path / "run/pairs.jsonl").read_text()
+    main(config(folder, data, tmp_path / "run", swap=True, budgets="1,2"))  # the run itself can still go on
+    records = judged(tmp_path / "run")
+    right = next(i for i, r in enumerate(records) if r["verdict"] and r["verdict"] == r["winner"])
+    records[right]["verdict"] = None
+    (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    main(Config(from_=(str(tmp_path / "wrong.jsonl"),), out=str(tmp_path / "wrong")))
+    wrong = saved_scores(tmp_path / "wrong")
+    assert wrong["rows"] == first["rows"] and wrong["run"]["reproduced"]["differ"] == [records[right]["id"]]
+    with pytest.raises(ValueError, match="holds other judgements"):
+        main(Config(from_=(str(tmp_path / "wrong.jsonl"),), out=str(tmp_path / "copy")))
+
+
+def test_two_ranks_share_the_pairs(folder, data, tmp_path):
+    """torchrun with two processes writes what one writes; one process goes on where two were stopped."""
+    argv = ["--data", data, "--model", folder, "--max-new-tokens", "2", "--threads", "1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for run, out in (([sys.executable], "one"), (two, "two")):
+        done = subprocess.run([*run, ROOT / "evaluate.py", *argv, "--out", tmp_path / out], capture_output=True,
+                              text=True, env=env)
+        assert done.returncode == 0, done.stderr
+    one, both = judged(tmp_path / "one"), judged(tmp_path / "two")
+    assert without_time(one) == without_time(both)
+    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
+
+    out = tmp_path / "two"  # as if both had been killed: each left its share
+    (out / "judgements.jsonl").unlink()
+    settings = (out / "settings.json").read_text()
+    for rank in range(2):
+        lines = [json.dumps(r | {"seconds": 1234.0}) for r in one[rank::2][:12]]
+        (out / f"judgements.jsonl.partial.{rank}").write_text("\n".join([settings, *lines]) + "\n")
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", *argv, "--out", out], capture_output=True, text=True,
+                          env=env)
+    assert done.returncode == 0, done.stderr
+    assert without_time(judged(out)) == without_time(one)
+    assert [r["seconds"] == 1234.0 for r in judged(out)] == [i < 24 for i in range(40)]
+    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(out))
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory):
+    """The three benchmarks in their own files and forms, but about sorting: a few records of each."""
+    path = tmp_path_factory.mktemp("benchmarks")
+    texts = [(row["prompt"][0]["content"], row["answer_a"], row["answer_b"]) for row in toy.make("heldout", 21, 0)]
+    (path / "filtered.jsonl").write_text("".join(json.dumps(
+        {"prompt": q, "chosen": x, "rejected": y, "subset": subset, "id": i // 3, "chosen_model": "m"}) + "\n"
+        for i, ((q, x, y), subset) in enumerate(zip(texts, ["alpacaeval-easy", "math-prm", "hep-go"] * 7))))
+    (path / "total_dataset.json").write_text(json.dumps([
+        {"id": f"{domain}/{i}", "domain": domain, "prompt": q, "chosen": [x, f"{x} {x}", x],
+         "rejected": [y, y, f"{y} {y}"]}
+        for domain in ("chat", "code", "math", "safety-refuse", "safety-response")
+        for i, (q, x, y) in enumerate(texts[:2])]))
+    turn = [{"role": role, "content": "12", "language": "en"} for role in ("user", "assistant", "user")]
+    for section in ("Helpfulness/Code/Debugging", "Harmlessness/S1"):
+        for kind in ("Pairwise_set", "BoN_set"):
+            file, path_of = path / "RMB" / kind / f"{section}.json", f"{kind}/{section}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            answers = [{"llm_name": "m", "answer": x} for x in ("12", "21", "11 22")]
+            file.write_text(json.dumps([{"conversation_input": turn[2 * (i % 2):], "category_path": path_of} | (
+                {"pair_uid": f"{section[:3]}{i}", "chosen": answers[0], "reject": answers[1]} if kind[0] == "P" else
+                {"bon_uid": f"{section[:3]}b{i}", "bon_best": answers[0], "loser_list": answers[1:]})
+                for i in range(3)]))
+    return path
+
+
+@pytest.mark.parametrize("order", ["balanced", "published"])
+def test_three_benchmarks_at_once(folder, benchmarks, tmp_path, order, capsys):
+    """Every pair is judged, in the recorded order; the headline numbers counted again from the verdicts."""
+    cfg = config(folder, None, tmp_path, rewardbench=str(benchmarks / "filtered.jsonl"), order=order,
+                 rmbench=str(benchmarks / "total_dataset.json"), rmb=str(benchmarks / "RMB"), prompt="direct")
+    main(cfg)
+    records, rows = judged(tmp_path), saved_scores(tmp_path)["rows"]
+    count = Counter(r["source"] for r in records)
+    assert count == {"reward-bench": 21, "rm-bench": 90, "rmb": 6 + 12}
+    pairs = {pair.id: pair for pair in read_pairs(tmp_path / "pairs.jsonl")}
+    assert [r["id"] for r in records] == list(pairs) and all(r["winner"] == pairs[r["id"]].winner for r in records)
+    chosen_is_b = Counter(r["source"] for r in records if r["winner"] == "b")
+    if order == "balanced":
+        assert chosen_is_b == {"reward-bench": 10, "rm-bench": 45, "rmb": 9}
+    else:
+        flags = np.random.RandomState(0).rand(21) > 0.5
+        assert [r["winner"] == "b" for r in records if r["source"] == "reward-bench"] == flags.tolist()
+    score_of = {(r["benchmark"], r["kind"], r["name"]): r["score"] for r in rows}
+    right = {r["id"]: r["verdict"] == r["winner"] for r in records}
+    assert 0 < sum(right.values()) < len(right), "the case has lost its variety"
+
+    def share(names):
+        return sum(right[name] for name in names) / len(names)
+    easy, math, code = (share([r["id"] for r in records if r["subset"] == s])
+                        for s in ("alpacaeval-easy", "math-prm", "hep-go"))
+    assert score_of["RewardBench", "section", "Reasoning"] == pytest.approx((984 * math + 164 * code) / (984 + 164))
+    assert score_of["RewardBench", "overall", "mean of sections"] == pytest.approx(
+        (easy + score_of["RewardBench", "section", "Reasoning"]) / 2)
+    domains = [share([name for name in right if name.startswith(d)]) for d in ("chat/", "math/", "code/", "safety-")]
+    assert score_of["RM-Bench", "overall", "total"] == pytest.approx(sum(domains) / 4)
+    best = [all(right[f"{section}b{i}/{k}"] for k in range(2)) for section in ("Hel", "Har") for i in range(3)]
+    assert score_of["RMB", "section", "BoN Helpfulness"] == sum(best[:3]) / 3
+    overall = [score_of[b, "overall", n] for b, n in (("RewardBench", "mean of sections"), ("RM-Bench", "total"),
+                                                      ("RMB", "mean of sections"))]
+    assert score_of["average", "overall", "three benchmarks"] == pytest.approx(sum(overall) / 3)
+    shown = capsys.readouterr().out
+    for row in rows:
+        assert f"\n{row['name']} " in shown and f"{100 * row['score']:.2f}" in shown
+
+
+def test_a_bad_record_stops_before_any_work_or_is_left_out(folder, benchmarks, tmp_path, capsys):
+    lines = (benchmarks / "filtered.jsonl").read_text().splitlines()
+    bad = tmp_path / "filtered.jsonl"
+    bad.write_text("\n".join([*lines[:3], '{"prompt": 3}', *lines[3:6], lines[0]]) + "\n")
+    cfg = config(folder, None, tmp_path / "out", rewardbench=str(bad), prompt="direct")
+    with pytest.raises(ValueError, match="filtered.jsonl:4: "):
+        main(cfg)
+    assert not (tmp_path / "out").exists()
+    main(replace(cfg, skip_bad=True))
+    assert len(judged(tmp_path / "out")) == 6 and "skipped 2 bad records of 8" in capsys.readouterr().err
 
 
 def test_held_out_equals_the_script(folder, data, tmp_path, capsys):
     """Greedy judgements of the labelled pairs, whole and limited; two ranks share them out and get the same numbers."""
     judge = load_judge(Config(model=str(folder), threads=1))
     model, tokenizer, one = judge.sampler.model, judge.tokenizer, Ranks(0, 1, torch.device("cpu"))
-    main(Config(model=str(folder), data=str(data), out=str(tmp_path), max_new_tokens=2, threads=1))
-    rows = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    main(config(folder, data, tmp_path))
+    rows = {r["name"]: r | {"seconds": 0} for r in saved_scores(tmp_path)["rows"]}
     expected = {f"eval_{short}": rows["all"][name]
-                for short, name in (("accuracy", "accuracy"), ("no_verdict", "no_verdict"), ("tokens", "n_tokens"))}
-    expected |= {f"eval_accuracy_{domain}": rows[f"domain {domain}"]["accuracy"] for domain in ("chat", "reasoning")}
+                for short, name in (("accuracy", "score"), ("no_verdict", "no_verdict"), ("tokens", "tokens"))}
+    expected |= {f"eval_accuracy_{domain}": rows[domain]["score"] for domain in ("chat", "reasoning")}
     assert 0 < expected["eval_accuracy"] < 1 and 0 < expected["eval_no_verdict"] < 1, "the case has lost its variety"
     scores, records = HeldOut(data, 100, "toy", 2, tokenizer, one).judge(model)
-    assert scores.pop("eval_s") > 0 and scores == expected and score(records)["all"] == rows["all"]
+    assert scores.pop("eval_s") > 0 and scores == expected
+    assert score([r for r in records if r["winner"]])[0] | {"seconds": 0} == rows["all"]
 
     class OfTwo(Ranks):
         """Rank 0 leaves its records on the shelf, rank 1 finds them there."""
@@ -203,10 +372,11 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     unlabelled = tmp_path / "pairs.jsonl"
     write_pairs(unlabelled, [Pair("1", [{"role": "user", "content": "sort 21"}], "12", "21", None, "", "")])
     with pytest.raises(ValueError, match="no pair has a winner"):
-        main(Config(model=str(folder), data=str(unlabelled), out=str(tmp_path / "out")))
+        main(config(folder, unlabelled, tmp_path / "out"))
     with pytest.raises(ValueError, match="no labelled pairs"):
         HeldOut(unlabelled, 5, "toy", 2, None, Ranks(0, 1, torch.device("cpu")))
-    for argv in (["--votes", "2"], ["--limit", "-1"], ["--pairs", "x"]):
+    for argv in (["--votes", "2"], ["--limit", "-1"], ["--pairs", "x"], ["--order", "mine"], ["--budgets", "512,x"],
+                 ["--budgets", "16384"], ["--from", "x", "--swap"], ["--from", "x", "--rmb", "y"]):
         with pytest.raises(SystemExit) as e:
             parse_config(Config, argv=argv)
         error = capsys.readouterr().err

@@ -114,20 +114,24 @@ def test_rm_bench(tmp_path):
     assert per_domain == total
     nine = {f"chat/8/{i}{j}": (USER, f"c{i}", f"r{j}") for i in range(3) for j in range(3)}
     assert {p.id: unswapped(p) for p in total} == nine
-    assert {(p.source, p.domain) for p in total} == {("rm-bench", "chat")}
+    assert {(p.source, p.domain, p.item) for p in total} == {("rm-bench", "chat", "chat/8")}
+    levels = {level: {p.id[-2:] for p in total if p.subset == level} for level in ("hard", "normal", "easy")}
+    assert levels == {"hard": {"01", "02", "12"}, "normal": {"00", "11", "22"}, "easy": {"10", "20", "21"}}
 
 
 def test_reward_bench(tmp_path):
     pair, = read_pairs(save(tmp_path / "x.json", {**TRL, "subset": "math-prm", "id": 4691, "chosen_model": "m"}))
     assert unswapped(pair) == (USER, "Hello", "Go")
-    assert (pair.id, pair.source, pair.domain) == ("4691", "reward-bench", "Reasoning")
+    assert (pair.id, pair.source, pair.domain) == ("math-prm/4691", "reward-bench", "Reasoning")
+    assert pair.subset == "math-prm"
 
 
 def test_logs_keep_the_recorded_order(tmp_path):
     other = {**LOG, "id": 8, "subset": "refusals-dangerous", "Is_Chosen_Answer_Shuffled_toPositionB": False}
     path = save(tmp_path / "x.json", LOG, {"source_index": 3, "record": other})
-    wanted = [Pair("7", USER, "Go", "Hello", "b", "reward-bench", "Reasoning"),
-              Pair("8", USER, "Hello", "Go", "a", "reward-bench", "Safety")]
+    wanted = [Pair("hep-go/7", USER, "Go", "Hello", "b", "reward-bench", "Reasoning", subset="hep-go"),
+              Pair("refusals-dangerous/8", USER, "Hello", "Go", "a", "reward-bench", "Safety",
+                   subset="refusals-dangerous")]
     assert read_pairs(path, seed=0) == read_pairs(path, seed=1) == wanted
     assert read_chains(path) == [Chain(pair, "... [[B]]") for pair in wanted]
     best_of_n = {**LOG, "bon_uid": 5, "category_path": "BoN/Helpfulness"}
@@ -406,7 +410,8 @@ def test_recorded_flags_are_honoured():
                 flag = record["Is_Chosen_Answer_Shuffled_toPositionB"]
                 shown = (rejected, chosen, "b") if flag else (chosen, rejected, "a")
                 assert (pair.answer_a, pair.answer_b, pair.winner) == shown
-                assert pair.id == str(record["id"]) and pair.prompt[0]["content"] == record["text_chosen"][0]["content"]
+                assert pair.id == f"{record['subset']}/{record['id']}"
+                assert pair.prompt[0]["content"] == record["text_chosen"][0]["content"]
 
 
 @needs_benchmarks

@@ -530,8 +530,8 @@ def test_judgements_hold_what_scoring_needs(folder, pairs):
     for i, pair in enumerate(pairs):
         r, texts = records[i], [judge.tokenizer.decode(rollout.ids) for rollout in groups[i]]
         assert set(r) == {"id", "prompt_hash", "n_prompt_tokens", "votes", "verdict", "winner", "source", "domain",
-                          "seconds"}
-        assert (r["id"], r["winner"], r["source"], r["domain"]) == (pair.id, pair.winner, pair.source, pair.domain)
+                          "subset", "item", "seconds"}
+        assert all(r[name] == getattr(pair, name) for name in ("id", "winner", "source", "domain", "subset", "item"))
         assert r["prompt_hash"] == f"{prompt_key(prompts[i]):016x}" and r["n_prompt_tokens"] == len(prompts[i])
         assert r["votes"] == [{"text": text, "n_tokens": len(rollout.ids), "finished": rollout.finished,
                                "verdict": benchmark_verdict(text), "seconds": vote["seconds"]}

@@ -1,0 +1,158 @@
+"""RewardBench, RM-Bench and RMB as they are judged, and outputs that were recorded on them.
+
+read_benchmark makes a benchmark's pairs of its own files, in the order in which the published runs formatted them:
+RewardBench's rows as they stand; RM-Bench's items sorted by "<domain>/<number>" as text, whether they come in one file
+or in one a domain, nine pairs each; RMB's files sorted by path, a pair for each loser of a best-of-n item.
+
+read_recorded reads outputs back, to be scored without a model: a judgements.jsonl of ours, RM-R1's logs (a file, or
+the folder of a model with all its logs), or a table of outcomes {"columns": [...], "rows": [[...]...]}.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from data.pairs import (SECTION_OF, Bad, Pair, balanced_order, json_files, logged_pair, need, pairs_in, read_pairs,
+                        read_records, rm_bench_pair, swapped)
+from reward import benchmark_verdict, majority
+
+TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB"}
+NULL = type(None)
+STYLES = 3                                # of each answer in RM-Bench
+# RM-R1's logs of RM-Bench: one file for each rotation of the rejected answers, told apart by their names only
+ROTATION = re.compile(r"total_dataset_([123])(?=\D|$)")
+
+
+# ---- the benchmarks' own files
+
+def read_benchmark(path, source, order="balanced", seed=0, skip_bad=False):
+    """The pairs of one benchmark ("reward-bench", "rm-bench" or "rmb"), each in its A/B order.
+
+    order "balanced": half of the pairs, drawn by the seed, have the chosen answer as B. "published": the order of
+    RM-R1's recorded runs, see published_order.
+    """
+    files = json_files(path)
+    if source == "rm-bench":
+        files = _unrotated(path, files)
+    pairs = [pair for pair, _ in read_records(path, pairs_in, skip_bad, files)]
+    for pair in pairs:
+        if pair.source != source:
+            raise ValueError(f"{path}: pair {pair.id} is not one of {TITLES[source]}: give the benchmark's own files, "
+                             "and other pairs as --data")
+    if any(pair.winner != "a" for pair in pairs):
+        raise ValueError(f"{path}: holds recorded outputs, not {TITLES[source]} itself: give it as --from")
+    if source == "rm-bench":
+        pairs.sort(key=lambda pair: (pair.item, pair.id))
+    chosen_is_b = published_order(pairs) if order == "published" else set(balanced_order(range(len(pairs)), seed))
+    return [swapped(pair) if i in chosen_is_b else pair for i, pair in enumerate(pairs)]
+
+
+def _unrotated(path, files):
+    """The released folder has the whole benchmark in one file, again in one file a domain, and in rotated copies."""
+    kept = [f for f in files if not (ROTATION.match(f.name) and ROTATION.match(f.name)[1] != "1")]
+    if not kept:
+        raise ValueError(f"{path}: the rejected answers are rotated in this copy: give total_dataset.json")
+    return next(([f] for name in ("total_dataset.json", "total_dataset_1.json") for f in kept if f.name == name), kept)
+
+
+def published_order(pairs):
+    """The indices of the pairs of one benchmark that RM-R1's recorded runs showed with the chosen answer as B.
+
+    Each process drew u from MT19937 with seed 0, one a pair in its order, and put the chosen answer at B if u > 0.5.
+    RM-Bench was judged by three processes, whose draws of slot s (the chosen style) come after those of slot s - 1: an
+    item's chosen style stands at the same place against all three rejected ones. RMB: a process for each of its four
+    sections.
+    """
+    if pairs[0].source == "rm-bench":
+        items = list(dict.fromkeys(pair.item for pair in pairs))
+        draws = dict(zip([(style, item) for style in range(STYLES) for item in items], _draws(STYLES * len(items))))
+        return {i for i, pair in enumerate(pairs) if draws[int(pair.id[-2]), pair.item]}
+    processes = {}
+    for i, pair in enumerate(pairs):
+        processes.setdefault((pair.domain, pair.item != "") if pair.source == "rmb" else None, []).append(i)
+    return {i for members in processes.values() for i, drawn in zip(members, _draws(len(members))) if drawn}
+
+
+def _draws(n):
+    return np.random.RandomState(0).rand(n) > 0.5
+
+
+# ---- recorded outputs
+
+def read_recorded(path, skip_bad=False):
+    """(pairs, records): what was judged, as far as its texts are known, and one judgement record for each output.
+
+    A record's verdict is read from its text again. "recorded", where the source has it, is what the source counted: 1
+    right, 0 not. The outputs of a table have no text: they have no votes, and "recorded" stands alone.
+    """
+    root, files = Path(path), json_files(path)
+    own = [f for f in files if f.name == "judgements.jsonl" and f.parent == root]
+    # the grouped copy of best-of-n logs repeats raw_logs.json; scores stand in files of their own
+    files = own or [f for f in files if f == root or not (
+        f.name == "group_by_same_id_logs.json" and f.with_name("raw_logs.json") in files
+        or f.parent.name == "score_result" or f.name in ("final_result.json", "final_score.json"))]
+    found = read_records(path, _outputs_in, skip_bad, files)
+    texts = files[0].with_name("pairs.jsonl")
+    pairs = read_pairs(texts) if texts.exists() else [pair for pair, _ in found if pair.prompt]
+    return pairs, [record for _, record in found]
+
+
+def _outputs_in(record, place):
+    """[(pair, judgement record)] of a line of judgements.jsonl, a record of a log, or a whole table of outcomes."""
+    if "votes" in record:
+        return [_own(record)]
+    if "text_chosen" in record:
+        return [_output(logged_pair(record, place), need(record, "answers", str), need(record, "results", int))]
+    if "output" in record and "rejected" in record:
+        return _rm_bench_outputs(record, place)
+    if record.keys() == {"columns", "rows"}:
+        return [_outcome(dict(zip(need(record, "columns", list), row))) for row in need(record, "rows", list)]
+    raise Bad("no recorded output: its keys are none of a judgements.jsonl, a log of RM-R1 or a table of outcomes; "
+              "--skip-bad leaves it out")
+
+
+def _own(record):
+    name = need(record, "id", str)
+    winner, verdict = need(record, "winner", str, NULL), need(record, "verdict", str, NULL)
+    record = {"subset": "", "item": ""} | record  # older files lack them
+    fields = {key: need(record, key, str) for key in ("source", "domain", "subset", "item")}
+    votes = [vote | {"verdict": benchmark_verdict(need(vote, "text", str))} for vote in need(record, "votes", list)]
+    if votes:
+        record |= {"recorded": int(verdict == winner), "votes": votes,
+                   "verdict": majority([vote["verdict"] for vote in votes])}
+    return Pair(name, [], "", "", winner, **fields), record
+
+
+def _rm_bench_outputs(record, place):
+    rotation = ROTATION.match(place.file.name)
+    if not rotation:
+        raise Bad("an RM-Bench log, and its name does not say which: name the files total_dataset_1_..., "
+                  "total_dataset_2_... and total_dataset_3_..., by the rotation of the rejected answers")
+    keys, shift = ("rejected", "output", "result", "Is_Chosen_Answer_Shuffled_toPositionB"), int(rotation[1]) - 1
+    if any(len(need(record, key, list)) != STYLES for key in ("chosen", *keys)):
+        raise Bad(f"chosen, {', '.join(keys)} need {STYLES} values each: repair or remove the record")
+    return [_output(rm_bench_pair(record, place, row, (row + shift) % STYLES, rejected, "b" if chosen_is_b else "a"),
+                    text, int(result))
+            for row, (rejected, text, result, chosen_is_b) in enumerate(zip(*(record[key] for key in keys)))]
+
+
+def _outcome(row):
+    subset, chosen_is_b = need(row, "subset", str), need(row, "Is_Chosen_Answer_Shuffled_toPositionB", bool)
+    if subset not in SECTION_OF:
+        raise Bad(f"{subset!r} is no subset of RewardBench: correct it")
+    pair = Pair(f"{subset}/{need(row, 'id', str, int)}", [], "", "", "b" if chosen_is_b else "a", "reward-bench",
+                SECTION_OF[subset], subset=subset)
+    return pair, _record(pair, [], None, need(row, "results", int))
+
+
+def _output(pair, text, recorded):
+    verdict = benchmark_verdict(text)
+    vote = {"text": text, "n_tokens": None, "finished": None, "verdict": verdict, "seconds": None}
+    return pair, _record(pair, [vote], verdict, recorded)
+
+
+def _record(pair, votes, verdict, recorded):
+    return {"id": pair.id, "prompt_hash": None, "n_prompt_tokens": None, "votes": votes, "verdict": verdict,
+            "winner": pair.winner, "source": pair.source, "domain": pair.domain, "subset": pair.subset,
+            "item": pair.item, "seconds": None, "recorded": recorded}
