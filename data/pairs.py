@@ -85,7 +85,7 @@ def swapped(pair):
 
 def read_chains(path, skip_bad=False):
     """All chains under path; errors as in read_pairs."""
-    return [Chain(pair, judgement) for pair, judgement in read_records(path, _chains_in, skip_bad)]
+    return [Chain(pair, judgement) for pair, judgement in read_records(path, chains_in, skip_bad)]
 
 
 def to_json(item):
@@ -246,7 +246,7 @@ def pairs_in(record, place):
     raise Bad(f"unknown format, its keys are {_keys(record)}: data/pairs.py lists the known ones")
 
 
-def _chains_in(record, place):
+def chains_in(record, place):
     """[(pair, judgement)] of one record."""
     if "text_chosen" in record or "text_rejected" in record:
         return [(logged_pair(record, place), _judgement(record, "answers"))]

@@ -71,6 +71,22 @@ def test_an_empty_value_is_none_where_none_is_allowed():
     assert parse_config(Options, {"full": {"data": "x"}}, ["--data", "", "--recipe", "full"]).data is None
 
 
+@dataclass(frozen=True)
+class Sources:
+    runs: tuple[str, ...]  # a field without a default
+    n: int = 1  # a number
+    from_: tuple[str, ...] = ("x",)  # a name that is a word of Python's
+
+
+def test_fields_of_several_values_and_without_a_default(capsys):
+    assert parse_config(Sources, argv=["a", "b"]) == Sources(("a", "b"))
+    assert parse_config(Sources, argv=["--from", "c", "d", "--n", "2", "--", "a"]) == Sources(("a",), 2, ("c", "d"))
+    for argv, wanted in (([], "required: RUNS"), (["a", "--from"], "--from: expected at least one")):
+        with pytest.raises(SystemExit) as e:
+            parse_config(Sources, argv=argv)
+        assert e.value.code == 2 and wanted in capsys.readouterr().err
+
+
 def test_a_flag_wins_over_its_recipe_wherever_it_stands():
     assert parse_config(Options, RECIPES, ["--recipe", "big"]) == Options(n_steps=100, fast=True)
     assert parse_config(Options, RECIPES, ["--n-steps", "5", "--recipe", "big"]) == Options(n_steps=5, fast=True)

@@ -1,0 +1,379 @@
+"""Downloads models and data sets, and converts the data sets' parquet files to JSON lines that data/pairs.py reads.
+
+    python data/fetch.py Qwen/Qwen2.5-7B-Instruct          a model: the folder runs/data/Qwen/Qwen2.5-7B-Instruct
+    python data/fetch.py rm-r1-distill-sft rm-r1-rlvr      runs/data/rm-r1-distill-sft.jsonl, runs/data/rm-r1-rlvr.jsonl
+    python data/fetch.py reward-bench --files DIR_OR_FILE  converts what is already here: no network
+
+    name                   comes from                                what it gives
+    rm-r1-distill-sft      gaotang/RM-R1-Distill-SFT                 OUT/NAME.jsonl, chains for distill.py
+    rm-r1-rlvr             gaotang/RM-R1-after-Distill-RLVR          OUT/NAME.jsonl, pairs for grpo.py, as are the next:
+    rm-r1-reasoning-rlvr   gaotang/RM-R1-Reasoning-RLVR
+    math-step-dpo          xinlai/Math-Step-DPO-10K
+    code-preference-pairs  Vezora/Code-Preference-Pairs              (the Hub's own parquet copy of it)
+    skywork-80k            Skywork/Skywork-Reward-Preference-80K-v0.2
+    reward-bench           allenai/reward-bench, split "filtered"    OUT/NAME.jsonl for evaluate.py --rewardbench
+    rm-bench               github.com/THU-KEG/RM-Bench               OUT/NAME/data/total_dataset.json for --rmbench
+    rmb                    github.com/Zhou-Zoey/RMB-Reward-...       OUT/NAME/RMB_dataset/ for --rmb
+    ORG/MODEL              a model of the Hub                        OUT/ORG/MODEL/: config, tokenizer, safetensors
+
+OUT/NAME/ keeps the files under their own paths, and fetched.json: repository, commit, sizes, checksums. Every file is
+compared with the checksum that its host lists. Started again, it downloads what is not there whole, and goes on in the
+middle of a file. Nothing pickled is ever downloaded. The environment variable HF_TOKEN opens gated repositories,
+HF_ENDPOINT names a mirror of the Hub. Tested against servers that play the two hosts; nobody has run it on the real
+ones yet.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
+from common import one_line_errors, parse_config  # noqa: E402
+from data import pairs  # noqa: E402
+
+GITHUB_API, GITHUB_RAW = "https://api.github.com", "https://raw.githubusercontent.com"
+TIMEOUT_S, PAUSES_S = 60, (1, 4, 15)       # silence that ends an attempt; waits before the next one
+MAY_PASS = (408, 429, 500, 502, 503, 504)  # HTTP statuses
+
+
+@dataclass(frozen=True)
+class Source:
+    host: str                     # "datasets" or "models" of the Hugging Face Hub, or "github"
+    repo: str
+    patterns: tuple[str, ...]     # of the paths to download, * matches / too; the first must match something
+    keys: dict | None = None      # of the records to write: each one's parquet column, or "COLUMN + COLUMN" to join
+    domain: str = ""
+    chains: bool = False          # the records are chains, not pairs
+    revision: str = "main"
+
+
+TRAIN, RM_R1 = ("data/train-*.parquet",), {"context_messages": "context_messages", "winner": "winner"}
+SOURCES = {
+    "rm-r1-distill-sft": Source("datasets", "gaotang/RM-R1-Distill-SFT", TRAIN, RM_R1, chains=True),
+    "rm-r1-rlvr": Source("datasets", "gaotang/RM-R1-after-Distill-RLVR", TRAIN, RM_R1),
+    "rm-r1-reasoning-rlvr": Source("datasets", "gaotang/RM-R1-Reasoning-RLVR", TRAIN, RM_R1),
+    "math-step-dpo": Source("datasets", "xinlai/Math-Step-DPO-10K", TRAIN,
+                            {"prompt": "prompt", "chosen": "initial_reason_steps + full_chosen",
+                             "rejected": "initial_reason_steps + full_rejected"}, "math"),
+    "code-preference-pairs": Source("datasets", "Vezora/Code-Preference-Pairs", ("default/train/*.parquet",),
+                                    {"prompt": "input", "chosen": "accepted", "rejected": "rejected"}, "code",
+                                    revision="refs/convert/parquet"),
+    "skywork-80k": Source("datasets", "Skywork/Skywork-Reward-Preference-80K-v0.2", TRAIN,
+                          {"source": "source", "chosen": "chosen", "rejected": "rejected"}, "chat"),
+    "reward-bench": Source("datasets", "allenai/reward-bench", ("data/filtered-*.parquet",),
+                           {key: key for key in ("prompt", "chosen", "rejected", "subset", "id")}),
+    "rm-bench": Source("github", "THU-KEG/RM-Bench", ("data/total_dataset.json",),
+                       revision="73c52d7b27b361621361ec959ac6c0eb9bb7a689"),
+    "rmb": Source("github", "Zhou-Zoey/RMB-Reward-Model-Benchmark", ("RMB_dataset/*.json",),
+                  revision="2be3180857f2190b7ffa929d43190835627f1f4d")}
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
+               "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.*")
+
+
+def source_of(name):
+    if name in SOURCES:
+        return SOURCES[name]
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+        raise ValueError(f"{name!r} is neither ORG/MODEL nor one of {', '.join(SOURCES)}")
+    return Source("models", name, MODEL_FILES)
+
+
+@dataclass(frozen=True)
+class Config:
+    what: tuple[str, ...]  # names from the table above, or models as ORG/MODEL
+    out: str = "runs/data"  # folder for what is fetched and converted
+    revision: str | None = None  # commit, tag or branch of the one thing named; default: as in SOURCES
+    files: str | None = None  # a parquet file, or a folder of them, to convert instead of downloading the one set named
+    skip_bad: bool = False  # skip unusable rows and count them, instead of stopping at the first
+
+    def __post_init__(self):
+        sources = [source_of(name) for name in self.what]
+        if len(sources) > 1 and (self.revision or self.files):
+            raise ValueError("--revision and --files are about one thing: name only that")
+        if self.files and not sources[0].keys:
+            raise ValueError(f"--files: {self.what[0]} is not converted, its files are used as they are")
+
+
+# ---- network
+
+class _Passing(ValueError):
+    """What may be gone at the next attempt."""
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Sends the token to the Hub alone, not to the storage that the Hub redirects to."""
+
+    def redirect_request(self, request, *args):
+        new = super().redirect_request(request, *args)
+        if new and (new.type, new.host) != (request.type, request.host):
+            new.headers.pop("Authorization", None)
+        return new
+
+
+def hub():
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def chunks(url, start=0):
+    """(response, offset, bytes) of what is at url, from the byte `start` on if the server can, else from 0."""
+    request = urllib.request.Request(url, headers={"User-Agent": "fetch.py"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and url.startswith(hub() + "/"):
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_S) as response:
+            offset = start if response.status == 206 else 0
+            while chunk := response.read(1 << 20):
+                yield response, offset, chunk
+                offset += len(chunk)
+            if response.length:            # read(n) says nothing about an early end
+                raise _Passing(f"{url}: the connection ended {response.length} bytes early: start again to go on")
+    except urllib.error.HTTPError as e:
+        kind = _Passing if e.code in MAY_PASS else ValueError
+        raise kind(f"{url}: HTTP {e.code}, {_advice(e.code, url)}") from None
+    except (OSError, http.client.HTTPException) as e:
+        reason = getattr(e, "reason", None) or e
+        raise _Passing(f"{url}: no answer ({reason}): check the network (behind a proxy, set https_proxy), then "
+                       "start again") from None
+
+
+def _advice(code, url):
+    if code in (401, 403) and url.startswith(hub() + "/"):
+        return ("no such repository, or a closed one: check the name; if its page asks for consent, give it, and set "
+                "HF_TOKEN to a token of your account")
+    if code in (403, 429):
+        return "refused, perhaps after too many requests: wait an hour and start again"
+    return "not found: check the name and --revision" if code == 404 else "the server failed: start again later"
+
+
+def patiently(action, progress=lambda: None):
+    """action(), tried again after each of PAUSES_S while it fails in passing; from the first, if progress() moved."""
+    failures, before = 0, progress()
+    while True:
+        try:
+            return action()
+        except _Passing:
+            failures, before = (failures if progress() == before else 0), progress()
+            if failures == len(PAUSES_S):
+                raise
+        time.sleep(PAUSES_S[failures])
+        failures += 1
+
+
+def get_json(url):
+    """(value, address of the next page or None)"""
+    def attempt():
+        body, response = b"", None
+        for response, _, chunk in chunks(url):
+            body += chunk
+        link = re.search(r'<([^>]+)>; *rel="next"', response.headers.get("Link", "") if response else "")
+        return body, link and link[1]
+    body, following = patiently(attempt)
+    try:
+        return json.loads(body), following
+    except ValueError:
+        raise ValueError(f"{url}: the answer is not JSON: is a proxy or HF_ENDPOINT in the way?") from None
+
+
+# ---- files
+
+@dataclass(frozen=True)
+class Remote:
+    path: str
+    url: str
+    size: int
+    checksum: str    # sha256 of the content, or git's sha1 of "blob SIZE\0" and the content: their lengths tell
+
+
+def listing(source, revision):
+    """(commit, [Remote]) of the source's files at a revision."""
+    github, commit = source.host == "github", revision
+    api = f"{GITHUB_API}/repos/{source.repo}" if github else f"{hub()}/api/{source.host}/{source.repo}"
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        answer, _ = get_json(f"{api}/{'commits' if github else 'revision'}/{quote(revision, safe='')}")
+        commit = answer["sha"]
+    if github:
+        tree, _ = get_json(f"{api}/git/trees/{commit}?recursive=1")
+        if tree["truncated"]:
+            raise ValueError(f"{source.repo} at {commit}: too many files for one answer of GitHub's: clone it instead")
+        entries = [(e["path"], e["size"], e["sha"]) for e in tree["tree"] if e["type"] == "blob"]
+        base = f"{GITHUB_RAW}/{source.repo}/{commit}"
+    else:
+        deep = source.host == "datasets"   # a model is what lies at the top: other formats may lie below
+        entries, page = [], f"{api}/tree/{commit}{'?recursive=1' if deep else ''}"
+        while page:
+            answer, page = get_json(page)
+            entries += [(e["path"], e["size"], (e.get("lfs") or e)["oid"]) for e in answer if e["type"] == "file"]
+        base = f"{hub()}/{'datasets/' if deep else ''}{source.repo}/resolve/{commit}"
+    entries = [e for e in entries if any(fnmatchcase(e[0], pattern) for pattern in source.patterns)]
+    if not any(fnmatchcase(path, source.patterns[0]) for path, _, _ in entries):
+        raise ValueError(f"{source.repo} at {commit}: it has no {source.patterns[0]}: check the name and --revision"
+                         + (" (pickled weights are never fetched)" if source.host == "models" else ""))
+    for path, _, _ in entries:
+        if path.startswith("/") or ".." in path.split("/"):
+            raise ValueError(f"{source.repo} at {commit}: the path {path!r} leads out of its folder: do not use it")
+    return commit, [Remote(path, f"{base}/{quote(path)}", size, checksum) for path, size, checksum in sorted(entries)]
+
+
+def checksum_of(path, like):
+    """The checksum of a file, of the kind that `like` is."""
+    state = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def download(remote, path, bar):
+    """Puts a file at path, unless it is there whole; what an interrupted run left beside it is gone on with."""
+    if path.is_file() and path.stat().st_size == remote.size and checksum_of(path, remote.checksum) == remote.checksum:
+        bar.update(remote.size)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{remote.checksum[:12]}.part")  # never goes on with another revision's bytes
+    part.touch()
+    bar.update(part.stat().st_size)
+
+    def attempt():
+        with open(part, "r+b") as file:
+            have = file.seek(0, os.SEEK_END)
+            for _, offset, chunk in chunks(remote.url, have) if have < remote.size else ():
+                if offset != file.tell():  # the server began anew
+                    bar.update(offset - file.tell())
+                    file.seek(offset)
+                    file.truncate()
+                file.write(chunk)
+                bar.update(len(chunk))
+    patiently(attempt, lambda: part.stat().st_size)
+    if checksum_of(part, remote.checksum) != remote.checksum:
+        part.unlink()
+        raise ValueError(f"{remote.url}: what came has not the checksum that its host lists ({remote.checksum}): "
+                         "removed it; start again, and if it stays so, look for a proxy that alters files")
+    os.replace(part, path)
+
+
+def fetch(source, revision, folder):
+    """Downloads a source into the folder; returns its commit and files."""
+    commit, remotes = listing(source, revision)
+    total = sum(remote.size for remote in remotes)
+    with tqdm(total=total, desc=source.repo, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        for remote in remotes:
+            download(remote, folder / remote.path, bar)
+    record = {"host": source.host, "repo": source.repo, "revision": revision, "commit": commit,
+              "files": {remote.path: {"size": remote.size, "checksum": remote.checksum} for remote in remotes}}
+    part = folder / "fetched.json.part"
+    part.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(part, folder / "fetched.json")
+    return commit, [folder / remote.path for remote in remotes]
+
+
+# ---- conversion
+
+def import_pyarrow():
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError("converting parquet needs pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
+def local_files(source, path):
+    names, root = [PurePosixPath(pattern).name for pattern in source.patterns], Path(path)
+    found = [root] if root.is_file() else sorted(
+        file for file in root.rglob("*.parquet") if any(fnmatchcase(file.name, name) for name in names))
+    if not found:
+        raise ValueError(f"{path}: no file, and no folder with {' or '.join(names)} in it: check the path")
+    return found
+
+
+def rows(file, columns):
+    """The dicts of those columns of a parquet file, decoded a few hundred at a time."""
+    pyarrow = import_pyarrow()
+    try:
+        with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as parquet:  # True, the default, holds it whole
+            names = parquet.schema_arrow.names
+            if missing := [column for column in columns if column not in names]:
+                raise ValueError(f"{file}: no column {', '.join(missing)} (it has {', '.join(names[:20])}): "
+                                 "is it a file of another data set?")
+            for batch in parquet.iter_batches(256, columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{file}: cannot be read as parquet ({e}): download it again") from None
+
+
+def json_line(name, source, row, number):
+    """A row as a line that data/pairs.py will read; ValueError or TypeError if it would not."""
+    if null := [column for column, value in row.items() if value is None]:
+        raise ValueError(f'"{null[0]}" is null')
+    record = {"id": f"{name}/{number}", "source": name} | ({"domain": source.domain} if source.domain else {})
+    for key, text in source.keys.items():
+        values = [row[column] for column in text.split(" + ")]
+        record[key] = "".join(values) if len(values) > 1 else values[0]
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    place = pairs.Place(Path(f"{name}.jsonl"), "", Counter())
+    (pairs.chains_in if source.chains else pairs.pairs_in)(record, place)
+    return line
+
+
+def convert(name, files, path, skip_bad=False):
+    """Writes the rows of parquet files as JSON lines, whole or not at all; returns their number. A row is named by its
+    file and its number in it, from 1; its id by its number in all files, whatever is skipped."""
+    source, part, number, n_bad = SOURCES[name], Path(f"{path}.{os.getpid()}.part"), 0, 0
+    columns = sorted({column for text in source.keys.values() for column in text.split(" + ")})
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n") as lines:
+            for file in files:
+                for row_number, row in enumerate(tqdm(rows(file, columns), desc=name, unit="row"), 1):
+                    number += 1
+                    try:
+                        lines.write(json_line(name, source, row, number))
+                    except (ValueError, TypeError) as bad:    # TypeError: bytes where texts belong
+                        if not skip_bad:
+                            raise ValueError(f"{file}, row {row_number}: {bad}; --skip-bad leaves it out") from None
+                        n_bad += 1
+                        tqdm.write(f"{file}, row {row_number}: skipped: {bad}", file=sys.stderr)
+        if n_bad == number:
+            raise ValueError(f"{files[0]}: no usable rows among {number}")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if n_bad:
+        print(f"{path}: skipped {n_bad} bad rows of {number}", file=sys.stderr)
+    return number - n_bad
+
+
+def main(cfg):
+    for name in cfg.what:
+        source, folder = source_of(name), Path(cfg.out, name)
+        if source.keys:
+            import_pyarrow()               # before hours of downloading
+        if cfg.files:
+            files = local_files(source, cfg.files)
+        else:
+            commit, files = fetch(source, cfg.revision or source.revision, folder)
+            print(f"{folder}: {len(files)} files of {source.repo} at {commit}")
+        if source.keys:
+            path = Path(cfg.out, f"{name}.jsonl")
+            print(f"{path}: {convert(name, files, path, cfg.skip_bad)} {'chains' if source.chains else 'pairs'}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(Config))
