@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.pairs import (SECTION_OF, Bad, Pair, balanced_order, json_files, logged_pair, need, pairs_in, read_pairs,
-                        read_records, rm_bench_pair, swapped)
+from data.pairs import (SECTION_OF, Bad, Pair, balanced_order, clean, json_files, logged_pair, need, need_text,
+                        pairs_in, read_pairs, read_records, rm_bench_pair, swapped)
 from reward import benchmark_verdict, majority
 
 TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB"}
@@ -103,7 +103,7 @@ def _outputs_in(record, place):
     if "votes" in record:
         return [_own(record)]
     if "text_chosen" in record:
-        return [_output(logged_pair(record, place), need(record, "answers", str), need(record, "results", int))]
+        return [_output(logged_pair(record, place), need_text(record, "answers"), need(record, "results", int))]
     if "output" in record and "rejected" in record:
         return _rm_bench_outputs(record, place)
     if record.keys() == {"columns", "rows"}:
@@ -117,7 +117,7 @@ def _own(record):
     winner, verdict = need(record, "winner", str, NULL), need(record, "verdict", str, NULL)
     record = {"subset": "", "item": ""} | record  # older files lack them
     fields = {key: need(record, key, str) for key in ("source", "domain", "subset", "item")}
-    votes = [vote | {"verdict": benchmark_verdict(need(vote, "text", str))} for vote in need(record, "votes", list)]
+    votes = [vote | {"verdict": benchmark_verdict(need_text(vote, "text"))} for vote in need(record, "votes", list)]
     if votes:
         record |= {"recorded": int(verdict == winner), "votes": votes,
                    "verdict": majority([vote["verdict"] for vote in votes])}
@@ -133,7 +133,7 @@ def _rm_bench_outputs(record, place):
     if any(len(need(record, key, list)) != STYLES for key in ("chosen", *keys)):
         raise Bad(f"chosen, {', '.join(keys)} need {STYLES} values each: repair or remove the record")
     return [_output(rm_bench_pair(record, place, row, (row + shift) % STYLES, rejected, "b" if chosen_is_b else "a"),
-                    text, int(result))
+                    clean(text, "output"), int(result))
             for row, (rejected, text, result, chosen_is_b) in enumerate(zip(*(record[key] for key in keys)))]
 
 

@@ -79,6 +79,13 @@ def fail(message):
     raise SystemExit(2)
 
 
+def write_whole(path, text):
+    """Writes a file under a temporary name and renames it: one that has its own name is whole."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 @contextmanager
 def one_line_errors():
     """Turns a user's mistake (ValueError, OSError) into one line and status 2. RM_TRACEBACK=1 shows its origin."""

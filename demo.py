@@ -24,10 +24,10 @@ import grpo
 from common import one_line_errors, parse_config
 from data import toy
 from data.pairs import read_pairs, write_pairs
-from evaluate import write_lines, write_scores
+from evaluate import write_scores
 from model import Model
 from reward import load_prompt
-from sample import Judge, Sampler
+from sample import Judge, Sampler, write_records
 from tokenizer import Tokenizer
 
 TITLES = {"untrained": "untrained", "answer_only": "answer-only SFT", "distilled": "distilled",
@@ -58,7 +58,7 @@ def judge_all(model_folder, pairs, temperature, seed, out):
     records = [record for _, record in sorted(done, key=lambda item: item[0])]
     out.mkdir(parents=True)
     write_pairs(out / "pairs.jsonl", pairs)
-    write_lines(out / "judgements.jsonl", records)
+    write_records(out / "judgements.jsonl", records)
     settings = {"model": str(model_folder), "temperature": temperature, "seed": seed}
     rows = write_scores(out, out.name, records, settings, judge.sampler.stats())["rows"]
     texts = [record["votes"][0]["text"] for record in records]

@@ -26,11 +26,11 @@ from pathlib import Path
 
 import scores
 from benchmarks import read_benchmark, read_recorded
-from common import init_ranks, one_line_errors, parse_config
+from common import init_ranks, one_line_errors, parse_config, write_whole
 from data.pairs import SWAPPED, read_pairs, swapped, write_pairs
 from model import read_json
 from reward import load_prompt
-from sample import Judge, Sampler, check_sampling, judge_file, judge_settings, load_judge
+from sample import Judge, Sampler, check_sampling, judge_file, judge_settings, load_judge, write_records
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,7 @@ def reopen(whole, settings, wanted, skip_bad):
     if others and not skip_bad:
         raise ValueError(f"{whole}: holds {len(others)} judgements of pairs that are not given now, such as "
                          f"{others[0]}; choose another --out")
-    temporary = Path(f"{whole}.tmp")
-    temporary.write_text(json.dumps(settings) + "\n" + text, encoding="utf-8")
-    os.replace(temporary, f"{whole}.partial")
+    write_whole(f"{whole}.partial", json.dumps(settings) + "\n" + text)
     whole.unlink()
 
 
@@ -162,14 +160,8 @@ def rescore(cfg, source, out):
         (out / "settings.json").write_text(json.dumps(settings))
         if pairs:  # a table of outcomes has no texts
             write_pairs(out / "pairs.jsonl", pairs)
-        write_lines(whole, records)
+        write_records(whole, records)
     return records, settings, {"reproduced": reproduced}
-
-
-def write_lines(path, rows):
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_scores(out, model, records, settings, run):
@@ -180,9 +172,7 @@ def write_scores(out, model, records, settings, run):
     result = {"model": model, "settings": settings, "rows": scores.score(records),
               "positions": scores.position_rows(records), "swap": scores.swap_rows(records),
               "budgets": scores.budget_rows(records, sorted(budgets)), "run": run}
-    temporary = out / "scores.json.tmp"
-    temporary.write_text(json.dumps({key: value for key, value in result.items() if value != []}, indent=2))
-    os.replace(temporary, out / "scores.json")
+    write_whole(out / "scores.json", json.dumps({key: value for key, value in result.items() if value != []}, indent=2))
     return result
 
 
@@ -200,7 +190,7 @@ def show(result):
 
 def short_names(paths):
     """The last parts of each path, as few as tell them apart."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    parts = [Path(os.path.abspath(path).removesuffix(".json").removesuffix(".jsonl")).parts for path in paths]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["-".join(p[-n:]) for p in parts]
         if len(set(names)) == len(names) and (n > 1 or "model" not in names):
@@ -217,12 +207,13 @@ def main(cfg):
         records, settings, run = (rescore(cfg, source, out) if cfg.from_ else
                                   judge_all(replace(cfg, model=source), pairs, out, ranks))
         if ranks.main:
-            run = {"judgements": sum(len(r["votes"]) for r in records), "wall_s": time.perf_counter() - began} | run
+            tokens = [vote["n_tokens"] or 0 for r in records for vote in r["votes"]]
+            run = {"judgements": len(tokens), "tokens": sum(tokens), "wall_s": time.perf_counter() - began} | run
             results.append(write_scores(out, name, records, settings, run))
             show(results[-1])
     if len(results) > 1:
         print("\n" + scores.side_by_side({r["model"]: r["rows"] for r in results}))
-        (Path(cfg.out) / "scores.json").write_text(json.dumps({"models": results}, indent=2))
+        write_whole(Path(cfg.out) / "scores.json", json.dumps({"models": results}, indent=2))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from common import Ranks, copy_weights, fail, one_line_errors, parse_config
+from common import Ranks, copy_weights, fail, one_line_errors, parse_config, write_whole
 from data.pairs import SWAPPED, Pair, read_pairs
 from kernels import Prompts, attention, decode_attention, linear_logp, logits, runs_triton
 from model import Model, pack
@@ -468,16 +468,17 @@ class JudgementFile:
 
     def finish(self, keys):
         """Writes the judgements of these (id, prompt hash), in this order, under the final name."""
-        temporary = Path(f"{self.out}.tmp")
-        lines = [json.dumps(self.done[key], ensure_ascii=False) + "\n" for key in keys]
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, self.out)
+        write_records(self.out, [self.done[key] for key in keys])
         self.partial.unlink()
 
 
-def append(file, row):
+def append(file, record):
     with open(file, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_records(path, records):
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def refuse_existing(out):

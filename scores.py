@@ -155,7 +155,7 @@ def rm_bench(records):
         difficulty = [mean_row("RM-Bench", kinds[2], level, by_level[level],
                                [r for r in kept if r["subset"] == level], of) for level in by_level]
         rows += [mean_row("RM-Bench", kinds[0], "total", per_domain, kept, of), *per_domain, *difficulty]
-        rows += [row for level in by_level.values() for row in level] if not variant else []
+        rows += [row for levels in zip(*by_level.values()) for row in levels] if not variant else []
     return rows
 
 

@@ -273,8 +273,8 @@ def _own(record):
     winner = need(record, "winner", str, type(None))
     if winner not in ("a", "b", None):
         raise Bad(f'"winner" is {_show(winner)}: write "a", "b" or null')
-    fields = {"id": _id(record), "winner": winner} | {key: _text(record, key) for key in ("source", "domain")}
-    fields |= {key: _text(record, key, "") for key in ("subset", "item")}
+    fields = {"id": _id(record), "winner": winner} | {key: need_text(record, key) for key in ("source", "domain")}
+    fields |= {key: need_text(record, key, "") for key in ("subset", "item")}
     sides = {side: need(record, side, str, list) for side in ("answer_a", "answer_b")}
     prompt = need(record, "prompt", list, str)
     if record.get("rendered") is None:
@@ -285,15 +285,15 @@ def _own(record):
 
 
 def _ready(record, place, messages, name, winner):
-    return Pair(_id(record, place), [], "", "", winner, _text(record, "source", place.file.stem),
-                _text(record, "domain", ""), _prompt(messages, name), _text(record, "subset", ""))
+    return Pair(_id(record, place), [], "", "", winner, need_text(record, "source", place.file.stem),
+                need_text(record, "domain", ""), _prompt(messages, name), need_text(record, "subset", ""))
 
 
 def _preference(record, place):
     chosen, rejected = need(record, "chosen", str, list), need(record, "rejected", str, list)
     if "prompt" in record and "subset" in record and "id" in record:
         return _reward_bench(record, record["prompt"], chosen, rejected, "a")
-    source, domain = _text(record, "source", place.file.stem), _text(record, "domain", "")
+    source, domain = need_text(record, "source", place.file.stem), need_text(record, "domain", "")
     if "prompt" in record:
         prompt = need(record, "prompt", str, list)
     elif isinstance(chosen, str) or isinstance(rejected, str):
@@ -304,7 +304,7 @@ def _preference(record, place):
 
 
 def _reward_bench(record, prompt, chosen, rejected, winner):
-    subset = _text(record, "subset")
+    subset = need_text(record, "subset")
     if subset not in SECTION_OF:
         raise Bad(f'{_show(subset)} is no subset of RewardBench: correct it; in other data, rename the key "subset"')
     # the released ids repeat: 3692 is in donotanswer and in hep-python
@@ -314,7 +314,7 @@ def _reward_bench(record, prompt, chosen, rejected, winner):
 
 def rm_bench_pair(record, place, row, column, rejected, winner="a"):
     """The pair of chosen style `row` and rejected style `column`; `rejected` is the text shown beside it."""
-    domain = _text(record, "domain", place.file.name.split("_")[0])
+    domain = need_text(record, "domain", place.file.name.split("_")[0])
     if domain not in RM_BENCH_DOMAINS:
         raise Bad(f'{_show(domain)} is no domain of RM-Bench: add "domain", or name the file <domain>_..., '
                   f'with one of {", ".join(RM_BENCH_DOMAINS)}')
@@ -365,7 +365,7 @@ def logged_pair(record, place):
 
 
 def _rmb_domain(record, place):
-    for text in (_text(record, "category_path", ""), str(place.file)):
+    for text in (need_text(record, "category_path", ""), str(place.file)):
         for domain in ("Helpfulness", "Harmlessness"):
             if domain in text:
                 return domain
@@ -373,7 +373,7 @@ def _rmb_domain(record, place):
 
 
 def _category(record, place):
-    return _text(record, "category_path", place.file.stem)
+    return need_text(record, "category_path", place.file.stem)
 
 
 def _split(one, other, name, other_name):
@@ -414,7 +414,7 @@ def _prompt(value, name):
 def _answer(value, prompt, plain):
     """A text, or messages; of a whole conversation that repeats the prompt, what follows the prompt."""
     if isinstance(value, str):
-        return _clean(value, "answer")
+        return clean(value, "answer")
     messages = _messages(value, "answer")
     if messages and messages[0]["role"] != "assistant" and messages[:len(prompt)] == prompt:
         messages = messages[len(prompt):]
@@ -429,30 +429,30 @@ def _messages(value, name):
     for message in value:
         if need(_object(message), "role", str) not in ROLES:
             raise Bad(f'"{name}" has a message of role {_show(message["role"])}: use {", ".join(ROLES)}')
-    return [{"role": message["role"], "content": _text(message, "content")} for message in value]
+    return [{"role": message["role"], "content": need_text(message, "content")} for message in value]
 
 
 def _id(record, place=None, key="id"):
     """The record's id as text; without one, the place's, if a place is given."""
     if place is not None and record.get(key) is None:
         return place.default_id
-    value = _clean(str(need(record, key, str, int)), key)
+    value = clean(str(need(record, key, str, int)), key)
     if not value.strip():
         raise Bad(f'"{key}" is blank: write one')
     return value
 
 
 def _judgement(record, key):
-    if not _text(record, key).strip():
+    if not need_text(record, key).strip():
         raise Bad(f'the judgement ("{key}") is blank: remove the record')
     return record[key]
 
 
-def _text(record, key, default=None):
-    return default if default is not None and record.get(key) is None else _clean(need(record, key, str), key)
+def need_text(record, key, default=None):
+    return default if default is not None and record.get(key) is None else clean(need(record, key, str), key)
 
 
-def _clean(text, name):
+def clean(text, name):
     if re.search("[\ud800-\udfff]", text):    # half a pair, as a lone "\ud83d" escape gives: no tokenizer takes it
         raise Bad(f'"{name}" holds a lone surrogate, which is not text: repair or remove the record')
     return text

@@ -203,7 +203,8 @@ def test_models_side_by_side(folder, data, tmp_path, capsys):
     line, = (line for line in shown.split("\n") if line.startswith("pairs: all"))
     assert line.split()[2::2] == [f"{100 * alone[0]['score']:.1f}"] * 2
     assert short_names(["a/x/model", "a/y/model"]) == ["x-model", "y-model"] and short_names(["a/b"]) == ["b"]
-    assert short_names(["runs/demo/grpo/model"]) == ["grpo-model"]
+    assert short_names(["runs/demo/grpo/model"]) == ["grpo-model"] and short_names(["x/Qwen2.5-7B"]) == ["Qwen2.5-7B"]
+    assert short_names(["x/a.b.json", "x/c.jsonl"]) == ["a.b", "c"]
     with pytest.raises(ValueError, match="is given twice"):
         short_names(["a/b", "./a/b"])
 
