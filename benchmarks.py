@@ -18,7 +18,8 @@ from data.pairs import (SECTION_OF, Bad, Pair, balanced_order, clean, json_files
 from reward import benchmark_verdict, majority
 
 TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB"}
-NULL = type(None)
+SCORE_FILES = ("final_result.json", "final_score.json", "META_RESULT.json")  # RM-R1's, beside its logs
+CHOSEN_IS_B = "Is_Chosen_Answer_Shuffled_toPositionB"
 STYLES = 3                                # of each answer in RM-Bench
 # RM-R1's logs of RM-Bench: one file for each rotation of the rejected answers, told apart by their names only
 ROTATION = re.compile(r"total_dataset_([123])(?=\D|$)")
@@ -91,7 +92,7 @@ def read_recorded(path, skip_bad=False):
     # the grouped copy of best-of-n logs repeats raw_logs.json; scores stand in files of their own
     files = own or [f for f in files if f == root or not (
         f.name == "group_by_same_id_logs.json" and f.with_name("raw_logs.json") in files
-        or f.parent.name == "score_result" or f.name in ("final_result.json", "final_score.json"))]
+        or f.parent.name == "score_result" or f.name in SCORE_FILES)]
     found = read_records(path, _outputs_in, skip_bad, files)
     texts = files[0].with_name("pairs.jsonl")
     pairs = read_pairs(texts) if texts.exists() else [pair for pair, _ in found if pair.prompt]
@@ -107,21 +108,30 @@ def _outputs_in(record, place):
     if "output" in record and "rejected" in record:
         return _rm_bench_outputs(record, place)
     if record.keys() == {"columns", "rows"}:
-        return [_outcome(dict(zip(need(record, "columns", list), row))) for row in need(record, "rows", list)]
+        return _outcomes(need(record, "columns", list, of=(str,)), need(record, "rows", list, of=(list,)))
     raise Bad("no recorded output: its keys are none of a judgements.jsonl, a log of RM-R1 or a table of outcomes; "
               "--skip-bad leaves it out")
 
 
 def _own(record):
-    name = need(record, "id", str)
-    winner, verdict = need(record, "winner", str, NULL), need(record, "verdict", str, NULL)
+    name, winner, verdict = need(record, "id", str), *(_side(record, key) for key in ("winner", "verdict"))
     record = {"subset": "", "item": ""} | record  # older files lack them
     fields = {key: need(record, key, str) for key in ("source", "domain", "subset", "item")}
-    votes = [vote | {"verdict": benchmark_verdict(need_text(vote, "text"))} for vote in need(record, "votes", list)]
+    votes = [vote | {"verdict": benchmark_verdict(need_text(vote, "text"))}
+             for vote in need(record, "votes", list, of=(dict,))]
     if votes:
         record |= {"recorded": int(verdict == winner), "votes": votes,
                    "verdict": majority([vote["verdict"] for vote in votes])}
+    else:
+        need(record, "recorded", int)
     return Pair(name, [], "", "", winner, **fields), record
+
+
+def _side(record, key):
+    value = need(record, key, str, type(None))
+    if value not in ("a", "b", None):
+        raise Bad(f'"{key}" is {value[:60]!r}: write "a", "b" or null')
+    return value
 
 
 def _rm_bench_outputs(record, place):
@@ -129,21 +139,28 @@ def _rm_bench_outputs(record, place):
     if not rotation:
         raise Bad("an RM-Bench log, and its name does not say which: name the files total_dataset_1_..., "
                   "total_dataset_2_... and total_dataset_3_..., by the rotation of the rejected answers")
-    keys, shift = ("rejected", "output", "result", "Is_Chosen_Answer_Shuffled_toPositionB"), int(rotation[1]) - 1
-    if any(len(need(record, key, list)) != STYLES for key in ("chosen", *keys)):
-        raise Bad(f"chosen, {', '.join(keys)} need {STYLES} values each: repair or remove the record")
+    kinds = {"chosen": (str,), "rejected": (str,), "output": (str,), "result": (int, float), CHOSEN_IS_B: (bool,)}
+    shift, (_, *columns) = int(rotation[1]) - 1, [need(record, key, list, of=kind) for key, kind in kinds.items()]
+    if any(len(record[key]) != STYLES for key in kinds):
+        raise Bad(f"{', '.join(kinds)} need {STYLES} values each: repair or remove the record")
     return [_output(rm_bench_pair(record, place, row, (row + shift) % STYLES, rejected, "b" if chosen_is_b else "a"),
-                    clean(text, "output"), int(result))
-            for row, (rejected, text, result, chosen_is_b) in enumerate(zip(*(record[key] for key in keys)))]
+                    clean(text, "output"), result)
+            for row, (rejected, text, result, chosen_is_b) in enumerate(zip(*columns))]
 
 
-def _outcome(row):
-    subset, chosen_is_b = need(row, "subset", str), need(row, "Is_Chosen_Answer_Shuffled_toPositionB", bool)
-    if subset not in SECTION_OF:
-        raise Bad(f"{subset!r} is no subset of RewardBench: correct it")
-    pair = Pair(f"{subset}/{need(row, 'id', str, int)}", [], "", "", "b" if chosen_is_b else "a", "reward-bench",
-                SECTION_OF[subset], subset=subset)
-    return pair, _record(pair, [], None, need(row, "results", int))
+def _outcomes(columns, rows):
+    found = {}
+    for row in rows:
+        row = dict(zip(columns, row))
+        subset, winner = need(row, "subset", str), "b" if need(row, CHOSEN_IS_B, bool) else "a"
+        if subset not in SECTION_OF:
+            raise Bad(f"{subset!r} is no subset of RewardBench: correct it")
+        name = f"{subset}/{need(row, 'id', str, int)}"
+        if name in found:
+            raise Bad(f"two rows are of {name}: remove one")
+        pair = Pair(name, [], "", "", winner, "reward-bench", SECTION_OF[subset], subset=subset)
+        found[name] = pair, _record(pair, [], None, need(row, "results", int))
+    return list(found.values())
 
 
 def _output(pair, text, recorded):

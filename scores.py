@@ -56,8 +56,10 @@ def combined(parts):
 
     The distances to the ends add up like standard deviations (Zou and Donner 2008).
     """
-    total = sum(weight for weight, *_ in parts)
-    mean = sum(weight * score for weight, score, _, _ in parts) / total
+    total, mean = sum(weight for weight, *_ in parts), 0.0
+    for weight, score, *_ in parts:  # not sum(), which carries rounding errors along since Python 3.12
+        mean += weight * score
+    mean /= total
     down, up = (math.sqrt(sum((weight / total * (part[end] - part[1])) ** 2 for part in parts for weight in part[:1]))
                 for end in (2, 3))
     return mean, max(0.0, mean - down), min(1.0, mean + up)
@@ -213,15 +215,15 @@ def score(records):
 
     Records without a label are left out; so are judgements in the swapped order, which swap_rows counts.
     """
-    rows, overall = [], []
-    for source, members in _by_benchmark(r for r in records if not r.get("swapped")).items():
-        rows += BENCHMARKS.get(source, pairs)(members)
-        overall += [next(r for r in rows[::-1] if r["kind"] == "overall")] if source in BENCHMARKS and rows else []
+    by_benchmark = _by_benchmark(r for r in records if not r.get("swapped"))
+    rows = [row for source, members in by_benchmark.items() for row in BENCHMARKS.get(source, pairs)(members)]
+    overall = [r for r in rows if r["kind"] == "overall" and r["benchmark"] != "pairs"]
     if len(overall) == 3:
-        published = [next(r for r in rows if r["kind"] == PUBLISHED_VARIANT and r["name"] == "total")
-                     if r["benchmark"] == "RM-Bench" else r for r in overall]
+        variant = next(r for r in rows if r["kind"] == PUBLISHED_VARIANT and r["name"] == "total")
+        published = [variant if r["benchmark"] == "RM-Bench" else r for r in overall]
+        counted = [r for source in BENCHMARKS for r in by_benchmark[source]]
         for name, three in (("three benchmarks", overall), ("with RM-Bench as published", published)):
-            rows.append(mean_row("average", "overall", name, three, records, sum(r["of"] for r in three)))
+            rows.append(mean_row("average", "overall", name, three, counted, sum(r["of"] for r in three)))
     return rows
 
 

@@ -467,13 +467,23 @@ def _object(value):
     return need(value, "record", dict) if value.keys() == {"source_index", "record"} else value
 
 
-def need(record, key, *kinds):
+def need(record, key, *kinds, of=()):
+    """record[key], which must be of one of these kinds; with `of`, a list whose elements are of one of those."""
     if key not in record:
         raise Bad(f'no "{key}" (found {_keys(record)}): add it')
-    value = record[key]
-    if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-        raise Bad(f'"{key}" is {_kind(value)}: it must be {" or ".join(_KINDS[kind] for kind in kinds)}')
-    return value
+    if not _is(record[key], kinds):
+        raise Bad(f'"{key}" is {_kind(record[key])}: it must be {_names(kinds)}')
+    if bad := [value for value in record[key] if not _is(value, of)] if of else []:
+        raise Bad(f'"{key}" holds {_kind(bad[0])}: it may only hold {_names(of)}')
+    return record[key]
+
+
+def _is(value, kinds):
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _names(kinds):
+    return " or ".join(_KINDS[kind] for kind in kinds)
 
 
 _KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "a list",
