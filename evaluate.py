@@ -184,8 +184,12 @@ def show(result):
             print(scores.wide_table(result[title], title) + "\n")
     if result["budgets"]:
         print(scores.table([{**row, "kind": f"after {row['budget']} tokens"} for row in result["budgets"]]) + "\n")
+    again = result["run"].get("reproduced")
+    if again:
+        print(f"{again['same']} of {again['n']} recorded outcomes came out again" +
+              (f"; not these: {' '.join(again['differ'][:20])}" if again["differ"] else "") + "\n")
     print(", ".join(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
-                    for name, value in result["run"].items()))
+                    for name, value in result["run"].items() if name != "reproduced"))
 
 
 def short_names(paths):
@@ -207,8 +211,9 @@ def main(cfg):
         records, settings, run = (rescore(cfg, source, out) if cfg.from_ else
                                   judge_all(replace(cfg, model=source), pairs, out, ranks))
         if ranks.main:
-            tokens = [vote["n_tokens"] or 0 for r in records for vote in r["votes"]]
-            run = {"judgements": len(tokens), "tokens": sum(tokens), "wall_s": time.perf_counter() - began} | run
+            tokens = [vote["n_tokens"] for r in records for vote in r["votes"]]
+            run = {"judgements": len(tokens), "tokens": None if None in tokens else sum(tokens),
+                   "wall_s": time.perf_counter() - began} | run
             results.append(write_scores(out, name, records, settings, run))
             show(results[-1])
     if len(results) > 1:
