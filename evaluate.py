@@ -30,7 +30,8 @@ from common import init_ranks, one_line_errors, parse_config, write_whole
 from data.pairs import SWAPPED, read_pairs, swapped, write_pairs
 from model import read_json
 from reward import load_prompt
-from sample import Judge, Sampler, check_sampling, judge_file, judge_settings, load_judge, write_records
+from sample import (Judge, Sampler, check_sampling, judge_file, judge_settings, load_judge, refuse_others,
+                    write_records)
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,8 @@ def reopen(whole, settings, wanted, skip_bad):
     if read_json(whole.with_name("settings.json")) != settings:
         raise ValueError(f"{whole}: was judged with other settings (settings.json beside it); choose another --out")
     text = whole.read_text(encoding="utf-8")
-    others = [name for line in text.split("\n")[:-1] if (name := json.loads(line)["id"]) not in wanted]
-    if others and not skip_bad:
-        raise ValueError(f"{whole}: holds {len(others)} judgements of pairs that are not given now, such as "
-                         f"{others[0]}; choose another --out")
+    if not skip_bad:
+        refuse_others(whole, [json.loads(line)["id"] for line in text.split("\n")[:-1]], wanted)
     write_whole(f"{whole}.partial", json.dumps(settings) + "\n" + text)
     whole.unlink()
 
@@ -185,7 +184,7 @@ def show(result):
     if result["budgets"]:
         print(scores.table([{**row, "kind": f"after {row['budget']} tokens"} for row in result["budgets"]]) + "\n")
     again = result["run"].get("reproduced")
-    if again:
+    if again and again["n"]:
         print(f"{again['same']} of {again['n']} recorded outcomes came out again" +
               (f"; not these: {' '.join(again['differ'][:20])}" if again["differ"] else "") + "\n")
     print(", ".join(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
@@ -206,6 +205,8 @@ def main(cfg):
     ranks = init_ranks(cfg.threads)
     sources, pairs = cfg.from_ or cfg.model, [] if cfg.from_ else read_all(cfg)
     results = []
+    for folder in () if cfg.from_ else cfg.model:
+        read_json(Path(folder) / "config.json")  # a wrong path is told before hours of judging with another model
     for source, name in zip(sources, short_names(sources)):
         out, began = Path(cfg.out) / name if len(sources) > 1 else Path(cfg.out), time.perf_counter()
         records, settings, run = (rescore(cfg, source, out) if cfg.from_ else

@@ -481,6 +481,13 @@ def write_records(path, records):
     write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
+def refuse_others(file, judged, wanted):
+    """Before judgements are lost because their pairs are not among those to judge now."""
+    if others := [name for name in judged if name not in wanted]:
+        raise ValueError(f"{file}: holds {len(others)} judgements of pairs that are not given now, such as {others[0]}; "
+                         "give those too, or choose another --out")
+
+
 def refuse_existing(out):
     if Path(out).exists():
         raise ValueError(f"{out}: already there and whole; delete it or choose another --out")
@@ -503,6 +510,8 @@ def judge_file(judge, pairs, out, settings, skip_bad=False, ranks=ALONE):
     if len(fit) < len(pairs):
         print(f"skipped {len(pairs) - len(fit)} of {len(pairs)} pairs", file=sys.stderr)
     pairs, file = fit, JudgementFile(out, settings) if ranks.main else None
+    if file and not skip_bad:
+        refuse_others(file.partial, [name for name, _ in file.done], {pair.id for pair in pairs})
     done = ranks.gather(set(file.done) if file else None)[0]
     todo = [pair for pair, key in zip(pairs, keys) if key not in done][ranks.rank::ranks.world]
     n_done, share = len(keys[ranks.rank::ranks.world]) - len(todo), Path(f"{out}.partial.{ranks.rank}")

@@ -123,6 +123,9 @@ def test_main_scores_what_it_judged(folder, data, tmp_path, capsys):
     with pytest.raises(ValueError, match="judgements.jsonl: holds 31 judgements of pairs that are not given now"):
         main(replace(cfg, limit=9))
     assert judged(out) == records
+    with pytest.raises(ValueError, match="none/config.json"):  # told before the first model judges
+        main(config(folder, data, tmp_path / "two", model=(str(folder), str(tmp_path / "none"))))
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.parametrize("kept", [0, 1, 17, 40])
@@ -136,6 +139,9 @@ def test_an_interrupted_run_goes_on_at_any_record(folder, data, tmp_path, kept, 
     settings = (out / "settings.json").read_text()
     (out / "judgements.jsonl").unlink()
     (out / "judgements.jsonl.partial").write_text("\n".join([settings, *lines]))
+    if kept > 9:
+        with pytest.raises(ValueError, match=f"partial: holds {kept - 9} judgements of pairs that are not given now"):
+            main(config(folder, data, out, limit=9))
     main(config(folder, data, out))
     assert [r["seconds"] == 1234.0 for r in judged(out)] == [i < kept for i in range(40)]
     assert without_time(judged(out)) == without_time(whole)
