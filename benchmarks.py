@@ -31,17 +31,18 @@ def read_benchmark(path, source, order="balanced", seed=0, skip_bad=False):
     """The pairs of one benchmark ("reward-bench", "rm-bench" or "rmb"), each in its A/B order.
 
     order "balanced": half of the pairs, drawn by the seed, have the chosen answer as B. "published": the order of
-    RM-R1's recorded runs, see published_order.
+    RM-R1's recorded runs, which is theirs only for whole files without a bad record; see published_order.
     """
     files = json_files(path)
     if source == "rm-bench":
         files = _unrotated(path, files)
-    pairs = [pair for pair, _ in read_records(path, pairs_in, skip_bad, files)]
+    found = read_records(path, pairs_in, skip_bad, files)
+    pairs = [pair for pair, _ in found]
     for pair in pairs:
         if pair.source != source:
             raise ValueError(f"{path}: pair {pair.id} is not one of {TITLES[source]}: give the benchmark's own files, "
                              "and other pairs as --data")
-    if any(pair.winner != "a" for pair in pairs):
+    if not all(undecided for _, undecided in found):
         raise ValueError(f"{path}: holds recorded outputs, not {TITLES[source]} itself: give it as --from")
     if source == "rm-bench":
         pairs.sort(key=lambda pair: (pair.item, pair.id))
@@ -94,8 +95,9 @@ def read_recorded(path, skip_bad=False):
         f.name == "group_by_same_id_logs.json" and f.with_name("raw_logs.json") in files
         or f.parent.name == "score_result" or f.name in SCORE_FILES)]
     found = read_records(path, _outputs_in, skip_bad, files)
-    texts = files[0].with_name("pairs.jsonl")
-    pairs = read_pairs(texts) if texts.exists() else [pair for pair, _ in found if pair.prompt]
+    pairs, texts = [pair for pair, _ in found if pair.prompt], files[0].with_name("pairs.jsonl")
+    if not pairs and files[0].suffix == ".jsonl" and texts.exists():
+        pairs = read_pairs(texts)
     return pairs, [record for _, record in found]
 
 
@@ -115,7 +117,8 @@ def _outputs_in(record, place):
 
 def _own(record):
     name, winner, verdict = need(record, "id", str), *(_side(record, key) for key in ("winner", "verdict"))
-    record = {"subset": "", "item": ""} | record  # older files lack them
+    if need(record, "source", str) not in TITLES:
+        record = {"subset": "", "item": ""} | record  # older files lack them
     fields = {key: need(record, key, str) for key in ("source", "domain", "subset", "item")}
     votes = [vote | {"verdict": benchmark_verdict(need_text(vote, "text"))}
              for vote in need(record, "votes", list, of=(dict,))]
@@ -150,14 +153,14 @@ def _rm_bench_outputs(record, place):
 
 def _outcomes(columns, rows):
     found = {}
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         row = dict(zip(columns, row))
         subset, winner = need(row, "subset", str), "b" if need(row, CHOSEN_IS_B, bool) else "a"
         if subset not in SECTION_OF:
-            raise Bad(f"{subset!r} is no subset of RewardBench: correct it")
+            raise Bad(f"row {number}: {subset!r} is no subset of RewardBench: correct it")
         name = f"{subset}/{need(row, 'id', str, int)}"
         if name in found:
-            raise Bad(f"two rows are of {name}: remove one")
+            raise Bad(f"row {number}: {name} was there before: remove one of them")
         pair = Pair(name, [], "", "", winner, "reward-bench", SECTION_OF[subset], subset=subset)
         found[name] = pair, _record(pair, [], None, need(row, "results", int))
     return list(found.values())
@@ -170,6 +173,8 @@ def _output(pair, text, recorded):
 
 
 def _record(pair, votes, verdict, recorded):
+    if recorded not in (0, 1):
+        raise Bad(f"{pair.id} was counted as {recorded}: it must be 1 (right) or 0: remove the record")
     return {"id": pair.id, "prompt_hash": None, "n_prompt_tokens": None, "votes": votes, "verdict": verdict,
             "winner": pair.winner, "source": pair.source, "domain": pair.domain, "subset": pair.subset,
             "item": pair.item, "seconds": None, "recorded": recorded}

@@ -171,6 +171,8 @@ def write_scores(out, model, records, settings, run):
     result = {"model": model, "settings": settings, "rows": scores.score(records),
               "positions": scores.position_rows(records), "swap": scores.swap_rows(records),
               "budgets": scores.budget_rows(records, sorted(budgets)), "run": run}
+    if not result["rows"]:
+        raise ValueError(f"{out}: nothing to score: no item of RM-Bench has all nine of its pairs")
     write_whole(out / "scores.json", json.dumps({key: value for key, value in result.items() if value != []}, indent=2))
     return result
 

@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from benchmarks import TITLES
 from data.pairs import OTHER, REWARD_BENCH_SECTIONS, SWAPPED
 from reward import majority
 
@@ -45,7 +46,7 @@ def interval(values, n_cells=1):
     The outcomes within an item go together, so n items are worth between n and n * n_cells outcomes: Wilson's interval
     for as many as would give the variance seen between items.
     """
-    n, p = len(values), min(1.0, float(np.mean(values)))
+    n, p = len(values), float(np.mean(values))
     spread = p * (1 - p) / max(float(np.var(values)), 1e-12)  # 1 for single outcomes, n_cells for independent ones
     worth = n * min(max(spread, 1.0), n_cells)
     return wilson(p * worth, worth)
@@ -73,14 +74,15 @@ def is_right(record):
 
 def make_row(benchmark, kind, name, score, low, high, records, n, of=None, right=None):
     votes = [vote for r in records for vote in r["votes"]]
-
-    def mean(values):
-        return sum(values) / len(values) if values and None not in values else None
     ties = [r["verdict"] is None and any(vote["verdict"] for vote in r["votes"]) for r in records if r["votes"]]
     return {"benchmark": benchmark, "kind": kind, "name": name, "n": n, "of": of, "score": score, "low": low,
-            "high": high, "right": right, "no_verdict": mean([vote["verdict"] is None for vote in votes]),
-            "ties": mean(ties), "tokens": mean([vote["n_tokens"] for vote in votes]),
-            "seconds": mean([vote["seconds"] for vote in votes])}
+            "high": high, "right": right, "no_verdict": _mean([vote["verdict"] is None for vote in votes]),
+            "ties": _mean(ties), "tokens": _mean([vote["n_tokens"] for vote in votes]),
+            "seconds": _mean([vote["seconds"] for vote in votes])}
+
+
+def _mean(values):
+    return sum(values) / len(values) if values and None not in values else None
 
 
 def share_row(benchmark, kind, name, records, of=None):
@@ -120,6 +122,10 @@ def reward_bench(records):
             share_row("RewardBench", "plain", "all pairs", records, of), *subsets]
 
 
+LEVELS = {"hard": lambda m: np.triu(m, 1).sum() / 3, "normal": lambda m: np.diag(m).mean(),
+          "easy": lambda m: np.tril(m, -1).sum() / 3}
+
+
 def rm_bench(records):
     """Domains, hard / normal / easy, their mean (the headline), from the nine cells of each item; then the same as the
     published numbers were counted, under that name.
@@ -128,37 +134,37 @@ def rm_bench(records):
     Items that lack one of their nine pairs are left out.
     """
     items = {item: members for item, members in grouped(records, lambda r: r["item"]).items() if len(members) == 9}
-    matrix = {item: _matrix(members) for item, members in items.items()}
+    cells = {item: _matrix(members) for item, members in items.items()}
+    kinds = "overall", "domain", "difficulty", "domain and difficulty"
+    intended, details = _rm_bench_rows(items, cells, kinds)
+    variant, _ = _rm_bench_rows(items, {item: _read_twice(m) for item, m in cells.items()}, [PUBLISHED_VARIANT] * 4)
+    return intended + details + variant
+
+
+def _rm_bench_rows(items, cells, kinds):
+    """(rows of total, domains and levels; rows of each level in each domain) of items' matrices."""
+    by_level, domains = {level: [] for level in LEVELS}, []
     of_domain = grouped(items, lambda item: item.split("/")[0].split("-")[0])  # safety-refuse and -response as one
-    if not items:
-        return []
-    domains = [d for d in RM_BENCH_SIZE if d in of_domain]
-    kept = [r for item in items for r in items[item]]
-    rows = []
-    for variant in (False, True):
-        kinds = [PUBLISHED_VARIANT] * 4 if variant else ["overall", "domain", "difficulty", "domain and difficulty"]
-        by_level, per_domain = {"hard": [], "normal": [], "easy": []}, []
-        for domain in domains:
-            cells = np.array([_read_twice(matrix[item]) if variant else matrix[item] for item in of_domain[domain]])
-            members = [r for item in of_domain[domain] for r in items[item]]
-            mean = cells.sum(0) / len(cells)
-            levels = {"hard": np.triu(mean, 1).sum() / 3, "normal": np.diag(mean).mean(),
-                      "easy": np.tril(mean, -1).sum() / 3}
-            which = {"hard": np.triu_indices(3, 1), "normal": np.diag_indices(3), "easy": np.tril_indices(3, -1)}
-            n, of = len(cells), RM_BENCH_SIZE[domain]
-            for level, score in levels.items():
-                low, high = interval(cells[:, *which[level]].mean(1), 3)
-                mine = [r for r in members if r["subset"] == level]
-                by_level[level].append(make_row("RM-Bench", kinds[3], f"{domain} {level}", float(score), low, high,
-                                                mine, n, of))
-            per_domain.append(make_row("RM-Bench", kinds[1], domain, float(np.mean(list(levels.values()))),
-                                       *interval(cells.mean((1, 2)), 9), members, n, of))
-        of = sum(RM_BENCH_SIZE.values())
-        difficulty = [mean_row("RM-Bench", kinds[2], level, by_level[level],
-                               [r for r in kept if r["subset"] == level], of) for level in by_level]
-        rows += [mean_row("RM-Bench", kinds[0], "total", per_domain, kept, of), *per_domain, *difficulty]
-        rows += [row for levels in zip(*by_level.values()) for row in levels] if not variant else []
-    return rows
+    for domain, of in RM_BENCH_SIZE.items():
+        if domain not in of_domain:
+            continue
+        matrices = np.array([cells[item] for item in of_domain[domain]])
+        records = [r for item in of_domain[domain] for r in items[item]]
+        mean, n = matrices.sum(0) / len(matrices), len(matrices)
+        for level, of_matrix in LEVELS.items():
+            by_level[level].append(make_row(
+                "RM-Bench", kinds[3], f"{domain} {level}", float(of_matrix(mean)),
+                *interval([of_matrix(m) for m in matrices], 3), [r for r in records if r["subset"] == level], n, of))
+        three = [rows[-1]["score"] for rows in by_level.values()]
+        domains.append(make_row("RM-Bench", kinds[1], domain, float(np.mean(three)),
+                                *interval(matrices.mean((1, 2)), 9), records, n, of))
+    if not domains:
+        return [], []
+    records, of = [r for members in items.values() for r in members], sum(RM_BENCH_SIZE.values())
+    levels = [mean_row("RM-Bench", kinds[2], level, rows, [r for r in records if r["subset"] == level], of)
+              for level, rows in by_level.items()]
+    return ([mean_row("RM-Bench", kinds[0], "total", domains, records, of), *domains, *levels],
+            [row for rows in zip(*by_level.values()) for row in rows])
 
 
 def _matrix(members):
@@ -189,6 +195,8 @@ def rmb(records):
             extra.append(share_row("RMB", "best-of-n pairs", section, members))
         categories += [_rmb_row("category", name, group)
                        for name, group in sorted(grouped(members, lambda r: r["subset"]).items())]
+    if not rows:
+        return []
     return [mean_row("RMB", "overall", "mean of sections", rows, records, sum(RMB_SIZE.values())), *rows, *extra,
             *categories]
 
@@ -219,7 +227,7 @@ def score(records):
     rows = [row for source, members in by_benchmark.items() for row in BENCHMARKS.get(source, pairs)(members)]
     overall = [r for r in rows if r["kind"] == "overall" and r["benchmark"] != "pairs"]
     if len(overall) == 3:
-        variant = next(r for r in rows if r["kind"] == PUBLISHED_VARIANT and r["name"] == "total")
+        variant = next(r for r in rows if r["kind"] == PUBLISHED_VARIANT)  # its total comes first
         published = [variant if r["benchmark"] == "RM-Bench" else r for r in overall]
         counted = [r for source in BENCHMARKS for r in by_benchmark[source]]
         for name, three in (("three benchmarks", overall), ("with RM-Bench as published", published)):
@@ -235,10 +243,6 @@ def _by_benchmark(records):
 
 # ---- order, swap, budget
 
-def _title(source):
-    return {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB", None: "pairs"}[source]
-
-
 def position_rows(records):
     """Does it matter where an answer stands? Accuracy with the chosen answer as A and as B; the share of A among all
     verdicts (1/2 would be even, if as many chosen answers stand at A)."""
@@ -246,7 +250,8 @@ def position_rows(records):
     for source, members in _by_benchmark(r for r in records if not r.get("swapped")).items():
         by_place = {side: [is_right(r) for r in members if r["winner"] == side] for side in "ab"}
         verdicts = [r["verdict"] for r in members if r["verdict"]]
-        rows.append({"benchmark": _title(source), **{f"chosen_{side}": _mean(by_place[side]) for side in "ab"},
+        rows.append({"benchmark": TITLES.get(source, "pairs"),
+                     **{f"chosen_{side}": _mean(by_place[side]) for side in "ab"},
                      **{f"n_{side}": len(by_place[side]) for side in "ab"},
                      "a_share": _mean([v == "a" for v in verdicts])})
     return rows
@@ -268,7 +273,7 @@ def swap_rows(records):
         low, high = interval([(x + y) / 2 for x, y in right], 2)
         consistent = [one is not None and one == OTHER[other] for one, other in pairs]
         rows.append({
-            "benchmark": _title(source), "n": len(both), "first": _mean([x for x, _ in right]),
+            "benchmark": TITLES.get(source, "pairs"), "n": len(both), "first": _mean([x for x, _ in right]),
             "second": _mean([y for _, y in right]), "mean": _mean([(x + y) / 2 for x, y in right]), "low": low,
             "high": high, "both": _mean([x and y for x, y in right]), "consistent": _mean(consistent),
             **dict(zip(("consistent_low", "consistent_high"), wilson(sum(consistent), len(both)))),
@@ -290,10 +295,6 @@ def budget_rows(records, budgets):
             cut.append(r | {"votes": votes, "verdict": majority([vote["verdict"] for vote in votes])})
         rows += [{"budget": budget, **row} for row in score(cut) if row["kind"] in ("overall", "section", "domain")]
     return rows
-
-
-def _mean(values):
-    return sum(values) / len(values) if values else None
 
 
 # ---- tables
@@ -321,8 +322,8 @@ def wide_table(rows, title):
     names = [name for name in rows[0] if name != "benchmark"]
     lines = [f"{title:16}" + "".join(f"{name.replace('_', ' '):>{len(name) + 2}}" for name in names)]
     for r in rows:
-        cells = [f"{r[name]:{len(name) + 2}}" if name.startswith("n") else _cell(r[name], 100, len(name) + 2, 1)
-                 for name in names]
+        cells = [f"{r[name]:{len(name) + 2}}" if isinstance(r[name], int) else _cell(r[name], 100, len(name) + 2, 1)
+                 for name in names]  # counts are whole, shares are not
         lines.append(f"{r['benchmark']:16}" + "".join(cells))
     return "\n".join(lines)
 
