@@ -406,13 +406,38 @@ def test_budgets_cut_every_vote():
 
 # ---- intervals
 
-def test_wilson_by_hand():
-    """The roots of (p - 9/10)^2 = 1.96^2 p (1 - p) / 10; both ends where nothing is known."""
-    a, b, c = 1 + 1.96 ** 2 / 10, -(1.8 + 1.96 ** 2 / 10), .81
-    roots = [(-b - s * math.sqrt(b * b - 4 * a * c)) / (2 * a) for s in (1, -1)]
-    assert scores.wilson(9, 10) == pytest.approx(roots) and scores.wilson(0, 0) == (0.0, 1.0)
+@pytest.mark.parametrize("right, n, low, high", [
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
+    (1, 29, 0.0061, 0.1718),  # Newcombe 1998, table I
+    (50, 100, 0.4038, 0.5962), (8, 10, 0.4902, 0.9433), (20, 20, 0.8389, 1.0), (0, 0, 0.0, 1.0),
+])
+def test_wilson_equals_published_intervals(right, n, low, high):
+    assert scores.wilson(right, n) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_wilson_ends_solve_their_equation():
+    """(share - p)^2 = z^2 p (1 - p) / n at both ends p; the ends mirror each other and lie in [0, 1]."""
+    for n in (1, 2, 17, 3000):
+        for right in {0, 1, n // 3, n - 1, n}:
+            low, high = scores.wilson(right, n)
+            assert 0 <= low <= right / n <= high <= 1
+            assert scores.wilson(n - right, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+            for p in (low, high):
+                assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
     for n in range(1, 300):               # rounding too stays within [0, 1]
         assert 0 <= scores.wilson(0, n)[0] < 1e-9 and 1 - 1e-9 < scores.wilson(n, n)[1] <= 1
+
+
+@pytest.mark.parametrize("n", [10, 40, 200])
+def test_wilson_covers_the_truth_95_times_in_100(n):
+    """Exactly, from the binomial: on average over true shares within 1 point of 95%, and nowhere in 0.05 .. 0.95
+    below 89%."""
+    ends, coverage = [scores.wilson(right, n) for right in range(n + 1)], []
+    for k in range(50, 951, 3):
+        p = k / 1000
+        coverage.append(sum(math.comb(n, right) * p**right * (1 - p) ** (n - right)
+                            for right, (low, high) in enumerate(ends) if low <= p <= high))
+    assert abs(sum(coverage) / len(coverage) - 0.95) < 0.01 and min(coverage) > 0.89
 
 
 def test_interval_is_wilsons_for_single_outcomes_and_for_independent_cells():
