@@ -169,7 +169,7 @@ def parse(text):
     the judged answers and do not count. A bare verdict, all that the prompts "reasoning" and "direct" ask for, is not
     well-formed: it is no chain.
     """
-    verdict, chain = training_verdict(text), _after_thinking(text)
+    verdict, chain = training_verdict(text), after_thinking(text)
     type_, rubric, solution = _inside(chain, "type"), _inside(chain, "rubric"), _inside(chain, "solution")
     type_ = type_ if type_ in ("Chat", "Reasoning") else None
     justify = _inside(rubric or "", "justify")
@@ -191,7 +191,7 @@ def parse(text):
     return Judgement(type_, rubric, justify, solution, evaluation, verdict, well_formed)
 
 
-def _after_thinking(text):
+def after_thinking(text):
     thinking, closed, rest = text.partition("</think>")
     if closed and not thinking.lstrip().startswith("<type>"):
         return rest
