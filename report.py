@@ -5,9 +5,10 @@
     python report.py runs/eval-7b runs/eval-14b runs/grpo       # several, side by side
 
 What is taken from a folder, at any depth: judgements.jsonl (or what a run has written of it so far) and any other file
-of judgement records, each one model's evaluation, with scores.json and pairs.jsonl beside it if they are there; metrics.jsonl, each a training run, with
-config.json and samples.jsonl beside it. Judgements without a pairs.jsonl of their own get their texts from any file of
-pairs in the folders named, where id, source, domain and winner agree. checkpoints/ and model/ are not searched.
+of judgement records, each one model's evaluation, with scores.json and pairs.jsonl beside it if they are there;
+metrics.jsonl, each a training run, with config.json and samples.jsonl beside it. Judgements without a pairs.jsonl of
+their own get their texts from any file of pairs in the folders named, where id, source, domain and winner agree.
+checkpoints/ and model/ are not searched.
 
 The page is report.html with the data put in, in two forms. An *index* of numbers and names, from which the browser
 draws the scores and the list: JSON in a script tag of a type that is not run, every "<" written as \\u003c. And
@@ -325,7 +326,8 @@ class Page:
         own = file is None or file.name in OWN
         scores = read_object(folder / "scores.json") if own and (file is None or file.name != UNFINISHED) else {}
         own_name = folder.resolve().name if own else file.stem
-        name = "/".join(scores["model"].rstrip("/").split("/")[-2:]) if isinstance(scores.get("model"), str) else own_name
+        name = scores["model"] if "model" in scores and isinstance(scores["model"], str) else own_name
+        name = "/".join(name.rstrip("/").split("/")[-2:])
         taken = [model["name"] for model in self.models]
         others = (f"{name} ({own_name} {i})" for i in range(2, 10**6))
         name = next(x for x in (name, f"{name} ({own_name})", *others) if x not in taken)
