@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.pairs import (SECTION_OF, Bad, Pair, balanced_order, clean, json_files, logged_pair, need, need_text,
-                        pairs_in, read_pairs, read_records, rm_bench_pair, swapped)
+from data.pairs import (RM_BENCH_DOMAINS, SECTION_OF, SWAPPED, Bad, Pair, balanced_order, clean, json_files,
+                        logged_pair, need, need_text, pairs_in, read_pairs, read_records, rm_bench_pair, swapped)
 from reward import benchmark_verdict, majority
 
 TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB"}
 SCORE_FILES = ("final_result.json", "final_score.json", "META_RESULT.json")  # RM-R1's, beside its logs
+SIDES = ("a", "b", None)
 CHOSEN_IS_B = "Is_Chosen_Answer_Shuffled_toPositionB"
 STYLES = 3                                # of each answer in RM-Bench
 # RM-R1's logs of RM-Bench: one file for each rotation of the rejected answers, told apart by their names only
@@ -36,14 +37,16 @@ def read_benchmark(path, source, order="balanced", seed=0, skip_bad=False):
     files = json_files(path)
     if source == "rm-bench":
         files = _unrotated(path, files)
-    found = read_records(path, pairs_in, skip_bad, files)
-    pairs = [pair for pair, _ in found]
-    for pair in pairs:
-        if pair.source != source:
-            raise ValueError(f"{path}: pair {pair.id} is not one of {TITLES[source]}: give the benchmark's own files, "
-                             "and other pairs as --data")
-    if not all(undecided for _, undecided in found):
-        raise ValueError(f"{path}: holds recorded outputs, not {TITLES[source]} itself: give it as --from")
+
+    def convert(record, place):
+        found = pairs_in(record, place)
+        for pair, undecided in found:
+            if pair.source != source:
+                raise Bad(f"not a record of {TITLES[source]}: give the benchmark's own files, other pairs as --data")
+            if not undecided:
+                raise Bad(f"a recorded output, no record of {TITLES[source]} itself: give it as --from")
+        return found
+    pairs = [pair for pair, _ in read_records(path, convert, skip_bad, files)]
     if source == "rm-bench":
         pairs.sort(key=lambda pair: (pair.item, pair.id))
     chosen_is_b = published_order(pairs) if order == "published" else set(balanced_order(range(len(pairs)), seed))
@@ -120,19 +123,47 @@ def _own(record):
     if need(record, "source", str) not in TITLES:
         record = {"subset": "", "item": ""} | record  # older files lack them
     fields = {key: need(record, key, str) for key in ("source", "domain", "subset", "item")}
-    votes = [vote | {"verdict": benchmark_verdict(need_text(vote, "text"))}
-             for vote in need(record, "votes", list, of=(dict,))]
+    if fault := _misplaced(name.removesuffix(SWAPPED), **fields):
+        raise Bad(f"{fault}: this is no judgement of {TITLES[fields['source']]}")
+    votes = [vote | {"verdict": benchmark_verdict(need_text(vote, "text")), "n_tokens": _count(vote, "n_tokens"),
+                     "seconds": _count(vote, "seconds")} for vote in need(record, "votes", list, of=(dict,))]
+    for vote in votes:
+        if "at" in vote and not all(n.isdecimal() and v in SIDES for n, v in need(vote, "at", dict).items()):
+            raise Bad('"at" must give "a", "b" or null for numbers of tokens')
     if votes:
-        record |= {"recorded": int(verdict == winner), "votes": votes,
-                   "verdict": majority([vote["verdict"] for vote in votes])}
-    else:
-        need(record, "recorded", int)
+        record = record | {"recorded": int(verdict == winner), "votes": votes,
+                           "verdict": majority([vote["verdict"] for vote in votes])}
+    elif need(record, "recorded", int) not in (0, 1):
+        raise Bad(f'"recorded" is {record["recorded"]}: it must be 1 (right) or 0')
     return Pair(name, [], "", "", winner, **fields), record
+
+
+def _misplaced(name, source, domain, subset, item):
+    """What in a record names no place in its benchmark, or None."""
+    if source == "reward-bench" and subset not in SECTION_OF:
+        return f"subset {subset[:60]!r}"
+    if source == "rmb" and domain not in ("Helpfulness", "Harmlessness"):
+        return f"domain {domain[:60]!r}"
+    cell = name.removeprefix(item + "/")
+    if source == "rm-bench" and not (domain in RM_BENCH_DOMAINS and re.fullmatch("[012][012]", cell)):
+        return f"id {name[:60]!r} of item {item[:60]!r}, domain {domain[:60]!r}"
+    return None
+
+
+def _count(vote, key):
+    value = vote[key] if key in vote else None
+    if value is not None and not (_is_number(value) and 0 <= value < 1e12):
+        raise Bad(f'"{key}" is {str(value)[:40]!r}: it must be a number or null')
+    return value
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _side(record, key):
     value = need(record, key, str, type(None))
-    if value not in ("a", "b", None):
+    if value not in SIDES:
         raise Bad(f'"{key}" is {value[:60]!r}: write "a", "b" or null')
     return value
 

@@ -60,7 +60,7 @@ def judge_all(model_folder, pairs, temperature, seed, out):
     write_pairs(out / "pairs.jsonl", pairs)
     write_records(out / "judgements.jsonl", records)
     settings = {"model": str(model_folder), "temperature": temperature, "seed": seed}
-    rows = write_scores(out, out.name, records, settings, judge.sampler.stats())["rows"]
+    rows = write_scores(out, out.name, records, settings, session=judge.sampler.stats())["rows"]
     texts = [record["votes"][0]["text"] for record in records]
     grounded = sum(toy.is_grounded(pair.prompt[0]["content"], text) for pair, text in zip(pairs, texts))
     return {r["name"]: r for r in rows}, grounded / len(texts), sum(map(toy.is_careful, texts)) / len(texts)

@@ -21,7 +21,7 @@ Departures from RM-R1's evaluation:
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import scores
@@ -30,8 +30,8 @@ from common import init_ranks, one_line_errors, parse_config, write_whole
 from data.pairs import SWAPPED, read_pairs, swapped, write_pairs
 from model import read_json
 from reward import load_prompt
-from sample import (Judge, Sampler, check_sampling, judge_file, judge_settings, load_judge, refuse_others,
-                    write_records)
+from sample import (Judge, Sampler, check_sampling, check_settings, encode_all, judge_file, judge_settings, judged,
+                    key_of, load_judge, refuse_others, write_records)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Config:
     prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
     order: str = "balanced"  # which answer is A: balanced (seeded), or published, as in RM-R1's recorded runs
     swap: bool = False  # judge every pair in the other order too: consistency and position bias
-    limit: int = 0  # only the first so many records of each file, 0 = all
+    limit: int = 0  # only the first so many records of each benchmark, 0 = all
     skip_bad: bool = False  # skip unreadable records and count them, instead of stopping before any work
     votes: int = 1  # judgements per pair; the verdict is their majority, a tie counts as wrong
     budgets: str | None = None  # e.g. 512,1024,2048: also the scores had judgements ended after so many tokens
@@ -65,9 +65,13 @@ class Config:
         check_sampling(self)
         if self.order not in ("balanced", "published"):
             raise ValueError(f"--order is balanced or published, got {self.order}")
-        given = [flag for flag in ("rewardbench", "rmbench", "rmb", "data") if getattr(self, flag)]
-        if self.from_ and (given or self.swap or self.budgets or self.votes > 1):
-            raise ValueError("--from scores what was recorded; it goes with --out and --skip-bad only")
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        others = [name for name in changed if name not in ("from_", "out", "skip_bad", "threads")]
+        if self.from_ and others:
+            raise ValueError(f"--from scores what was recorded: --{others[0].replace('_', '-')} does not go with it")
+        if self.order == "published" and (self.skip_bad or not {"rewardbench", "rmbench", "rmb"} & set(changed)):
+            raise ValueError("--order published is of the three benchmarks, and of all their records: give one of "
+                             "--rewardbench, --rmbench and --rmb, without --skip-bad")
         if max(budgets_of(self), default=0) > self.max_new_tokens:
             raise ValueError(f"--budgets: the largest is above --max-new-tokens {self.max_new_tokens}")
 
@@ -112,8 +116,11 @@ def read_all(cfg):
             raise ValueError(f"{path}: no pair has a winner, nothing to score; sample.py judges unlabelled pairs")
     pairs = []
     for part in parts:
-        kept = set(list(dict.fromkeys(pair.item or pair.id for pair in part))[:cfg.limit or None])
+        items = list(dict.fromkeys(pair.item or pair.id for pair in part))  # whole items: nine pairs, or a best-of-n
+        kept = set(items[:cfg.limit or None])
         pairs += [pair for pair in part if (pair.item or pair.id) in kept]
+    if bad := [pair.id for pair in pairs if pair.id.endswith(SWAPPED)]:
+        raise ValueError(f"pair {bad[0]}: ids that end in {SWAPPED} are of judgements in the other order: rename it")
     if len({pair.id for pair in pairs}) < len(pairs):
         raise ValueError("two of the files given have pairs of the same id; evaluate them one by one")
     return pairs
@@ -123,74 +130,83 @@ def judge_all(cfg, pairs, out, ranks):
     """Judges what out/judgements.jsonl does not hold yet; returns all records (on rank 0), what made them, and the
     sampler's statistics."""
     judge = replace(load_judge(cfg), budgets=budgets_of(cfg))
-    settings, whole = judge_settings(cfg, judge), out / "judgements.jsonl"
-    to_judge = pairs + [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs] if cfg.swap else pairs
-    if ranks.main:
-        out.mkdir(parents=True, exist_ok=True)
-        if whole.exists():
-            reopen(whole, settings, {pair.id for pair in to_judge}, cfg.skip_bad)
-        (out / "settings.json").write_text(json.dumps(settings))
-        write_pairs(out / "pairs.jsonl", pairs)
-    return judge_file(judge, to_judge, whole, settings, cfg.skip_bad, ranks), settings, judge.sampler.stats()
+    settings, whole = judge_settings(cfg, judge) | {"order": cfg.order}, out / "judgements.jsonl"
+    if cfg.swap:
+        pairs = pairs + [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs]
+
+    def begin():
+        write_whole(out / "settings.json", json.dumps(settings))
+        write_pairs(out / "pairs.jsonl", [pair for pair in pairs if not pair.id.endswith(SWAPPED)])
+    encoded = encode_all(judge, pairs, cfg.skip_bad, quiet=not ranks.main)
+    if ranks.main and whole.exists():
+        reopen(whole, settings, {key_of(*x) for x in encoded})
+    return judge_file(judge, encoded, whole, settings, ranks, begin), settings, judge.sampler.stats()
 
 
-def reopen(whole, settings, wanted, skip_bad):
+def reopen(whole, settings, wanted):
     """Turns a finished judgements file back into a partial one: what it lacks is judged, what it has is not."""
-    if read_json(whole.with_name("settings.json")) != settings:
-        raise ValueError(f"{whole}: was judged with other settings (settings.json beside it); choose another --out")
+    beside = whole.with_name("settings.json")
+    check_settings(beside, beside.read_text(encoding="utf-8") if beside.exists() else "", settings)
     text = whole.read_text(encoding="utf-8")
-    if not skip_bad:
-        refuse_others(whole, [json.loads(line)["id"] for line in text.split("\n")[:-1]], wanted)
+    refuse_others(whole, judged(whole, text.split("\n")[:-1]), wanted)
     write_whole(f"{whole}.partial", json.dumps(settings) + "\n" + text)
     whole.unlink()
 
 
-def rescore(cfg, source, out):
-    """Scores recorded outputs; returns (the rows, how many recorded verdicts came out again)."""
-    pairs, records = read_recorded(source, cfg.skip_bad)
+def rescore(source, out, skip_bad):
+    """Reads recorded outputs; returns (the records, where they are from, how many recorded outcomes came out again)."""
+    pairs, records = read_recorded(source, skip_bad)
     again, settings = [r for r in records if r["votes"] and "recorded" in r], {"from": str(Path(source).resolve())}
     differ = [r["id"] for r in again if scores.is_right(r) != (r["recorded"] == 1)]
-    reproduced = {"n": len(again), "same": len(again) - len(differ), "differ": differ}
-    whole, own = (out / "judgements.jsonl").resolve(), Path(source).resolve()
+    whole, own, beside = (out / "judgements.jsonl").resolve(), Path(source).resolve(), out / "settings.json"
     if whole not in (own, own / "judgements.jsonl"):  # scored again where they lie, only the scores are new
-        if whole.exists() and read_json(out / "settings.json") != settings:
+        if any(out.glob("judgements.jsonl*")) and not (beside.exists() and read_json(beside) == settings):
             raise ValueError(f"{out}: holds other judgements; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        (out / "settings.json").write_text(json.dumps(settings))
+        write_whole(beside, json.dumps(settings))
         if pairs:  # a table of outcomes has no texts
             write_pairs(out / "pairs.jsonl", pairs)
         write_records(whole, records)
-    return records, settings, {"reproduced": reproduced}
+    return records, settings, {"n": len(again), "same": len(again) - len(differ), "differ": differ}
 
 
-def write_scores(out, model, records, settings, run):
+def write_scores(out, model, records, settings, **more):
     """Scores the records, writes out/scores.json and returns what stands in it."""
     if not any(r["winner"] for r in records):
         raise ValueError(f"{out}: none of {len(records)} judgements has a label, nothing to score")
-    budgets = set.intersection(*({int(n) for n in vote.get("at", {})} for r in records for vote in r["votes"] or [{}]))
+    votes = [vote for r in records for vote in r["votes"]]
+    budgets = set(votes[0].get("at", {})).intersection(*(vote.get("at", {}) for vote in votes)) if votes else ()
+    tokens = [vote["n_tokens"] for vote in votes]
     result = {"model": model, "settings": settings, "rows": scores.score(records),
               "positions": scores.position_rows(records), "swap": scores.swap_rows(records),
-              "budgets": scores.budget_rows(records, sorted(budgets)), "run": run}
+              "budgets": scores.budget_rows(records, sorted(map(int, budgets))), "judgements": len(votes),
+              "left_out": scores.n_incomplete(records), "tokens": None if None in tokens else sum(tokens), **more}
     if not result["rows"]:
-        raise ValueError(f"{out}: nothing to score: no item of RM-Bench has all nine of its pairs")
+        raise ValueError(f"{out}: nothing to score among {len(records)} judgements: no item is whole")
     write_whole(out / "scores.json", json.dumps({key: value for key, value in result.items() if value != []}, indent=2))
     return result
 
 
 def show(result):
-    """Prints everything that is in scores.json, but for the settings."""
+    """Prints what is in scores.json."""
     print(f"\n{result['model']}\n\n{scores.table(result['rows'])}\n")
+    for row in result["rows"]:
+        if row["kind"] == "overall" and row["of"] and row["n"] < row["of"]:
+            print(f"{row['benchmark']} is not whole: {row['n']} of {row['of']} items; means are over what is there\n")
+    if result["left_out"]:
+        print(f"RM-Bench: {result['left_out']} items lack some of their nine pairs and are left out\n")
     for title in ("positions", "swap"):
         if result[title]:
             print(scores.wide_table(result[title], title) + "\n")
     if result["budgets"]:
         print(scores.table([{**row, "kind": f"after {row['budget']} tokens"} for row in result["budgets"]]) + "\n")
-    again = result["run"].get("reproduced")
-    if again and again["n"]:
+    if "recorded" in result and result["recorded"]["n"]:
+        again = result["recorded"]
         print(f"{again['same']} of {again['n']} recorded outcomes came out again" +
-              (f"; not these: {' '.join(again['differ'][:20])}" if again["differ"] else "") + "\n")
-    print(", ".join(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
-                    for name, value in result["run"].items() if name != "reproduced"))
+              (f"; not these: {' '.join(again['differ'][:20])}" if again["differ"] else ""))
+    print(f"{result['judgements']} judgements" + (f", {result['tokens']} tokens" if result["tokens"] else ""))
+    if "session" in result:
+        print("this session: " + ", ".join(f"{name} {value:.1f}" for name, value in result["session"].items()))
 
 
 def short_names(paths):
@@ -203,22 +219,35 @@ def short_names(paths):
     raise ValueError(f"{paths[0]}: is given twice")
 
 
+def sources_of(path):
+    """The folders that evaluate.py made of several models, or the one source."""
+    below = sorted(file.parent for file in Path(path).glob("*/judgements.jsonl"))
+    return [str(folder) for folder in below] if below and not Path(path, "judgements.jsonl").exists() else [path]
+
+
 def main(cfg):
-    ranks = init_ranks(cfg.threads)
-    sources, pairs = cfg.from_ or cfg.model, [] if cfg.from_ else read_all(cfg)
-    results = []
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        raise ValueError(f"{cfg.out}: is a file; --out is a folder")
+    ranks, results = init_ranks(cfg.threads), []
+    if cfg.from_ and ranks.world > 1:
+        raise ValueError("--from needs one process: start it with python, not torchrun")
+    sources = [source for path in cfg.from_ for source in sources_of(path)] or cfg.model
+    pairs = [] if cfg.from_ else read_all(cfg)
     for folder in () if cfg.from_ else cfg.model:
         read_json(Path(folder) / "config.json")  # a wrong path is told before hours of judging with another model
     for source, name in zip(sources, short_names(sources)):
-        out, began = Path(cfg.out) / name if len(sources) > 1 else Path(cfg.out), time.perf_counter()
-        records, settings, run = (rescore(cfg, source, out) if cfg.from_ else
-                                  judge_all(replace(cfg, model=source), pairs, out, ranks))
-        if ranks.main:
-            tokens = [vote["n_tokens"] for r in records for vote in r["votes"]]
-            run = {"judgements": len(tokens), "tokens": None if None in tokens else sum(tokens),
-                   "wall_s": time.perf_counter() - began} | run
-            results.append(write_scores(out, name, records, settings, run))
-            show(results[-1])
+        out = Path(cfg.out, name) if len(sources) > 1 else Path(cfg.out)
+        if cfg.from_:
+            records, settings, again = rescore(source, out, cfg.skip_bad)
+            results.append(write_scores(out, name, records, settings, recorded=again))
+        else:
+            began = time.perf_counter()
+            records, settings, stats = judge_all(replace(cfg, model=source), pairs, out, ranks)
+            if not ranks.main:
+                continue
+            session = {"wall_s": time.perf_counter() - began, **stats}  # of rank 0, since this start
+            results.append(write_scores(out, name, records, settings, session=session))
+        show(results[-1])
     if len(results) > 1:
         print("\n" + scores.side_by_side({r["model"]: r["rows"] for r in results}))
         write_whole(Path(cfg.out) / "scores.json", json.dumps({"models": results}, indent=2))

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from array import array
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -398,9 +399,10 @@ class Judge:
     def encode(self, pair):
         return self.tokenizer.chat(render(self.prompt, pair))
 
-    def judge(self, pairs, on_token=None):
-        """Yields (index, judgement record) as they are done; verdicts by the benchmarks' rule."""
-        prompts = [self.encode(pair) for pair in pairs]
+    def judge(self, pairs, on_token=None, prompts=None):
+        """Yields (index, judgement record) as they are done; verdicts by the benchmarks' rule. prompts: the pairs'
+        token ids, if they are known."""
+        prompts = [self.encode(pair) for pair in pairs] if prompts is None else prompts
         done = self.sampler.stream(prompts, self.votes, self.max_new_tokens, self.temperature, self.top_p, self.top_k,
                                    self.tokenizer.stop_ids, self.seed, on_token)
         for i, rollouts in done:
@@ -435,41 +437,51 @@ class JudgementFile:
         shares = [f for f in self.out.parent.glob("*.partial.*") if f.stem == self.partial.name and f.suffix != ".tmp"]
         self.done, lines = {}, [json.dumps(settings).encode()]
         for file in [self.partial, *shares] if self.partial.exists() else shares:
-            lines += self._read(file, settings)[1:]
+            # up to the last line break: an interrupted run may have left half a line
+            first, *rest = file.read_bytes().rpartition(b"\n")[0].split(b"\n")
+            if first:
+                check_settings(file, first, settings)
+            self.done |= judged(file, rest, 2)
+            lines += rest
         temporary = Path(f"{self.partial}.tmp")
         temporary.write_bytes(b"\n".join(lines) + b"\n")
         os.replace(temporary, self.partial)
         for file in shares:
             file.unlink()
 
-    def _read(self, file, settings):
-        """The file's whole lines, the settings first."""
-        # up to the last line break: an interrupted run may have left half a line
-        whole = file.read_bytes().rpartition(b"\n")[0]
-        lines = whole.split(b"\n") if whole else []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if number > 1:
-                    self.done[row["id"], row["prompt_hash"]] = row
-                    continue
-                before = dict(row)
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}:{number}: no line of a judging run; delete the file") from None
-            for name in settings | before:
-                if settings.get(name) != before.get(name):
-                    raise ValueError(f"{file}: begun with {name}={before.get(name)!r}, "
-                                     f"not {settings.get(name)!r}; go on with the same settings, or delete it")
-        return lines
-
     def add(self, record):
         self.done[record["id"], record["prompt_hash"]] = record
         append(self.partial, record)
 
-    def finish(self, keys):
-        """Writes the judgements of these (id, prompt hash), in this order, under the final name."""
-        write_records(self.out, [self.done[key] for key in keys])
+    def finish(self, records):
+        """Writes these records under the final name."""
+        write_records(self.out, records)
         self.partial.unlink()
+
+
+def check_settings(file, text, settings):
+    """ValueError if the JSON text of a file's settings is of others than these."""
+    try:
+        before = dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: does not begin with a judging run's settings; delete the file") from None
+    for name in settings | before:
+        if settings.get(name) != before.get(name):
+            raise ValueError(f"{file}: was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}; go on "
+                             "with the same settings, or choose another --out")
+
+
+def judged(file, lines, first=1):
+    """{(id, prompt hash): record} of judgement lines; `first` is the number of the first one."""
+    done = {}
+    for number, line in enumerate(lines, first):
+        try:
+            record = json.loads(line)
+            done[record["id"], record["prompt_hash"]] = record
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file}:{number}: is no judgement; delete this line, and its pair is judged "
+                             "again") from None
+    return done
 
 
 def append(file, record):
@@ -482,10 +494,10 @@ def write_records(path, records):
 
 
 def refuse_others(file, judged, wanted):
-    """Before judgements are lost because their pairs are not among those to judge now."""
-    if others := [name for name in judged if name not in wanted]:
-        raise ValueError(f"{file}: holds {len(others)} judgements of pairs that are not given now, such as {others[0]}; "
-                         "give those too, or choose another --out")
+    """Before judgements are lost because what they judged is not among what to judge now; both (id, prompt hash)."""
+    if others := [name for name, key in judged if (name, key) not in wanted]:
+        raise ValueError(f"{file}: holds {len(others)} judgements of pairs that are not given now, or not with these "
+                         f"texts in this order, such as {others[0]}: give those too, or choose another --out")
 
 
 def refuse_existing(out):
@@ -493,32 +505,50 @@ def refuse_existing(out):
         raise ValueError(f"{out}: already there and whole; delete it or choose another --out")
 
 
-def judge_file(judge, pairs, out, settings, skip_bad=False, ranks=ALONE):
-    """Judges the pairs that OUT.partial does not hold yet; returns all records in the pairs' order (on rank 0).
+def encode_all(judge, pairs, skip_bad=False, quiet=False):
+    """[(pair, its prompt's ids)] of the pairs that the prompt can show and the model can read.
 
-    A pair that the prompt cannot show (a conversation, say) stops the job before it begins, or is skipped and counted.
+    Another one (a conversation, say) stops the job before it begins, or is skipped and counted, with all pairs of its
+    item: a best-of-n item that lacks its hardest pair would be scored too well.
     """
-    keys, fit = [], []
-    for pair in pairs:
+    context, encoded, bad_items = judge.sampler.model.config.raw.get("max_position_embeddings"), [], set()
+    for pair in tqdm(pairs, "read", unit="pair", disable=quiet or len(pairs) < 1000):
         try:
-            keys.append((pair.id, f"{prompt_key(judge.encode(pair)):016x}"))
-            fit.append(pair)
+            ids = array("i", judge.encode(pair))  # a list of integers takes nine times as much
+            if context and len(ids) >= context:
+                raise ValueError(f"pair {pair.id}: its prompt has {len(ids)} tokens, the model can read {context}")
+            encoded.append((pair, ids))
         except ValueError as e:
             if not skip_bad:
                 raise
+            bad_items.add(pair.item)
             print(f"skipped: {e}", file=sys.stderr)
-    if len(fit) < len(pairs):
-        print(f"skipped {len(pairs) - len(fit)} of {len(pairs)} pairs", file=sys.stderr)
-    pairs, file = fit, JudgementFile(out, settings) if ranks.main else None
-    if file and not skip_bad:
-        refuse_others(file.partial, [name for name, _ in file.done], {pair.id for pair in pairs})
-    done = ranks.gather(set(file.done) if file else None)[0]
-    todo = [pair for pair, key in zip(pairs, keys) if key not in done][ranks.rank::ranks.world]
+    encoded = [(pair, ids) for pair, ids in encoded if not (pair.item and pair.item in bad_items)]
+    if len(encoded) < len(pairs):
+        print(f"skipped {len(pairs) - len(encoded)} of {len(pairs)} pairs", file=sys.stderr)
+    return encoded
+
+
+def key_of(pair, ids):
+    return pair.id, f"{prompt_key(ids):016x}"
+
+
+def judge_file(judge, encoded, out, settings, ranks=ALONE, begin=lambda: None):
+    """Judges the pairs of encode_all that OUT.partial does not hold yet; returns all records in the pairs' order (on
+    rank 0, [] elsewhere). begin() is called on rank 0 once it is sure that OUT.partial may be gone on with.
+    """
+    keys = [key_of(*x) for x in encoded]
+    file = JudgementFile(out, settings) if ranks.main else None
+    if ranks.main:
+        refuse_others(file.partial, file.done, set(keys))
+        begin()
+    done = ranks.gather(set(file.done) if ranks.main else None)[0]
+    todo = [x for x, key in zip(encoded, keys) if key not in done][ranks.rank::ranks.world]
     n_done, share = len(keys[ranks.rank::ranks.world]) - len(todo), Path(f"{out}.partial.{ranks.rank}")
     if ranks.world > 1:
         share.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     bar = tqdm(total=n_done + len(todo), initial=n_done, desc="judge", unit="pair", disable=not ranks.main)
-    for _, record in judge.judge(todo):
+    for _, record in judge.judge([pair for pair, _ in todo], prompts=[ids for _, ids in todo]):
         file.add(record) if ranks.world == 1 else append(share, record)
         bar.update()
         stats = judge.sampler.stats()
@@ -528,10 +558,10 @@ def judge_file(judge, pairs, out, settings, skip_bad=False, ranks=ALONE):
     if not ranks.main:
         return []
     file = JudgementFile(out, settings) if ranks.world > 1 else file
-    for pair, key in zip(pairs, keys):
-        file.done[key]["winner"] = pair.winner  # the labels may have been corrected since an interrupted run
-    file.finish(keys)
-    return [file.done[key] for key in keys]
+    # the labels may have been corrected since an interrupted run
+    records = [file.done[key] | {"winner": pair.winner} for (pair, _), key in zip(encoded, keys)]
+    file.finish(records)
+    return records
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -643,7 +673,7 @@ def main(cfg):
         pairs = pairs[:cfg.limit] if cfg.limit else pairs
         judge = load_judge(cfg)
         settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.pairs).resolve())}
-        records = judge_file(judge, pairs, cfg.out, settings, cfg.skip_bad)
+        records = judge_file(judge, encode_all(judge, pairs, cfg.skip_bad), cfg.out, settings)
         n_none = sum(r["verdict"] is None for r in records)
         print(f"{len(records)} pairs judged, {n_none} without a verdict: {cfg.out}")
         return

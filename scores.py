@@ -141,6 +141,12 @@ def rm_bench(records):
     return intended + details + variant
 
 
+def n_incomplete(records):
+    """How many of RM-Bench's items lack one of their nine pairs."""
+    members = [r for r in records if r["source"] == "rm-bench" and r["winner"] and not r.get("swapped")]
+    return sum(len(group) != 9 for group in grouped(members, lambda r: r["item"]).values())
+
+
 def _rm_bench_rows(items, cells, kinds):
     """(rows of total, domains and levels; rows of each level in each domain) of items' matrices."""
     by_level, domains = {level: [] for level in LEVELS}, []
@@ -290,8 +296,8 @@ def budget_rows(records, budgets):
     for budget in budgets:
         cut = []
         for r in records:
-            votes = [vote | {"verdict": vote["at"][str(budget)], "n_tokens": min(vote["n_tokens"], budget)}
-                     for vote in r["votes"]]
+            votes = [vote | {"verdict": vote["at"][str(budget)], "n_tokens": min(vote["n_tokens"], budget),
+                             "seconds": None} for vote in r["votes"]]
             cut.append(r | {"votes": votes, "verdict": majority([vote["verdict"] for vote in votes])})
         rows += [{"budget": budget, **row} for row in score(cut) if row["kind"] in ("overall", "section", "domain")]
     return rows

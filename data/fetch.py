@@ -103,6 +103,8 @@ class Config:
         sources = [source_of(name) for name in self.what]
         if len(sources) > 1 and (self.revision or self.files):
             raise ValueError("--revision and --files are about one thing: name only that")
+        if self.files and self.revision:
+            raise ValueError("--files converts what is here; --revision is about what to download")
         if self.files and not sources[0].keys:
             raise ValueError(f"--files: {self.what[0]} is not converted, its files are used as they are")
 

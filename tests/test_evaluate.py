@@ -102,7 +102,7 @@ def test_main_scores_what_it_judged(folder, data, tmp_path, capsys):
     everything = ("overall", "all")
     assert n[everything] == 38 > right[everything] > 0 < none[everything] and count["ties"][everything]
     rows = {(r["kind"], r["name"]): r for r in saved["rows"]}
-    assert set(rows) == set(n) and saved["settings"]["votes"] == 7 and saved["run"]["prefill_tok_s"] > 0
+    assert set(rows) == set(n) and saved["settings"]["votes"] == 7 and saved["session"]["prefill_tok_s"] > 0
     for name, row in rows.items():
         assert row["seconds"] > 0
         assert {k: v for k, v in row.items() if k != "seconds"} == pytest.approx({
@@ -117,8 +117,8 @@ def test_main_scores_what_it_judged(folder, data, tmp_path, capsys):
     (out / "scores.json").unlink()  # the run ended between judging and scoring: only that is done again
     main(cfg)
     again = saved_scores(out)
-    assert again["rows"] == saved["rows"] and again["run"]["prefill_tok_s"] == 0 and judged(out) == records
-    with pytest.raises(ValueError, match="judgements.jsonl: was judged with other settings"):
+    assert again["rows"] == saved["rows"] and again["session"]["prefill_tok_s"] == 0 and judged(out) == records
+    with pytest.raises(ValueError, match="settings.json: was begun with seed=0, not 1"):
         main(replace(cfg, seed=1))
     with pytest.raises(ValueError, match="judgements.jsonl: holds 31 judgements of pairs that are not given now"):
         main(replace(cfg, limit=9))
@@ -224,7 +224,7 @@ def test_recorded_judgements_are_scored_without_a_model(folder, data, tmp_path, 
         main(Config(from_=(str(tmp_path / source),), out=str(tmp_path / out)))
         again = saved_scores(tmp_path / out)
         assert all(again[key] == first[key] for key in ("rows", "swap", "positions", "budgets")), (source, out)
-        assert again["run"]["reproduced"] == {"n": 80, "same": 80, "differ": []}
+        assert again["recorded"] == {"n": 80, "same": 80, "differ": []}
         assert sorted(os.listdir(tmp_path / out)) == files
         assert (tmp_path / out / "pairs.jsonl").read_text() == (tmp_path / "run/pairs.jsonl").read_text()
     main(config(folder, data, tmp_path / "run", swap=True, budgets="1,2"))  # the run itself can still go on
@@ -234,7 +234,7 @@ def test_recorded_judgements_are_scored_without_a_model(folder, data, tmp_path, 
     (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     main(Config(from_=(str(tmp_path / "wrong.jsonl"),), out=str(tmp_path / "wrong")))
     wrong = saved_scores(tmp_path / "wrong")
-    assert wrong["rows"] == first["rows"] and wrong["run"]["reproduced"]["differ"] == [records[right]["id"]]
+    assert wrong["rows"] == first["rows"] and wrong["recorded"]["differ"] == [records[right]["id"]]
     with pytest.raises(ValueError, match="holds other judgements"):
         main(Config(from_=(str(tmp_path / "wrong.jsonl"),), out=str(tmp_path / "copy")))
 

@@ -569,7 +569,7 @@ def test_an_interrupted_file_goes_on_to_the_same_bytes(folder, pairs, tmp_path, 
 
     prefilled, judge_it = [], Judge.judge
     monkeypatch.setattr(Judge, "judge",
-                        lambda self, todo, *rest: (prefilled.extend(todo), judge_it(self, todo, *rest))[1])
+                        lambda self, todo, **rest: (prefilled.extend(todo), judge_it(self, todo, **rest))[1])
     main(cfg)
     assert len(prefilled) == 5, "judged again what was done"
     assert without_seconds(out) == whole and not partial.exists()
@@ -583,12 +583,39 @@ def test_an_interrupted_file_goes_on_to_the_same_bytes(folder, pairs, tmp_path, 
 def test_everything_done_but_not_renamed(folder, pairs, tmp_path):
     """Interrupted after the last record: nothing is left to sample, the file is put in order and renamed."""
     judge, out = sample.load_judge(config(folder)), tmp_path / "out.jsonl"
-    first = judge_file(judge, pairs[:4], out, {"seed": 0})
+    encoded = sample.encode_all(judge, pairs[:4])
+    first = judge_file(judge, encoded, out, {"seed": 0})
     (tmp_path / "out.jsonl.partial").write_text("".join(json.dumps(x) + "\n" for x in [{"seed": 0}] + first[::-1]))
     out.unlink()
     judge.sampler.reset_stats()
-    assert judge_file(judge, pairs[:4], out, {"seed": 0}) == first and judge.sampler.n_prefilled == 0
+    assert judge_file(judge, encoded, out, {"seed": 0}) == first and judge.sampler.n_prefilled == 0
     assert [r["id"] for r in without_seconds(out)] == [pair.id for pair in pairs[:4]]
+
+
+def test_a_prompt_beyond_the_context_is_named_or_skipped_with_its_item(folder, pairs, capsys):
+    """The toy reads 1024 tokens. The pairs of a best-of-n item go with the one that is too long."""
+    judge = sample.load_judge(config(folder))
+    parts = [replace(pair, item="one" if i in (1, 3) else "") for i, pair in enumerate(pairs[:5])]
+    parts[3] = replace(parts[3], answer_a="01234 " * 400)
+    with pytest.raises(ValueError, match=f"pair {parts[3].id}: its prompt has [0-9]+ tokens, the model can read 1024"):
+        sample.encode_all(judge, parts)
+    kept = sample.encode_all(judge, parts, skip_bad=True)
+    assert [pair.id for pair, _ in kept] == [parts[i].id for i in (0, 2, 4)]
+    assert [list(ids) for _, ids in kept] == [judge.encode(parts[i]) for i in (0, 2, 4)]
+    assert "skipped 2 of 5 pairs" in capsys.readouterr().err
+
+
+def test_judgements_of_other_pairs_or_texts_are_not_dropped(folder, pairs, tmp_path):
+    judge, out = sample.load_judge(config(folder)), tmp_path / "out.jsonl"
+    first = judge_file(judge, sample.encode_all(judge, pairs[:3]), out, {"seed": 0})
+    out.rename(tmp_path / "whole")
+    begun = [json.dumps(x) + "\n" for x in [{"seed": 0}] + first]
+    partial = tmp_path / "out.jsonl.partial"
+    for now in (pairs[:2], [*pairs[:2], replace(pairs[2], answer_a=pairs[2].answer_b, answer_b=pairs[2].answer_a)]):
+        partial.write_text("".join(begun))
+        with pytest.raises(ValueError, match=f"partial: holds 1 judgements of pairs .* such as {pairs[2].id}: give"):
+            judge_file(judge, sample.encode_all(judge, now), out, {"seed": 0})
+        assert partial.read_text() == "".join(begun)
 
 
 def test_other_settings_are_refused_by_name(folder, pairs, tmp_path):
@@ -612,8 +639,11 @@ def test_other_settings_are_refused_by_name(folder, pairs, tmp_path):
     partial = tmp_path / "out.jsonl.partial"
     for line in (b"nonsense", b"[]", b'{"id": "x"}', b"\xff"):
         partial.write_bytes(json.dumps(settings).encode() + b"\n" + line + b"\n")
-        with pytest.raises(ValueError, match=r"out\.jsonl\.partial:2: no line of a judging run"):
+        with pytest.raises(ValueError, match=r"out\.jsonl\.partial:2: is no judgement; delete this line"):
             JudgementFile(out, settings)
+    partial.write_text("nonsense\n")
+    with pytest.raises(ValueError, match=r"out\.jsonl\.partial: does not begin with a judging run's settings"):
+        JudgementFile(out, settings)
     partial.write_bytes(json.dumps(settings).encode()[:20])  # not even its first line is whole: begin anew
     assert JudgementFile(out, settings).done == {} and json.loads(partial.read_text()) == settings
 
