@@ -465,7 +465,8 @@ def test_bad_benchmark_files(tmp_path, source, records, message):
     *(("judgements.jsonl", [record("p", "a", "a") | {"votes": [{"text": "", **vote}]}], said) for vote, said in (
         ({"n_tokens": "7"}, "\"n_tokens\" is '7'"), ({"n_tokens": 10**400}, '"n_tokens" is'),
         ({"seconds": True}, "\"seconds\" is 'True'"), ({"seconds": float("nan")}, '"seconds" is'),
-        ({"at": None}, '"at" is null'), ({"at": {"x": "a"}}, '"at" must give'), ({"at": {"7": "A"}}, '"at" must give'))),
+        ({"at": None}, '"at" is null'), ({"at": {"x": "a"}}, '"at" must give'),
+        ({"at": {"7": "A"}}, '"at" must give'))),
 ])
 def test_bad_recorded_outputs(tmp_path, name, records, message):
     path = save(tmp_path / name, records)

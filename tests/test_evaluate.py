@@ -237,6 +237,41 @@ def test_recorded_judgements_are_scored_without_a_model(folder, data, tmp_path, 
     assert wrong["rows"] == first["rows"] and wrong["recorded"]["differ"] == [records[right]["id"]]
     with pytest.raises(ValueError, match="holds other judgements"):
         main(Config(from_=(str(tmp_path / "wrong.jsonl"),), out=str(tmp_path / "copy")))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/judgements.jsonl.partial").write_text("{}\n")  # an interrupted run of a model
+    with pytest.raises(ValueError, match="begun: holds other judgements"):
+        main(Config(from_=(str(tmp_path / "run"),), out=str(tmp_path / "begun")))
+    (tmp_path / "several").mkdir()
+    for name in ("run", "copy"):
+        (tmp_path / name).rename(tmp_path / "several" / name)
+    main(Config(from_=(str(tmp_path / "several"),), out=str(tmp_path / "both")))  # a folder of several models' folders
+    assert sorted(os.listdir(tmp_path / "both")) == ["copy", "run", "scores.json"]
+
+
+def test_a_refused_run_leaves_an_interrupted_one_alone(folder, data, tmp_path):
+    """Other settings, or judgements that are no longer wanted: nothing in the folder changes. Damaged lines are named."""
+    main(config(folder, data, tmp_path))
+    whole = tmp_path / "judgements.jsonl"
+    lines = [(tmp_path / "settings.json").read_text(), *whole.read_text().split("\n")[:20]]
+    whole.unlink()
+    (tmp_path / "judgements.jsonl.partial").write_text("\n".join(lines) + "\n")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    exchanged = tmp_path.parent / "exchanged.jsonl"
+    write_pairs(exchanged, [swapped(pair) for pair in read_pairs(data)])
+    for cfg, said in ((config(folder, data, tmp_path, seed=3), "was begun with seed=0, not 3"),
+                      (config(folder, data, tmp_path, limit=5, skip_bad=True), "holds 15 judgements of pairs"),
+                      (config(folder, exchanged, tmp_path), "holds 20 judgements of pairs")):
+        with pytest.raises(ValueError, match=f"partial: {said}"):
+            main(cfg)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    main(config(folder, data, tmp_path))
+    lines = whole.read_text().split("\n")
+    whole.write_text("\n".join([*lines[:2], '{"x": 1}', *lines[3:]]))
+    with pytest.raises(ValueError, match="judgements.jsonl:3: is no judgement; delete this line"):
+        main(config(folder, data, tmp_path))
+    whole.write_text("\n".join([*lines[:2], *lines[3:]]))
+    main(config(folder, data, tmp_path))
+    assert [r["id"] for r in judged(tmp_path)] == [pair.id for pair in read_pairs(data)]
 
 
 def test_two_ranks_share_the_pairs(folder, data, tmp_path):
@@ -383,11 +418,19 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="no labelled pairs"):
         HeldOut(unlabelled, 5, "toy", 2, None, Ranks(0, 1, torch.device("cpu")))
     for argv in (["--votes", "2"], ["--limit", "-1"], ["--pairs", "x"], ["--order", "mine"], ["--budgets", "512,x"],
-                 ["--budgets", "16384"], ["--from", "x", "--swap"], ["--from", "x", "--rmb", "y"]):
+                 ["--budgets", "16384"], ["--from", "x", "--swap"], ["--from", "x", "--limit", "5"],
+                 ["--order", "published", "--data", "x"], ["--order", "published", "--rmb", "x", "--skip-bad"]):
         with pytest.raises(SystemExit) as e:
             parse_config(Config, argv=argv)
         error = capsys.readouterr().err
         assert e.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: is a file; --out is a folder"):
+        main(config(folder, unlabelled, tmp_path / "file"))
+    bad_id = tmp_path / "bad_id.jsonl"
+    write_pairs(bad_id, [Pair("1/swapped", [{"role": "user", "content": "sort 21"}], "12", "21", "a", "", "")])
+    with pytest.raises(ValueError, match="pair 1/swapped: ids that end in /swapped"):
+        main(config(folder, bad_id, tmp_path / "out"))
     argv = [sys.executable, ROOT / "evaluate.py", "--data", tmp_path / "none.jsonl", "--out", tmp_path / "out"]
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and done.stdout == ""

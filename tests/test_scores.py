@@ -325,6 +325,7 @@ def test_an_average_needs_three_benchmarks():
         (pytest.approx((1 + 8 / 9) / 3), 3, 2985 + 1327 + 20917), (pytest.approx((1 + 7 / 9) / 3), 3, 25229)]
     for part in (reward + item, item + rmb, reward + rmb, reward + item[:8] + rmb, item[::3] + rmb):
         assert {r["benchmark"] for r in scores.score(part)} <= {"RewardBench", "RM-Bench", "RMB"}
+    assert [scores.n_incomplete(part) for part in (reward + item, item[1:], reward)] == [0, 1, 0]
 
 
 def test_other_pairs_unlabelled_and_swapped_ones():
