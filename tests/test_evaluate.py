@@ -145,6 +145,10 @@ def test_an_interrupted_run_goes_on_at_any_record(folder, data, tmp_path, kept, 
     main(config(folder, data, out))
     assert [r["seconds"] == 1234.0 for r in judged(out)] == [i < kept for i in range(40)]
     assert without_time(judged(out)) == without_time(whole)
+    corrected = [replace(pair, winner="ab"[pair.winner == "a"]) for pair in read_pairs(data)]
+    write_pairs(tmp_path / "corrected.jsonl", corrected)
+    main(config(folder, tmp_path / "corrected.jsonl", out))  # labels may change: they are no part of a judgement
+    assert [r["winner"] for r in judged(out)] == [pair.winner for pair in corrected]
     assert sorted(os.listdir(out)) == ["judgements.jsonl", "pairs.jsonl", "scores.json", "settings.json"]
 
 
@@ -169,6 +173,7 @@ def test_swap_equals_a_run_on_exchanged_answers(folder, data, tmp_path, capsys):
     assert [r["id"] for r in both] == [pair.id for pair in pairs] + [f"{pair.id}/swapped" for pair in pairs]
     as_second = [{key: value for key, value in r.items() if key != "swapped"} | {"id": r["id"].removesuffix("/swapped")}
                  for r in both[40:]]
+    assert read_pairs(tmp_path / "both" / "pairs.jsonl") == pairs  # the first order only
     assert all(r["swapped"] for r in both[40:]) and without_time(as_second) == without_time(second)
     row, = saved_scores(tmp_path / "both")["swap"]
     labelled = [(one, other) for one, other in zip(both, second) if one["winner"]]
@@ -249,7 +254,7 @@ def test_recorded_judgements_are_scored_without_a_model(folder, data, tmp_path, 
 
 
 def test_a_refused_run_leaves_an_interrupted_one_alone(folder, data, tmp_path):
-    """Other settings, or judgements that are no longer wanted: nothing in the folder changes. Damaged lines are named."""
+    """Other settings, or judgements no longer wanted: nothing in the folder changes. Damaged lines are named."""
     main(config(folder, data, tmp_path))
     whole = tmp_path / "judgements.jsonl"
     lines = [(tmp_path / "settings.json").read_text(), *whole.read_text().split("\n")[:20]]
@@ -283,6 +288,7 @@ def test_two_ranks_share_the_pairs(folder, data, tmp_path):
         done = subprocess.run([*run, ROOT / "evaluate.py", *argv, "--out", tmp_path / out], capture_output=True,
                               text=True, env=env)
         assert done.returncode == 0, done.stderr
+        assert f"{40 if out == 'one' else 20}/" in done.stderr.rpartition("judge: 100%")[2]  # rank 0's share
     one, both = judged(tmp_path / "one"), judged(tmp_path / "two")
     assert without_time(one) == without_time(both)
     assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
@@ -338,6 +344,8 @@ def test_three_benchmarks_at_once(folder, benchmarks, tmp_path, order, capsys):
     assert count == {"reward-bench": 21, "rm-bench": 90, "rmb": 6 + 12}
     pairs = {pair.id: pair for pair in read_pairs(tmp_path / "pairs.jsonl")}
     assert [r["id"] for r in records] == list(pairs) and all(r["winner"] == pairs[r["id"]].winner for r in records)
+    with pytest.raises(ValueError, match=f"was begun with order='{order}', not"):
+        main(replace(cfg, order="published" if order == "balanced" else "balanced"))
     chosen_is_b = Counter(r["source"] for r in records if r["winner"] == "b")
     if order == "balanced":
         assert chosen_is_b == {"reward-bench": 10, "rm-bench": 45, "rmb": 9}
