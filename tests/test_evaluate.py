@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 from common import Ranks, parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, swapped, write_pairs  # noqa: E402
-from evaluate import Config, HeldOut, main, short_names  # noqa: E402
+import evaluate  # noqa: E402
+from evaluate import Config, HeldOut, main, read_all, short_names  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from reward import benchmark_verdict, prompt_path  # noqa: E402
 from sample import load_judge  # noqa: E402
@@ -220,7 +221,7 @@ def test_models_side_by_side(folder, data, tmp_path, capsys):
         short_names(["a/b", "./a/b"])
 
 
-def test_recorded_judgements_are_scored_without_a_model(folder, data, tmp_path, capsys):
+def test_recorded_judgements_are_scored_without_a_model(folder, data, tmp_path, capsys, monkeypatch):
     """In place and elsewhere: the same scores, budgets and swaps, from the texts; a verdict that the file has wrong is
     told, and a folder that holds other judgements is left alone."""
     main(config(folder, data, tmp_path / "run", swap=True, budgets="1,2"))
@@ -236,12 +237,21 @@ def test_recorded_judgements_are_scored_without_a_model(folder, data, tmp_path, 
     records = judged(tmp_path / "run")
     right = next(i for i, r in enumerate(records) if r["verdict"] and r["verdict"] == r["winner"])
     records[right]["verdict"] = None
+    monkeypatch.setattr(evaluate, "init_ranks", lambda threads: Ranks(0, 2, torch.device("cpu")))
+    with pytest.raises(ValueError, match="--from needs one process"):
+        main(Config(from_=(str(tmp_path / "run"),), out=str(tmp_path / "ranks")))
+    monkeypatch.undo()
     (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     main(Config(from_=(str(tmp_path / "wrong.jsonl"),), out=str(tmp_path / "wrong")))
     wrong = saved_scores(tmp_path / "wrong")
+    assert wrong["budgets"] == first["budgets"]
     assert wrong["rows"] == first["rows"] and wrong["recorded"]["differ"] == [records[right]["id"]]
     with pytest.raises(ValueError, match="holds other judgements"):
         main(Config(from_=(str(tmp_path / "wrong.jsonl"),), out=str(tmp_path / "copy")))
+    del records[7]["votes"][0]["at"]["1"]  # a budget that one vote lacks is no budget of all
+    (tmp_path / "at.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    main(Config(from_=(str(tmp_path / "at.jsonl"),), out=str(tmp_path / "at")))
+    assert {row["budget"] for row in saved_scores(tmp_path / "at")["budgets"]} == {2}
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/judgements.jsonl.partial").write_text("{}\n")  # an interrupted run of a model
     with pytest.raises(ValueError, match="begun: holds other judgements"):
@@ -344,6 +354,8 @@ def test_three_benchmarks_at_once(folder, benchmarks, tmp_path, order, capsys):
     assert count == {"reward-bench": 21, "rm-bench": 90, "rmb": 6 + 12}
     pairs = {pair.id: pair for pair in read_pairs(tmp_path / "pairs.jsonl")}
     assert [r["id"] for r in records] == list(pairs) and all(r["winner"] == pairs[r["id"]].winner for r in records)
+    flags = [pair.winner for pair in read_pairs(tmp_path / "pairs.jsonl")]
+    assert ([pair.winner for pair in read_all(replace(cfg, seed=5))] != flags) == (order == "balanced")
     with pytest.raises(ValueError, match=f"was begun with order='{order}', not"):
         main(replace(cfg, order="published" if order == "balanced" else "balanced"))
     chosen_is_b = Counter(r["source"] for r in records if r["winner"] == "b")
@@ -371,6 +383,8 @@ def test_three_benchmarks_at_once(folder, benchmarks, tmp_path, order, capsys):
                                                       ("RMB", "mean of sections"))]
     assert score_of["average", "overall", "three benchmarks"] == pytest.approx(sum(overall) / 3)
     shown = capsys.readouterr().out
+    for said in ("RewardBench is not whole: 21 of 2985 items", "RM-Bench is not whole: 10 of 1327 items"):
+        assert said in shown
     for row in rows:
         assert f"\n{row['name']} " in shown and f"{100 * row['score']:.2f}" in shown
 
