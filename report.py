@@ -20,9 +20,9 @@ its hash and allows nothing else to run or to load.
 import base64
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 import zlib
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -40,6 +40,8 @@ OWN = ("judgements.jsonl", UNFINISHED)        # the judgements that pairs.jsonl 
 TYPES = ["Chat", "Reasoning", None]
 SIDES = ("a", "b", None)
 PREVIEW = 100                                 # characters of a question in the list
+COLUMNS = ("id", "model", "benchmark", "section", "subset", "outcome", "type", "verdict", "label", "swapped", "pair",
+           "tokens", "chars", "votes")        # what the list knows of a judgement
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ def read_object(path):
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        value = finite(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON ({e}): delete the file or write it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object: delete the file or write it again")
-    return finite(value)
+    return value
 
 
 def take(record, key, kinds, place):
@@ -97,15 +99,22 @@ def side(record, key, place):
     return record[key]
 
 
+def take_step(record, place):
+    step = take(record, "step", (int, float), place)
+    if not -2**53 < step < 2**53:  # false for NaN too; a browser counts no further
+        raise ValueError(f"{place}: 'step' is {step!r:.40}, need a number below 2**53: mend or delete the line")
+    return step
+
+
 def number(record, key):
-    """record[key] where it is a finite number, else None: a count or a time that was not taken."""
+    """record[key] where it is a number of a sensible size, else None: a count or a time that was not taken."""
     x = record[key] if key in record else None
-    return x if isinstance(x, (int, float)) and math.isfinite(x) else None
+    return x if isinstance(x, (int, float)) and not isinstance(x, bool) and -1e15 < x < 1e15 else None
 
 
 def finite(x):
-    """x with NaN and the infinities as strings: Python writes them into JSON, a browser cannot read them."""
-    if isinstance(x, float) and not math.isfinite(x):
+    """x with NaN, the infinities and what a browser takes for one as strings: it cannot read them as numbers."""
+    if isinstance(x, (int, float)) and not -sys.float_info.max <= x <= sys.float_info.max:
         return "NaN" if x != x else "Infinity" if x > 0 else "-Infinity"
     if isinstance(x, dict):
         return {key: finite(value) for key, value in x.items()}
@@ -207,10 +216,10 @@ def rubric_items(text):
 
     Lines that begin no item belong to the one before; text before the first is an item without a criterion.
     """
-    words = text.split()
-    if len(words) % 2 == 0 and "\n" not in text.strip() and words and all(w.isdigit() and len(w) < 4
-                                                                          for w in words[1::2]):
-        return [(word, weight, "") for word, weight in zip(words[::2], words[1::2])]
+    words, weights = text.split()[::2], text.split()[1::2]
+    one_line = "\n" not in text.strip() and len(words) == len(weights) > 0
+    if one_line and all(weight.isdigit() and len(weight) < 4 for weight in weights):
+        return [(word, weight, "") for word, weight in zip(words, weights)]
     text = re.sub(r"</?(?:rubric|list|ul|ol)>", "", re.sub(r"<(item|criterion|li)>", "\n- ", text))
     lines = re.sub(r"</(item|criterion|li)>", "\n", text).split("\n")
     heads = [HEAD.match(line) for line in lines]
@@ -257,6 +266,13 @@ def outcome(record):
     return "right" if record["verdict"] == record["winner"] else "wrong"
 
 
+def section(record):
+    """The section that scores.py counts a judgement record in, by the name it has there."""
+    if record["source"] == "rmb":
+        return f"{'BoN' if 'item' in record and record['item'] else 'Pairwise'} {record['domain']}"
+    return record["domain"].split("-")[0] if record["source"] == "rm-bench" else record["domain"]
+
+
 # ---- the page's data
 
 def page_json(x):
@@ -297,9 +313,7 @@ class Page:
     def __init__(self):
         self.models, self.runs, self.previews, self.pair_of = [], [], [], {}
         self.names = {"benchmark": {}, "section": {}, "subset": {}}       # name -> its number in the columns
-        self.columns = {key: [] for key in ("id", "model", "benchmark", "section", "subset", "outcome", "type",
-                                            "verdict",
-                                            "label", "swapped", "pair", "tokens", "chars", "votes")}
+        self.columns = {key: [] for key in COLUMNS}
         self.chunks = {kind: Chunks(kind) for kind in ("pair", "judgement", "sample")}
 
     def pair(self, record, place):
@@ -333,13 +347,13 @@ class Page:
         name = next(x for x in (name, f"{name} ({own_name})", *others) if x not in taken)
         m = len(self.models)
         tables = {key: scores[key] for key in scores if key not in ("model", "models")}
-        self.models.append({"name": name, "folder": str(folder), **tables})
+        self.models.append({**tables, "name": name, "folder": str(folder)})
         if file is None:
             return
-        pair_numbers, seen = {}, {}
+        own_pairs, pair_numbers, seen = {}, {}, {}     # a pair that nobody has judged stays out of the page
         if (folder / "pairs.jsonl").exists() and own:
-            for place, record in records(folder / "pairs.jsonl"):
-                pair_numbers[take(record, "id", str, place)] = self.pair(record, place)
+            own_pairs = {take(record, "id", str, place): (place, record)
+                         for place, record in records(folder / "pairs.jsonl")}
         for place, record in records(file):
             if file.name == UNFINISHED and place.endswith(":1"):
                 continue
@@ -350,56 +364,55 @@ class Page:
             swapped = "swapped" in r and bool(r["swapped"])
             base = r["id"].removesuffix("/swapped") if swapped else r["id"]
             if base not in pair_numbers:
-                loose = loose_pairs[base] if base in loose_pairs else None
-                if loose and all(loose[1][key] == r[key] for key in ("source", "domain", "winner")):
-                    pair_numbers[base] = self.pair(loose[1], loose[0])
+                at, texts = own_pairs[base] if base in own_pairs else loose_pairs.get(base, (None, None))
+                if base in own_pairs or texts and all(texts[key] == r[key] for key in ("source", "domain", "winner")):
+                    pair_numbers[base] = self.pair(texts, at)
                 else:
                     pair_numbers[base] = self._pair(("no texts", r["source"], base), None, "")
             self._judgement(m, r, pair_numbers[base], swapped)
 
     def _judgement(self, m, r, pair, swapped):
         votes = [{"text": v["text"], "verdict": v["verdict"], "n_tokens": number(v, "n_tokens"),
-                  "seconds": number(v, "seconds"), "finished": v["finished"] if "finished" in v else None,
-                  **({"at": finite(v["at"])} if "at" in v else {}), "parts": parts(v["text"])} for v in r["votes"]]
+                  "seconds": number(v, "seconds"),
+                  "finished": v["finished"] if "finished" in v and isinstance(v["finished"], bool) else None,
+                  **({"at": v["at"]} if "at" in v else {}), "parts": parts(v["text"])} for v in r["votes"]]
         types = [v["parts"]["type"] for v in votes if "type" in v["parts"]]
         tokens = [v["n_tokens"] for v in votes]
         mean = {"tokens": round(sum(tokens) / len(tokens)) if tokens and None not in tokens else None,
                 "chars": round(sum(len(v["text"]) for v in votes) / len(votes)) if votes else None}
-        named = {"benchmark": TITLES.get(r["source"], r["source"]), "section": r["domain"],
-                 "subset": str(r["subset"]) if "subset" in r else ""}
+        named = {"benchmark": TITLES.get(r["source"], r["source"]), "section": section(r),
+                 "subset": r["subset"] if "subset" in r else ""}
         row = {"id": r["id"], "model": m, "outcome": OUTCOMES.index(outcome(r)), "swapped": int(swapped), "pair": pair,
                "type": TYPES.index(types[0] if types else None), "votes": len(votes), **mean,
                "verdict": SIDES.index(r["verdict"]), "label": SIDES.index(r["winner"]),
                **{key: self.names[key].setdefault(value, len(self.names[key])) for key, value in named.items()}}
         for key, value in row.items():
             self.columns[key].append(value)
-        extra = {key: finite(r[key]) for key in ("prompt_hash", "n_prompt_tokens", "seconds", "item", "recorded")
-                 if key in r}
-        self.chunks["judgement"].add({"votes": votes, **extra})
+        self.chunks["judgement"].add({"votes": votes, "n_prompt_tokens": number(r, "n_prompt_tokens"),
+                                      "item": r["item"] if "item" in r else None})
 
     def run(self, folder):
         """Adds a training run: its rows as columns, its samples as judgements of one vote."""
         columns, n = {}, 0
         for n, (place, row) in enumerate(records(folder / "metrics.jsonl"), 1):
-            take(row, "step", (int, float), place)
+            take_step(row, place)
             for key, value in row.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     columns.setdefault(key, [None] * (n - 1)).append(finite(value))
             columns = {key: column + [None] * (n - len(column)) for key, column in columns.items()}
         steps, first = [], self.chunks["sample"].n
         for place, r in records(folder / "samples.jsonl") if (folder / "samples.jsonl").exists() else ():
-            steps.append(take(r, "step", (int, float), place))
+            steps.append(take_step(r, place))
             if "judgement" in r:
                 vote = {"text": take(r, "judgement", str, place), "verdict": side(r, "verdict", place)}
                 r = r | {"votes": [vote], "source": "", "domain": ""}
             r = check_judgement(r, place)
-            votes = [{**v, "parts": parts(v["text"])} for v in r["votes"]]
+            votes = [{"text": v["text"], "parts": parts(v["text"])} for v in r["votes"]]
             shown = ("step", "id", "prompt", "winner", "verdict", "reward", "advantage")
-            self.chunks["sample"].add(finite({**{key: r[key] for key in shown if key in r}, "votes": votes,
-                                              "outcome": OUTCOMES.index(outcome(r))}))
+            facts = {key: finite(r[key]) for key in shown if key in r and not isinstance(r[key], (list, dict))}
+            self.chunks["sample"].add({**facts, "votes": votes, "outcome": OUTCOMES.index(outcome(r))})
         self.runs.append({"name": str(folder), "n": n, "config": read_object(folder / "config.json"),
-                          "columns": columns,
-                          "samples": {"first": first, "steps": steps}})
+                          "columns": columns, "samples": {"first": first, "steps": steps}})
 
     def data(self):
         names = {key: list(numbers) for key, numbers in self.names.items()}
@@ -408,11 +421,14 @@ class Page:
             chunks.close()
             starts[kind] = chunks.starts
         common = os.path.commonpath([run["name"] for run in self.runs]) if len(self.runs) > 1 else ""
-        runs = [{**run, "name": os.path.relpath(run["name"], common) if common else Path(run["name"]).name
-                 or run["name"]}
-                for run in self.runs]
+        runs = [{**run, "name": shown_name(run["name"], common)} for run in self.runs]
         return {"models": self.models, "names": names, "columns": self.columns, "previews": self.previews,
                 "chunks": starts, "runs": runs}
+
+
+def shown_name(folder, common):
+    """A run's folder, without what all the runs' folders begin with."""
+    return os.path.relpath(folder, common) if common else Path(folder).name or folder
 
 
 def messages(value, place):
@@ -427,6 +443,9 @@ def check_judgement(record, place):
     """The record, if it has all that the page needs."""
     for key in ("id", "source", "domain"):
         take(record, key, str, place)
+    for key in ("subset", "item"):
+        if key in record:
+            take(record, key, str, place)
     for key in ("verdict", "winner"):
         side(record, key, place)
     for vote in take(record, "votes", list, place):
@@ -434,6 +453,8 @@ def check_judgement(record, place):
             raise ValueError(f"{place}: a vote is not an object")
         take(vote, "text", str, place)
         side(vote, "verdict", place)
+        for budget in take(vote, "at", dict, place) if "at" in vote else ():
+            side(vote["at"], budget, place)
     return record
 
 
@@ -445,9 +466,8 @@ def build(found):
             wanted |= {take(record, "id", str, place).removesuffix("/swapped") for place, record in records(file)}
     for file in found.pairs if wanted else ():
         for place, record in records(file):
-            if "id" in record and record["id"] in wanted and all(key in record
-                                                                 for key in ("source", "domain", "winner")):
-                loose.setdefault(record["id"], (place, record))
+            if all(key in record for key in ("id", "source", "domain", "winner")) and str(record["id"]) in wanted:
+                loose.setdefault(str(record["id"]), (place, record))
     for folder, file in found.evaluations:
         page.evaluation(folder, file, loose)
     for folder in found.runs:
@@ -458,11 +478,10 @@ def build(found):
 def write(page, out):
     """Writes the page under a temporary name first. Chunks of the kinds alternate: the first texts come first."""
     template, data = TEMPLATE.read_text(encoding="utf-8"), page_json(page.data())
-    hashes = {tag: base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", template,
-                                                             re.S)[1].encode()).digest())
-              for tag in ("script", "style")}
-    for tag, value in hashes.items():
-        template = template.replace(f"{tag.upper()}_HASH", f"sha256-{value.decode()}")
+    for tag in ("script", "style"):
+        text = re.search(f"<{tag}>(.*?)</{tag}>", template, re.S)[1].encode()
+        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+        template = template.replace(f"{tag.upper()}_HASH", f"sha256-{digest}")
     before, middle, after = re.split("<!--INDEX-->|<!--CHUNKS-->", template)
     part = Path(f"{out}.{os.getpid()}.tmp")
     try:
@@ -481,8 +500,9 @@ def main(cfg):
     first = Path(cfg.runs[0])
     out = Path(cfg.out) if cfg.out else (first if first.is_dir() else first.parent) / "report.html"
     write(page, out)
-    print(f"{out}: {page.chunks['judgement'].n} judgements of {len(page.models)} models, {len(page.runs)} training "
-          f"runs, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    counted = {"judgement": page.chunks["judgement"].n, "model": len(page.models), "training run": len(page.runs)}
+    judged, models, runs = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counted.items())
+    print(f"{out}: {judged} of {models}, {runs}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 if __name__ == "__main__":

@@ -111,12 +111,11 @@ if __name__ == "__main__":
         build_s, page_mb = time.perf_counter() - began, (folder / "report.html").stat().st_size / 1e6
         with sync_playwright() as playwright:
             runs = [measure(playwright, executable, folder / "report.html") for _ in range(args.runs)]
-    row = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+    medians = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
     print(f"{args.judgements} judgements, {raw_mb:.0f} MB of JSON lines -> {page_mb:.0f} MB page in {build_s:.1f} s")
-    for key, value in row.items():
+    for key, value in medians.items():
         low, high = min(r[key] for r in runs), max(r[key] for r in runs)
         print(f"{key:24}{value:10.2f}   ({low:.2f} to {high:.2f} over {args.runs} runs)")
-    print(json.dumps({"bench": "report", "device": "cpu", "work": f"{args.judgements} judgements",
-                      "raw_mb": round(raw_mb, 1),
-                      "page_mb": round(page_mb, 1), "build_s": round(build_s, 2),
-                          **{k: round(v, 3) for k, v in row.items()}}))
+    row = {"bench": "report", "device": "cpu", "work": f"{args.judgements} judgements", "raw_mb": raw_mb,
+           "page_mb": page_mb, "build_s": build_s, **medians}
+    print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}))

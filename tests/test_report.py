@@ -18,7 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from report import Chunks, Config, build, find, main, outcome, page_json, parts, rubric_items, write  # noqa: E402
+from report import (  # noqa: E402
+    Chunks, Config, build, find, main, outcome, page_json, parts, rubric_items, section, write)
 
 # ---- records made for the tests
 
@@ -52,8 +53,8 @@ def judgement(p, verdicts="a", text=CHAIN, tokens=100, **more):
     known = [v for v in verdicts if v in "ab"]
     verdict = None if known.count("a") == known.count("b") else max("ab", key=known.count)
     votes = [{"text": text if i == 0 else f"Vote {i}. <answer>[[{v.upper()}]]</answer>", "n_tokens": tokens + i,
-              "finished": v != "-", "verdict": v if v in "ab" else None, "seconds": 1.5} for i,
-                  v in enumerate(verdicts)]
+              "finished": v != "-", "verdict": v if v in "ab" else None, "seconds": 1.5}
+             for i, v in enumerate(verdicts)]
     return {"id": p["id"], "prompt_hash": "0" * 16, "n_prompt_tokens": 50, "votes": votes, "verdict": verdict,
             **{key: p[key] for key in ("winner", "source", "domain", "subset", "item")}, "seconds": 1.5, **more}
 
@@ -97,8 +98,7 @@ def unpack(html):
     ("**1. Name (40%)**: text: more\n**2. Other (60%):** x", [("Name", "40%", "text: more"), ("Other", "60%", "x")]),
     ("- **Tone** - warm [weight: 2]\n* Depth: deep, weight 0.5", [("Tone", "2", "warm"), ("Depth", "0.5", "deep")]),
     ("1. Depth (25%)\n   - how deep\n   - and (5%) wide\n\n2) Care (75%)",
-     [("Depth", "25%", "- how deep\n- and (5%) wide"),
-                                                                          ("Care", "75%", "")]),
+     [("Depth", "25%", "- how deep\n- and (5%) wide"), ("Care", "75%", "")]),
     ("### 1. Clarity \u2014 40%\nIt reads well.\n### 2. Depth: 60%",
      [("Clarity", "40%", "It reads well."), ("Depth", "60%", "")]),
     ("<item>A (30%): b</item><item>C: d</item>", [("A", "30%", "b"), ("C", None, "d")]),
@@ -152,12 +152,19 @@ def test_parts_take_linear_time(text):
 
 @pytest.mark.parametrize("verdicts, winner, more, expected", [
     ("a", "a", {}, "right"), ("b", "a", {}, "wrong"), ("-", "a", {}, "none"), ("ab", "a", {}, "tie"),
-        ("ab-", "b", {}, "tie"),
-    ("aab", "a", {}, "right"), ("a", None, {}, "unlabelled"), ("-", None, {}, "unlabelled"),
-        ("", "a", {"recorded": 1}, "right"),
-    ("", None, {"recorded": 0}, "wrong"), ("", "a", {}, "none"), ("b", "a", {"recorded": 1}, "wrong")])
+    ("ab-", "b", {}, "tie"), ("aab", "a", {}, "right"), ("a", None, {}, "unlabelled"), ("-", None, {}, "unlabelled"),
+    ("", "a", {"recorded": 1}, "right"), ("", None, {"recorded": 0}, "wrong"), ("", "a", {}, "none"),
+    ("b", "a", {"recorded": 1}, "wrong")])
 def test_outcome_by_hand(verdicts, winner, more, expected):
     assert outcome(judgement(pair(1, winner=winner), verdicts, **more)) == expected
+
+
+@pytest.mark.parametrize("source, domain, item, name", [
+    ("reward-bench", "Chat Hard", "7", "Chat Hard"), ("rm-bench", "safety-refuse", "7", "safety"),
+    ("rm-bench", "math", "7", "math"), ("rmb", "Helpfulness", "", "Pairwise Helpfulness"),
+    ("rmb", "Harmlessness", "7", "BoN Harmlessness"), ("ours", "well-being", "7", "well-being")])
+def test_sections_have_the_names_of_scores(source, domain, item, name):
+    assert section(judgement(pair(1, source, domain, item=item))) == name
 
 
 # ---- the file
@@ -193,12 +200,13 @@ def test_page_holds_all_and_names_its_scripts(tmp_path):
     html = (tmp_path / "report.html").read_text()
     index, items = unpack(html)
     assert [m["name"] for m in index["models"]] == ["x/model", "b"]
-    assert len(items["pair"]) == 3 and len(items["judgement"]) == 7 and index["columns"]["pair"] == [0, 1, 2, 0, 0, 1,
-                                                                                                     2]
+    assert len(items["pair"]) == 3 and len(items["judgement"]) == 7
+    assert index["columns"]["pair"] == [0, 1, 2, 0, 0, 1, 2]
+    assert index["names"]["section"] == ["Chat", "math", "BoN Helpfulness"]
     assert index["columns"]["outcome"] == [0, 1, 0, 0, 1, 0, 1] and index["columns"]["swapped"] == [0, 0, 0, 1, 0, 0, 0]
     assert index["names"]["benchmark"] == ["RewardBench", "RM-Bench", "RMB"] and index["columns"]["tokens"][4] == 101
     assert items["judgement"][0]["votes"][0]["text"] == CHAIN and items["pair"][0]["a"] == pairs[0]["answer_a"]
-    policy = re.search('http-equiv="Content-Security-Policy" content="(.*?)"', html)[1]
+    policy = re.search(r'http-equiv="Content-Security-Policy"\s+content="(.*?)"', html)[1]
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "http" not in policy
     for tag in ("script", "style"):
         text = re.search(f"<{tag}>(.*?)</{tag}>", html, re.S)[1]
@@ -255,8 +263,7 @@ def test_training_rows_with_nan_and_gaps(tmp_path):
         {"step": 2, **judgement(pair(1))}])
     index, items = unpack(built(run, tmp_path / "r.html"))
     assert index["runs"][0]["columns"] == {"step": [1, 2, 3], "reward": ["NaN", 0.5, None],
-                                           "kl": [None, "Infinity", None],
-                                           "late": [None, None, "-Infinity"]}
+                                           "kl": [None, "Infinity", None], "late": [None, None, "-Infinity"]}
     assert index["runs"][0]["samples"] == {"first": 0, "steps": [1, 2]} and index["runs"][0]["name"] == "grpo"
     assert [x["outcome"] for x in items["sample"]] == [1, 0] and items["sample"][0]["advantage"] == "NaN"
 
@@ -277,6 +284,12 @@ def test_training_rows_with_nan_and_gaps(tmp_path):
     ("pairs.jsonl", json.dumps(pair(1) | {"prompt": ["x"]}), "pairs.jsonl:1: a message is not an object"),
     ("metrics.jsonl", '{"step": 1}\n{"reward": 2}\n', "metrics.jsonl:2: 'step' is missing, need int or float"),
     ("metrics.jsonl", '{"step": 1}\n{"st\n', "metrics.jsonl:2: not JSON"),
+    ("metrics.jsonl", '{"step": NaN}\n', "metrics.jsonl:1: 'step' is nan, need a number below 2**53"),
+    ("metrics.jsonl", '{"step": 1}\n{"step": 100000000000000000}', "metrics.jsonl:2: 'step' is 100000000000000000"),
+    ("judgements.jsonl", json.dumps(judgement(pair(1)) | {"item": {}}), "judgements.jsonl:1: 'item' is {}, need str"),
+    ("judgements.jsonl", json.dumps(judgement(pair(1))).replace('"n_tokens"', '"at": {"512": {}}, "n_tokens"'),
+     "judgements.jsonl:1: '512' is {}, need str or null"),
+    ("scores.json", '{"settings": ' + "[" * 990 + "]" * 990 + "}", "scores.json: not JSON (maximum recursion"),
     ("scores.json", "{", "scores.json: not JSON"),
     ("notes.txt", "hello", "nothing to report there"),
 ])
@@ -287,6 +300,30 @@ def test_faults_end_with_one_line(tmp_path, file, text, said):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         main(Config(runs=(str(tmp_path),)))
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("report*"))
+
+
+def test_numbers_no_browser_has(tmp_path):
+    """Counts of an absurd size or none are unknown; a metric of such a size is infinite, as a browser would have it."""
+    row = judgement(pair(1), "aaa") | {"n_prompt_tokens": float("nan")}
+    for vote, n in zip(row["votes"], (10**400, float("inf"), True)):
+        vote |= {"n_tokens": n, "seconds": n, "finished": n if n is True else float("nan")}
+    write_lines(tmp_path / "judgements.jsonl", [row])
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "huge": 10**400}])
+    index, items = unpack(built(tmp_path, tmp_path / "r.html"))
+    votes = items["judgement"][0]["votes"]
+    assert [v["n_tokens"] for v in votes] == [v["seconds"] for v in votes] == [None] * 3
+    assert [v["finished"] for v in votes] == [None, None, True] and items["judgement"][0]["n_prompt_tokens"] is None
+    assert index["columns"]["tokens"] == [None] and index["runs"][0]["columns"]["huge"] == ["Infinity"]
+
+
+def test_pairs_that_nobody_has_judged_stay_out(tmp_path):
+    pairs = [pair(i) for i in range(50)]
+    scores = {"model": "m", "name": "not this", "folder": "nor this", "rows": []}
+    evaluation(tmp_path, pairs, [swapped(pairs[31], "a"), judgement(pairs[7])], scores)
+    index, items = unpack(built(tmp_path, tmp_path / "r.html"))
+    assert [p["prompt"][0][1] for p in items["pair"]] == [pairs[i]["prompt"][0]["content"] for i in (31, 7)]
+    assert index["columns"]["pair"] == [0, 1] and len(index["previews"]) == 2
+    assert index["models"][0]["name"] == "m" and index["models"][0]["folder"] == str(tmp_path)
 
 
 def test_runs_that_are_still_being_written(tmp_path):
@@ -300,7 +337,7 @@ def test_runs_that_are_still_being_written(tmp_path):
     (tmp_path / "grpo/metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
     index, items = unpack(built(tmp_path, tmp_path / "r.html"))
     assert index["columns"]["id"] == ["reward-bench/0", "reward-bench/1"] and index["columns"]["outcome"] == [0, 1]
-    assert [m["name"] for m in index["models"]] == ["e"] and len(items["pair"]) == 3
+    assert [m["name"] for m in index["models"]] == ["e"] and len(items["pair"]) == 2
     assert index["runs"][0]["columns"] == {"step": [1], "reward": [0.5]}
 
 
@@ -311,16 +348,15 @@ def test_command_line(tmp_path):
     out = tmp_path / "page.html"
     out.write_text("the page before")
     done = run(folder, folder / "judgements.jsonl", "--out", out)
-    assert done.returncode == 0 and done.stdout.startswith(f"{out}: 1 judgements of 1 models")
+    assert done.returncode == 0 and done.stdout.startswith(f"{out}: 1 judgement of 1 model, 0 training runs, ")
     assert "the page before" not in out.read_text()
     (tmp_path / "taken").mkdir()
-    refused = run(folder, "--out", tmp_path / "taken")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    with pytest.raises(OSError):
+        main(Config(runs=(str(folder),), out=str(tmp_path / "taken")))
     assert sorted(os.listdir(tmp_path)) == ["e", "page.html", "taken"], "a temporary file was left behind"
     missing = run(tmp_path / "nowhere")
     assert missing.returncode == 2
     assert missing.stderr == f"error: {tmp_path}/nowhere: no such file or folder: check the path\n"
-    assert run().returncode == 2
 
 
 # ---- in the browser
@@ -375,7 +411,7 @@ def variety():
     out = []
     for i in range(30):
         source, winner = ("reward-bench", "rm-bench", "rmb")[i % 3], None if i == 11 else "ab"[i % 2]
-        p = pair(i, source, ("Chat", "Safety")[i // 3 % 2], f"subset {i % 5}", winner)
+        p = pair(i, source, ("Chat", "Safety")[i // 3 % 2], f"subset {i % 5}", winner, item=str(i) if i % 4 else "")
         if i == 7:
             p["prompt"][0]["content"] += " An AARDVARK asks."
         if i == 8:
@@ -396,15 +432,17 @@ def report(tmp_path_factory):
     folder, records, rows = tmp_path_factory.mktemp("report"), variety(), []
     scores = {"model": None, "settings": {"votes": 1}, "rows": [
         {"benchmark": b, "kind": kind, "name": name, "n": 10, "of": 2985, "score": .75, "low": .5, "high": .9,
-         "right": 7,
-         "no_verdict": .1, "ties": 0.0, "tokens": 99.0, "seconds": None, "novelty": 5}
-        for b in ("RewardBench", "RMB") for kind, name in (("overall", "overall"), ("section", "Chat"),
-                                                           ("subset", "subset 1"))],
-        "budgets": [{"benchmark": "RMB", "budget": n, "score": n / 4096, "low": 0, "high": 1, "no_verdict": .5, "n": 9}
-                    for n in (512, 2048)],
+         "right": 7, "no_verdict": .1, "ties": 0.0, "tokens": 99.0, "seconds": None, "novelty": 5}
+        for b, kinds in (("RewardBench", (("overall", "overall"), ("section", "Chat"), ("subset", "subset 1"))),
+                         ("RMB", (("overall", "overall"), ("section", "BoN Chat"), ("subset", "subset 1"))))
+        for kind, name in kinds],
+        "budgets": [{"budget": n, "benchmark": "RMB", "kind": kind, "name": name, "n": 9, "of": 99,
+                     "score": n / 4096 * share, "low": 0, "high": 1, "no_verdict": .5}
+                    for n in (512, 2048) for kind, name, share in (("overall", "mean of sections", 1),
+                                                                   ("section", "BoN Chat", .5), ("domain", "x", .25))],
         "swap": [{"benchmark": "RMB", "n": 9, "first": .5, "second": .25, "consistent": .625}],
         "positions": [{"benchmark": "RMB", "chosen_a": .375, "chosen_b": .5, "a_share": .5}],
-            "run": {"commit": "abcdef"}}
+        "judgements": 1234, "tokens": None, "left_out": 0, "session": {"commit": "abcdef"}}
     for m, model in enumerate(("one", "two")):
         judged = [x[1][m] for x in records] + ([x[2] for x in records if x[2]] if m == 0 else [])
         evaluation(folder / model, [x[0] for x in records], judged, scores | {"model": model})
@@ -448,15 +486,16 @@ def has_text(record, pairs, needle):
 
 
 FILTERS = [
-    ("#by-model", "two", lambda m, r: m == "two"), ("#by-benchmark", "RM-Bench", lambda m,
-                                                    r: r["source"] == "rm-bench"),
-    ("#by-section", "Safety", lambda m, r: r["domain"] == "Safety"),
-        ("#by-subset", "subset 3", lambda m, r: r["subset"] == "subset 3"),
+    ("#by-model", "two", lambda m, r: m == "two"),
+    ("#by-benchmark", "RM-Bench", lambda m, r: r["source"] == "rm-bench"),
+    ("#by-section", "Safety", lambda m, r: r["domain"] == "Safety" and r["source"] != "rmb"),
+    ("#by-section", "BoN Safety", lambda m, r: r["domain"] == "Safety" and r["source"] == "rmb" and r["item"]),
+    ("#by-subset", "subset 3", lambda m, r: r["subset"] == "subset 3"),
     ("#by-type", "Chat", lambda m, r: "<type>Chat" in r["votes"][0]["text"]),
     ("#by-type", "Reasoning", lambda m, r: "<type>Reasoning" in r["votes"][0]["text"]),
     ("#by-type", "unknown", lambda m, r: "<type>" not in r["votes"][0]["text"]),
-    ("#by-order", "swapped", lambda m, r: "swapped" in r), ("#by-order", "as first shown", lambda m,
-                                                            r: "swapped" not in r)]
+    ("#by-order", "swapped", lambda m, r: "swapped" in r),
+    ("#by-order", "as first shown", lambda m, r: "swapped" not in r)]
 
 
 @pytest.mark.parametrize("box, name, keeps", FILTERS, ids=[f"{box} {name}" for box, name, _ in FILTERS])
@@ -500,6 +539,14 @@ def test_length_and_order(visit, report):
     wait_listed(page, sorted(kept, key=lambda row: -mean[row[:2]]))
     page.select_option("#sort", "short")
     wait_listed(page, sorted(kept, key=lambda row: mean[row[:2]]))
+    page.select_option("#sort", "file")
+    page.fill("#min", "-5")
+    page.fill("#max", "1e2")
+    wait_listed(page, [row for row in rows if mean[row[:2]] <= 100])
+    page.wait_for_function("() => location.hash.includes('max=100')")
+    page.evaluate("() => { location.hash = '#view=read&max=60'; }")      # the field has the focus still
+    wait_listed(page, [row for row in rows if mean[row[:2]] <= 60])
+    assert page.input_value("#max") == "60" and page.input_value("#min") == ""
 
 
 @pytest.mark.parametrize("needle", ["aardvark", "ZEBRAFISH", "Quokka", "rmb/17", "moon", "no such text", "the", ".*",
@@ -579,7 +626,7 @@ def test_link_to_one_judgement_reload_and_back(visit, report):
     row = page.locator("a.row[aria-current=true]").bounding_box()
     assert row["y"] > 0 and row["y"] + row["height"] <= 768, "the list is scrolled to it"
     href = page.get_attribute("#permalink", "href")
-    page.keyboard.press("j")
+    page.click("#next")
     wait_shown(page, "reward-bench/18")
     page.wait_for_function("() => location.hash.includes('reward-bench')")
     page.go_back()
@@ -594,6 +641,41 @@ def test_link_to_one_judgement_reload_and_back(visit, report):
     assert outside.locator(".place").text_content() == "not in this list"
 
 
+def test_keys_replace_the_address_and_clicks_add_to_the_history(visit, report):
+    page = visit(report[0], "#view=read&model=one")
+    wait_shown(page, report[1][0][1])
+    before = page.evaluate("history.length")
+    for n in range(1, 4):
+        page.keyboard.press("j")
+        wait_shown(page, report[1][n][1])
+        page.wait_for_timeout(150)
+    assert page.evaluate("history.length") == before and "j=reward-bench%2F3" in page.evaluate("location.hash")
+    page.locator("a.row").nth(5).click()
+    page.wait_for_function("n => history.length === n", arg=before + 1)
+
+
+@pytest.mark.parametrize("size", ["laptop", "phone"])
+def test_a_link_to_what_is_not_there_says_so(visit, report, size):
+    for hash in ("#j=no/such", "#j=rmb/17&of=three", "#j=reward-bench/0/swapped&of=two"):
+        page = visit(report[0], hash, size)
+        id = hash[3:].split("&")[0]
+        assert page.locator("#reader").text_content().endswith(f"No judgement {id} in this report.")
+        page.keyboard.press("t")
+        page.keyboard.press("v")
+    if size == "phone":
+        page.click("#back")
+        page.keyboard.press("t")
+        page.keyboard.press("v")
+    page.locator("a.row").nth(1).click()
+    wait_shown(page, report[1][1][1])
+
+
+def test_views_that_a_page_does_not_have(visit, report, training):
+    assert visit(report[0], "#view=training").locator("#scores h2").count()
+    for hash in ("#view=read&j=x", "#view=scores"):
+        assert visit(training, hash).locator("#training h2").count()
+
+
 def test_one_judgement_in_full(visit, report):
     """Sides and badges, the rubric as a table, quotations found, found in pieces, misattributed and invented."""
     file, rows = report
@@ -606,8 +688,7 @@ def test_one_judgement_in_full(visit, report):
         "I think: the moon is made of rock. Fine?", "It is, they say, green cheese."]
     found = page.locator(".evaluation .quote").evaluate_all(QUOTES)
     assert found == [["all", "A 1"], ["all", "B 2"], ["none", "not found in answer A"],
-                     ["none", "not found in answer B, but in A"],
-                     ["", "B, in short"]]
+                     ["none", "not found in answer B, but in A"], ["", "B, in short"]]
     marks = page.locator(".sides mark").evaluate_all("m => m.map(x => [x.className, x.dataset.q, x.textContent])")
     assert marks == [["a", "1", "the moon is made of rock"], ["b", "2", "It is"], ["b", "2", "green cheese"]]
     page.locator(".quote[data-n='2']").click()
@@ -650,8 +731,20 @@ def test_votes(visit, report):
     assert [x.split(": ")[1] for x in page.locator(".votes button").all_text_contents()] == ["A \u2713", "B \u2717"]
     page.locator(".votes button").nth(1).click()
     page.wait_for_selector(".rest:has-text('Vote 1.')")
+    assert page.evaluate("location.hash").endswith("vote=2")
+    page.reload()
+    page.wait_for_selector(".rest:has-text('Vote 1.')")
+    page.keyboard.press("t")
+    page.wait_for_selector(".raw:has-text('<answer>')")
+    again = visit(file, page.evaluate("location.hash"))
+    again.wait_for_selector(".raw:has-text('Vote 1. <answer>')")
+    page.keyboard.press("t")
     page.keyboard.press("v")
     page.wait_for_selector(".rest:has-text('Prose.')")
+    page.keyboard.press("v")
+    page.wait_for_selector(".rest:has-text('Vote 1.')")
+    page.keyboard.press("k")
+    page.wait_for_function("() => !location.hash.includes('vote')")
 
 
 def test_scores_page(visit, report):
@@ -659,21 +752,144 @@ def test_scores_page(visit, report):
     file, rows = report
     page = visit(file)
     text = page.locator("#scores").text_content()
-    for wanted in ("RewardBench", "10 of 2,985", "75.0", "50.0 to 90.0", "token budget", "62.5", "37.5", "abcdef"):
+    for wanted in ("RewardBench", "10 of 2,985", "75.0", "50.0 to 90.0", "token budget", "62.5", "37.5", "abcdef",
+                   "1234", "counted"):
         assert wanted in text, wanted
+    budgets = page.locator(".plot", has=page.locator("h3:text-is('RMB')"))
+    assert budgets.locator("path.curve").count() == 2 and budgets.locator("circle").count() == 4
+    assert budgets.locator(".read").text_content() == "last:  one 50 ·  two 50"
+    budgets.locator("svg[tabindex]").focus()
+    page.keyboard.press("ArrowRight")
+    assert budgets.locator(".read").text_content() == "512:  one 12.5 ·  two 12.5", "the headline's, not a section's"
     assert page.locator(".dots circle").count() == page.locator(".dots rect").count() == 4
     page.locator("select:has(option:text('novelty'))").first.select_option("novelty")
     assert page.locator("table:has(a)").first.locator("tbody td").all_text_contents() == ["Chat", "10", "5", "5"]
-    page.locator("a:text-is('Chat')").last.click()
-    wait_shown(page, next(r["id"] for m, i, r in rows if r["source"] == "rmb" and r["domain"] == "Chat"))
-    assert page.locator("#count b").text_content() == str(sum(r["source"] == "rmb" and r["domain"] == "Chat" for m, i,
-                                                              r in rows))
+    page.locator("a:text-is('BoN Chat')").last.click()
+    kept = [r["id"] for m, i, r in rows if r["source"] == "rmb" and r["domain"] == "Chat" and r["item"]]
+    wait_shown(page, kept[0])
+    assert page.locator("#count b").text_content() == str(len(kept))
+
+
+def test_names_of_rm_bench_lead_to_their_judgements(visit, tmp_path):
+    """A cell is a section and a subset; the published variant's rows have no judgements of their own."""
+    pairs = [pair(i, "rm-bench", domain, subset) for i, (domain, subset) in enumerate(
+        (d, s) for d in ("chat", "safety-refuse", "safety-response") for s in ("hard", "easy"))]
+    kinds = (("domain", "safety"), ("difficulty", "hard"), ("domain and difficulty", "safety hard"),
+             ("published variant (rotation 3 read twice)", "chat"))
+    rows = [{"benchmark": "RM-Bench", "kind": kind, "name": name, "n": 1, "score": .5} for kind, name in kinds]
+    rows += [rows[0] | {"name": f"domain {i}"} for i in range(50)]
+    evaluation(tmp_path, pairs, [judgement(p) for p in pairs], {"model": "m", "rows": rows})
+    write(build(find([str(tmp_path)])), tmp_path / "r.html")
+    page = visit(tmp_path / "r.html")
+    assert page.locator("#scores a").all_text_contents() == ["safety", "hard", "safety hard"]
+    assert "and 12 more in the tables" in page.locator(".dots").text_content()
+    for name, n in (("safety", 4), ("hard", 3), ("safety hard", 2)):
+        page.locator(f"#scores a:text-is('{name}')").click()
+        page.wait_for_function("n => document.querySelector('#count b')?.textContent === n", arg=str(n))
+        page.go_back()
+
+
+ACTIVE = """() => { const x = document.activeElement; return [x.id, ...["is", "j", "vote", "by"].map(k => x.dataset[k])]
+    .filter(Boolean).join() || x.textContent.trim() || x.tagName; }"""
+
+
+def test_keyboard_alone(visit, report):
+    """What is drawn anew keeps the focus, the list is one stop for Tab, and all that a click does a key does too."""
+    page = visit(report[0], "#j=rmb/26&of=one")
+    wait_shown(page, "rmb/26")
+    for selector, key in (("[data-is=right]", "is"), ("#next", "next"), ("#raw", "raw"), ("#raw", "raw")):
+        page.locator(selector).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(100)
+        assert page.evaluate(ACTIVE) == {"is": "right"}.get(key, key)
+    page.keyboard.press("Escape")
+    row = page.locator("a.row[tabindex='0']")
+    assert row.count() == 1 and row.get_attribute("aria-current") == "true"
+    row.focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("!document.querySelector('#list').contains(document.activeElement)")
+    page = visit(report[0], "#j=rmb/26&of=one")
+    page.locator("[data-vote='1']").press("Enter")
+    page.wait_for_selector(".rest:has-text('Vote 1.')")
+    assert page.evaluate(ACTIVE) == "1"
+    page = visit(report[0], "#j=reward-bench/3&of=two")
+    page.locator(".quote[data-n='2']").press("Enter")
+    assert page.locator("mark.flash").text_content() == "It is" == page.evaluate(ACTIVE)
+    page.keyboard.press("Enter")
+    assert page.locator(".quote.flash").get_attribute("data-n") == "2" and page.locator(".flash").count() == 1
+    page = visit(report[0])
+    page.locator("th button:has-text('budget')").press("Enter")
+    page.wait_for_selector("th[aria-sort=descending]:has-text('token budget \u2193')")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("th[aria-sort=ascending]:has-text('token budget \u2191')")
+
+
+def test_names_and_values_that_javascript_has_its_own_of(visit, tmp_path):
+    """Metrics and columns named as what every object has; objects where texts are due."""
+    odd = {"toString": 1, "nodeType": 1}
+    for name, more in (("g1", {"constructor": 3, "__proto__": 4}), ("g2", {"toString": 5, "reward": 1e308})):
+        write_lines(tmp_path / name / "metrics.jsonl", [{"step": i, "reward": -1e308 * i} | more for i in range(3)])
+    write_lines(tmp_path / "g1" / "samples.jsonl", [{"step": 1, "id": "x", "prompt": odd, "judgement": "J",
+                                                     "winner": "a", "verdict": "a", "reward": odd}])
+    (tmp_path / "g1" / "config.json").write_text(json.dumps({"commit": odd, "command": [odd], "__proto__": "p"}))
+    row = {"benchmark": "B", "kind": "section", "n": 1, "score": .5}
+    rows = [row | {"name": "one", "constructor": odd}, row | {"name": "two", "__proto__": .25}, row | {"name": odd}]
+    rows.append(row | {"kind": "overall", "name": "all", "score": 1e308, "low": "NaN", "high": 1e308})
+    evaluation(tmp_path / "e", [pair(1)], [judgement(pair(1))], {"model": "m", "settings": {"toString": odd},
+                                                                 "rows": rows, "swap": [{"benchmark": odd}, odd]})
+    write(build(find([str(tmp_path)])), tmp_path / "r.html")
+    page = visit(tmp_path / "r.html", "#view=training")
+    page.wait_for_selector(".sample:has-text('J')")
+    titles = page.locator(".plot h3").all_text_contents()
+    assert titles == ["Reward", "__proto__", "constructor", "toString"]
+    assert page.locator(".plot:has-text('constructor') .read").text_content() == "last: 3"
+    page = visit(tmp_path / "r.html")
+    table = page.locator("table:has(:text-is('one'))")
+    cells = table.locator("tbody tr").evaluate_all(CELLS)
+    assert [x[:3] for x in cells] == [["1", "50.0", "one"], ["1", "50.0", "two"]]
+    assert [cells[0][4], cells[1][3]] == ["\u2013"] * 2 and "toString" in cells[0][3] and cells[1][4] == "25.0"
+    for button in table.locator("th button").all():
+        button.click()
+
+
+def test_search_hits_are_marked(visit, report):
+    page = visit(report[0], "#j=reward-bench/3&of=two&q=MOON")
+    hits = "n => CSS.highlights.get('searched')?.size === n"
+    page.wait_for_function(hits, arg=3)            # question, answer A, and the quotation, of which a break is no part
+    page.keyboard.press("t")
+    page.wait_for_selector(".raw")
+    page.wait_for_function(hits, arg=3)
+    page.keyboard.press("Escape")
+    page.wait_for_function(hits, arg=0)
+
+
+def test_markdown_does_not_matter_in_quotations(visit, tmp_path):
+    p = pair(1, answer_a="Well: **The moon** is `made` of\n# rock_solid stone.")
+    text = "<type>Chat</type><eval><quote_A>the moon is *made* of rock_solid</quote_A></eval><answer>[[A]]</answer>"
+    evaluation(tmp_path, [p], [judgement(p, "a", text)])
+    write(build(find([str(tmp_path)])), tmp_path / "r.html")
+    page = visit(tmp_path / "r.html", "#j=reward-bench/1")
+    page.wait_for_selector(".quote")
+    assert page.locator(".side-a mark").text_content() == "The moon** is `made` of\n# rock_solid"
+
+
+def test_print_less_motion_and_no_script(visit, browser, report):
+    page = visit(report[0], "#j=reward-bench/3&of=two")
+    page.emulate_media(media="print", reduced_motion="reduce")
+    assert page.evaluate("getComputedStyle(document.querySelector('#read')).display") == "block"
+    page.locator(".quote[data-n='2']").click()
+    assert page.evaluate("""() => { const x = getComputedStyle(document.querySelector(".flash"));
+        return [x.animationName, x.outlineStyle]; }""") == ["none", "solid"]
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(f"file://{report[0]}")
+    assert page.locator("noscript").text_content().startswith("This page draws itself with JavaScript")
+    page.close()
 
 
 def test_conversations_rendered_pairs_and_missing_texts(visit, tmp_path):
     talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Yes?"},
-            {"role": "user", "content": "Moon?"}]
+            {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Moon?"}]
     many = pair(1, prompt=talk, answer_b=[{"role": "assistant", "content": "Cheese."},
                                           {"role": "user", "content": "Sure?"},
                                           {"role": "assistant", "content": "It is ... made of rock"}])
@@ -733,12 +949,10 @@ def test_hostile_texts_are_shown_and_never_run(visit, tmp_path):
         page = visit(tmp_path / "r.html", "#view=" + view)
         page.wait_for_selector(f"#{view} .card")
         scripts = page.evaluate(ours)
-        # the index, the page's own, a chunk of each kind; the help's form
-        assert scripts == [2 + 3, 1, 1]
+        assert scripts == [1 + 3, 1, 1]                       # the page's own, a chunk of each kind; the help's form
         assert page.evaluate(same, [f"#{view}", json.dumps(HOSTILE)])
     for selector in (".question .text", ".side-a .text", ".side-b .text", ".justify", ".evaluation .text",
-                     ".quote.lost",
-                     "#permalink", ".facts"):
+                     ".quote.lost", "#permalink", ".facts"):
         assert page.evaluate(same, [selector, json.dumps(HOSTILE)]), selector
     for selector in ("table.rubric td:first-child", "a.row > div", "#by-model option", "#title"):
         assert page.evaluate(same, [selector, json.dumps(name[:50] if "#" in selector else HOSTILE[:50])]), selector
@@ -816,7 +1030,8 @@ def test_light_and_dark(visit, report):
         parts = [x / 255 / 12.92 if x <= 10 else ((x / 255 + 0.055) / 1.055) ** 2.4
                  for x in map(float, re.findall(r"[0-9.]+", color)[:3])]
         return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
-    for page in (light, visit(report[0], "#j=reward-bench/3&of=two", scheme="dark")):
+    pressed = visit(report[0], "#view=read&is=right&j=reward-bench/3&of=two")
+    for page in (light, pressed, visit(report[0], "#j=reward-bench/3&of=two", scheme="dark")):
         page.wait_for_selector(".quote")
         colours = page.evaluate("""() => [...document.querySelectorAll("#read *")].filter(el => el.offsetParent &&
             [...el.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(el => {
@@ -834,15 +1049,13 @@ def training(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     for name, n in (("grpo-1", 40), ("grpo-2", 300)):
         rows = [{"step": i + 1, "reward": i / n, "accuracy": i / n, "kl": .01 * i, "mismatch": 10.0 ** (-8 + i % 5),
-                 "decode_tok_s": 1e4 + i,
-                 "loss": float("nan") if name == "grpo-1" and i == 5 else .5, "oddity": i,
-                     **({"eval_accuracy": .5, "eval_accuracy_chat": .25} if i % 10 == 0 else {})}
-                for i in range(n)]
+                 "decode_tok_s": 1e4 + i, "loss": float("nan") if name == "grpo-1" and i == 5 else .5, "oddity": i,
+                 **({"eval_accuracy": .5, "eval_accuracy_chat": .25} if i % 10 == 0 else {})} for i in range(n)]
         write_lines(folder / name / "metrics.jsonl", rows)
     write_lines(folder / "grpo-1" / "samples.jsonl", [
         {"step": step, "id": f"rl/{step}/{i}", "prompt": "<|im_start|>user\nQ: the moon is made of rock<|im_end|>",
-         "judgement": CHAIN,
-         "winner": "a", "verdict": "a", "reward": 1.0, "advantage": .5} for step in (1, 20, 40) for i in range(2)])
+         "judgement": CHAIN, "winner": "a", "verdict": "a", "reward": 1.0, "advantage": .5}
+        for step in (1, 20, 40) for i in range(2)])
     write_lines(folder / "sft" / "metrics.jsonl", [{"step": i + 1, "loss": 5 / (i + 1), "lr": 1e-3} for i in range(20)])
     write_lines(folder / "sft" / "samples.jsonl", [{"step": 7, **judgement(pair(1))}])
     (folder / "sft" / "config.json").write_text('{"options": {"lr": 0.001, "model": "m"}, "command": ["distill.py"]}')
@@ -870,7 +1083,11 @@ def test_training_page(visit, training):
     assert reward.locator(".read").text_content().startswith("3:")
     kl = page.locator(".plot", has=page.locator("h3:text-is('KL')"))
     assert kl.locator(".read").text_content().startswith("3:"), "one cursor for all"
-    page.locator("label:has-text('grpo-2') input").uncheck()
+    page.locator("summary:has-text('more')").first.click()
+    page.locator("label:has-text('grpo-2') input").focus()
+    page.keyboard.press("Space")
+    assert page.evaluate("document.activeElement.type") == "checkbox"
+    assert page.locator(".plot", has=page.locator("h3:text-is('oddity')")).is_visible()
     assert page.locator(".plot", has=page.locator("h3:text-is('Reward')")).locator("path.curve").count() == 1
 
 
@@ -886,6 +1103,12 @@ def test_samples_over_time(visit, training):
     page.wait_for_selector(".sample:has-text('rl/20/0')")
     page.keyboard.press("ArrowLeft")
     page.wait_for_selector(".sample:has-text('rl/1/1')")
+    page.locator("button[aria-label=later]").press("Enter")
+    page.wait_for_selector(".sample:has-text('rl/20/0')")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".sample:has-text('rl/40/0')")
+    page.keyboard.press("Enter")
+    assert page.locator(".sample").count() == 2 and page.locator(".steps .place").text_content() == "step 40"
     page.select_option("select[aria-label=run]", label="sft")
     page.wait_for_selector(".sample:has-text('reward-bench/1')")
     assert page.locator(".steps .place").text_content() == "step 7"
@@ -894,8 +1117,8 @@ def test_samples_over_time(visit, training):
 def test_ten_thousand_judgements_stay_light(visit, tmp_path):
     """The number of elements does not grow with that of judgements; the last one is reached by scrolling, by search."""
     pairs = [pair(i, subset=f"subset {i % 9}") for i in range(10_000)]
-    evaluation(tmp_path, pairs, [judgement(p, "ab"[i % 2], f"J {i} <answer>[[A]]</answer>") for i,
-                                 p in enumerate(pairs)])
+    evaluation(tmp_path, pairs, [judgement(p, "ab"[i % 2], f"J {i} <answer>[[A]]</answer>")
+                                 for i, p in enumerate(pairs)])
     write(build(find([str(tmp_path)])), tmp_path / "r.html")
     page = visit(tmp_path / "r.html", "#view=read")
     wait_shown(page, "reward-bench/0")
