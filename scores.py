@@ -280,8 +280,8 @@ def swap_rows(records):
         consistent = [one is not None and one == OTHER[other] for one, other in pairs]
         rows.append({
             "benchmark": TITLES.get(source, "pairs"), "n": len(both), "first": _mean([x for x, _ in right]),
-            "second": _mean([y for _, y in right]), "mean": _mean([(x + y) / 2 for x, y in right]), "low": low,
-            "high": high, "both": _mean([x and y for x, y in right]), "consistent": _mean(consistent),
+            "second": _mean([y for _, y in right]), "mean": _mean([(x + y) / 2 for x, y in right]), "mean_low": low,
+            "mean_high": high, "both": _mean([x and y for x, y in right]), "consistent": _mean(consistent),
             **dict(zip(("consistent_low", "consistent_high"), wilson(sum(consistent), len(both)))),
             "always_a": _mean([pair == ("a", "a") for pair in pairs]),
             "always_b": _mean([pair == ("b", "b") for pair in pairs]),

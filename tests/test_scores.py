@@ -384,10 +384,10 @@ def test_swaps():
     extra = [record("once", "a", "a"), record("gone/swapped", "a", "a", swapped=True), record("none", None, "a"),
              record("none/swapped", None, "a", swapped=True)]
     row, = scores.swap_rows(records + extra)
-    assert (row["low"], row["high"]) == scores.interval([1, .5, .5, 0, .5, .5, .5, 0], 2)
+    assert (row["mean_low"], row["mean_high"]) == scores.interval([1, .5, .5, 0, .5, .5, .5, 0], 2)
     low, high = scores.wilson(2, 8)
-    assert row == {"benchmark": "pairs", "n": 8, "first": 4 / 8, "second": 3 / 8, "mean": 7 / 16, "low": row["low"],
-                   "high": row["high"], "both": 1 / 8, "consistent": 2 / 8, "consistent_low": low,
+    assert row == {"benchmark": "pairs", "n": 8, "first": 4 / 8, "second": 3 / 8, "mean": 7 / 16,
+                   "mean_low": row["mean_low"], "mean_high": row["mean_high"], "both": 1 / 8, "consistent": 2 / 8, "consistent_low": low,
                    "consistent_high": high, "always_a": 2 / 8, "always_b": 2 / 8, "undecided": 2 / 8, "a_share": 7 / 13}
     assert scores.swap_rows(extra) == scores.swap_rows(records[:8]) == []
 
