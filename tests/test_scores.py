@@ -387,8 +387,9 @@ def test_swaps():
     assert (row["mean_low"], row["mean_high"]) == scores.interval([1, .5, .5, 0, .5, .5, .5, 0], 2)
     low, high = scores.wilson(2, 8)
     assert row == {"benchmark": "pairs", "n": 8, "first": 4 / 8, "second": 3 / 8, "mean": 7 / 16,
-                   "mean_low": row["mean_low"], "mean_high": row["mean_high"], "both": 1 / 8, "consistent": 2 / 8, "consistent_low": low,
-                   "consistent_high": high, "always_a": 2 / 8, "always_b": 2 / 8, "undecided": 2 / 8, "a_share": 7 / 13}
+                   "mean_low": row["mean_low"], "mean_high": row["mean_high"], "both": 1 / 8, "consistent": 2 / 8,
+                   "consistent_low": low, "consistent_high": high, "always_a": 2 / 8, "always_b": 2 / 8,
+                   "undecided": 2 / 8, "a_share": 7 / 13}
     assert scores.swap_rows(extra) == scores.swap_rows(records[:8]) == []
 
 
