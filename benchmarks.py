@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.pairs import (RM_BENCH_DOMAINS, SECTION_OF, SWAPPED, Bad, Pair, balanced_order, clean, json_files,
+from data.pairs import (RM_BENCH_DOMAINS, SECTION_OF, SIDES, SWAPPED, Bad, Pair, balanced_order, clean, json_files,
                         logged_pair, need, need_text, pairs_in, read_pairs, read_records, rm_bench_pair, swapped)
 from reward import benchmark_verdict, majority
 
 TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB"}
 SCORE_FILES = ("final_result.json", "final_score.json", "META_RESULT.json")  # RM-R1's, beside its logs
-SIDES = ("a", "b", None)
 CHOSEN_IS_B = "Is_Chosen_Answer_Shuffled_toPositionB"
 STYLES = 3                                # of each answer in RM-Bench
 # RM-R1's logs of RM-Bench: one file for each rotation of the rejected answers, told apart by their names only

@@ -79,10 +79,10 @@ def fail(message):
     raise SystemExit(2)
 
 
-def write_whole(path, text):
-    """Writes a file under a temporary name and renames it: one that has its own name is whole."""
+def write_whole(path, content):
+    """Writes a text or bytes under a temporary name and renames the file: one that has its own name is whole."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(temporary, path)
 
 
@@ -382,8 +382,7 @@ class Run:
             if self.ranks.main and path.exists():
                 lines = path.read_text(encoding="utf-8").split("\n")[:-1]
                 lines = [line for line in lines if json.loads(line)["step"] <= step]
-                path.with_suffix(".tmp").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-                os.replace(path.with_suffix(".tmp"), path)
+                write_whole(path, "".join(line + "\n" for line in lines))
         self.ranks.barrier()
 
 

@@ -131,13 +131,12 @@ def judge_all(cfg, pairs, out, ranks):
     sampler's statistics."""
     judge = replace(load_judge(cfg), budgets=budgets_of(cfg))
     settings, whole = judge_settings(cfg, judge) | {"order": cfg.order}, out / "judgements.jsonl"
-    if cfg.swap:
-        pairs = pairs + [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs]
+    exchanged = [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs] if cfg.swap else []
 
     def begin():
         write_whole(out / "settings.json", json.dumps(settings))
-        write_pairs(out / "pairs.jsonl", [pair for pair in pairs if not pair.id.endswith(SWAPPED)])
-    encoded = encode_all(judge, pairs, cfg.skip_bad, quiet=not ranks.main)
+        write_pairs(out / "pairs.jsonl", pairs)
+    encoded = encode_all(judge, pairs + exchanged, cfg.skip_bad, quiet=not ranks.main)
     if ranks.main and whole.exists():
         reopen(whole, settings, {key_of(*x) for x in encoded})
     return judge_file(judge, encoded, whole, settings, ranks, begin), settings, judge.sampler.stats()
@@ -231,10 +230,12 @@ def main(cfg):
     ranks, results = init_ranks(cfg.threads), []
     if cfg.from_ and ranks.world > 1:
         raise ValueError("--from needs one process: start it with python, not torchrun")
-    sources = [source for path in cfg.from_ for source in sources_of(path)] or cfg.model
-    pairs = [] if cfg.from_ else read_all(cfg)
-    for folder in () if cfg.from_ else cfg.model:
-        read_json(Path(folder) / "config.json")  # a wrong path is told before hours of judging with another model
+    if cfg.from_:
+        sources = [source for path in cfg.from_ for source in sources_of(path)]
+    else:
+        sources, pairs = cfg.model, read_all(cfg)
+        for folder in sources:
+            read_json(Path(folder) / "config.json")  # a wrong path is told before hours of judging with another model
     for source, name in zip(sources, short_names(sources)):
         out = Path(cfg.out, name) if len(sources) > 1 else Path(cfg.out)
         if cfg.from_:

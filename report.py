@@ -30,7 +30,9 @@ from pathlib import Path
 
 from benchmarks import TITLES
 from common import one_line_errors, parse_config
+from data.pairs import SIDES, SWAPPED
 from reward import END_OF_TURN, after_thinking, parse
+from scores import section
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 CHUNK_ITEMS, CHUNK_BYTES = 128, 1 << 18       # a chunk ends at whichever comes first; its bytes before deflating
@@ -38,7 +40,6 @@ OUTCOMES = ["right", "wrong", "none", "tie", "unlabelled"]      # the page count
 UNFINISHED = "judgements.jsonl.partial"       # as sample.py writes it: the settings, then judgements
 OWN = ("judgements.jsonl", UNFINISHED)        # the judgements that pairs.jsonl in the same folder belongs to
 TYPES = ["Chat", "Reasoning", None]
-SIDES = ("a", "b", None)
 PREVIEW = 100                                 # characters of a question in the list
 COLUMNS = ("id", "model", "benchmark", "section", "subset", "outcome", "type", "verdict", "label", "swapped", "pair",
            "tokens", "chars", "votes")        # what the list knows of a judgement
@@ -266,13 +267,6 @@ def outcome(record):
     return "right" if record["verdict"] == record["winner"] else "wrong"
 
 
-def section(record):
-    """The section that scores.py counts a judgement record in, by the name it has there."""
-    if record["source"] == "rmb":
-        return f"{'BoN' if 'item' in record and record['item'] else 'Pairwise'} {record['domain']}"
-    return record["domain"].split("-")[0] if record["source"] == "rm-bench" else record["domain"]
-
-
 # ---- the page's data
 
 def page_json(x):
@@ -362,7 +356,7 @@ class Page:
                 raise ValueError(f"{place}: id {r['id'][:60]!r} is also at {seen[r['id']]}: delete one of the lines")
             seen[r["id"]] = place
             swapped = "swapped" in r and bool(r["swapped"])
-            base = r["id"].removesuffix("/swapped") if swapped else r["id"]
+            base = r["id"].removesuffix(SWAPPED) if swapped else r["id"]
             if base not in pair_numbers:
                 at, texts = own_pairs[base] if base in own_pairs else loose_pairs.get(base, (None, None))
                 if base in own_pairs or texts and all(texts[key] == r[key] for key in ("source", "domain", "winner")):
@@ -398,8 +392,9 @@ class Page:
             take_step(row, place)
             for key, value in row.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    columns.setdefault(key, [None] * (n - 1)).append(finite(value))
-            columns = {key: column + [None] * (n - len(column)) for key, column in columns.items()}
+                    column = columns.setdefault(key, [])
+                    column += [None] * (n - 1 - len(column)) + [finite(value)]  # None in the rows that lack the key
+        columns = {key: column + [None] * (n - len(column)) for key, column in columns.items()}
         steps, first = [], self.chunks["sample"].n
         for place, r in records(folder / "samples.jsonl") if (folder / "samples.jsonl").exists() else ():
             steps.append(take_step(r, place))
@@ -463,7 +458,7 @@ def build(found):
     page, loose, wanted = Page(), {}, set()
     for folder, file in found.evaluations:
         if found.pairs and file and not (file.name in OWN and (folder / "pairs.jsonl").exists()):
-            wanted |= {take(record, "id", str, place).removesuffix("/swapped") for place, record in records(file)}
+            wanted |= {take(record, "id", str, place).removesuffix(SWAPPED) for place, record in records(file)}
     for file in found.pairs if wanted else ():
         for place, record in records(file):
             if all(key in record for key in ("id", "source", "domain", "winner")) and str(record["id"]) in wanted:

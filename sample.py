@@ -13,7 +13,6 @@ positions of a prompt, K key/value heads, C channels of a head, D width, V vocab
 
 import hashlib
 import json
-import os
 import sys
 import time
 from array import array
@@ -379,6 +378,11 @@ def refresh(copy, model):
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
+def prompt_hash(ids):
+    """prompt_key as it stands in judgement files."""
+    return f"{prompt_key(ids):016x}"
+
+
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -414,7 +418,7 @@ class Judge:
                               "verdict": benchmark_verdict(text), "seconds": round(r.seconds, 3),
                               **({"at": at} if at else {})})
             pair = pairs[i]
-            yield i, {"id": pair.id, "prompt_hash": f"{prompt_key(prompts[i]):016x}",
+            yield i, {"id": pair.id, "prompt_hash": prompt_hash(prompts[i]),
                       "n_prompt_tokens": len(prompts[i]), "votes": votes,
                       "verdict": majority([v["verdict"] for v in votes]), "winner": pair.winner,
                       "source": pair.source, "domain": pair.domain, "subset": pair.subset, "item": pair.item,
@@ -443,9 +447,7 @@ class JudgementFile:
                 check_settings(file, first, settings)
             self.done |= judged(file, rest, 2)
             lines += rest
-        temporary = Path(f"{self.partial}.tmp")
-        temporary.write_bytes(b"\n".join(lines) + b"\n")
-        os.replace(temporary, self.partial)
+        write_whole(self.partial, b"\n".join(lines) + b"\n")
         for file in shares:
             file.unlink()
 
@@ -530,7 +532,7 @@ def encode_all(judge, pairs, skip_bad=False, quiet=False):
 
 
 def key_of(pair, ids):
-    return pair.id, f"{prompt_key(ids):016x}"
+    return pair.id, prompt_hash(ids)
 
 
 def judge_file(judge, encoded, out, settings, ranks=ALONE, begin=lambda: None):

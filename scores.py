@@ -61,8 +61,8 @@ def combined(parts):
     for weight, score, *_ in parts:  # not sum(), which carries rounding errors along since Python 3.12
         mean += weight * score
     mean /= total
-    down, up = (math.sqrt(sum((weight / total * (part[end] - part[1])) ** 2 for part in parts for weight in part[:1]))
-                for end in (2, 3))
+    down = math.sqrt(sum((weight / total * (low - score)) ** 2 for weight, score, low, _ in parts))
+    up = math.sqrt(sum((weight / total * (high - score)) ** 2 for weight, score, _, high in parts))
     return mean, max(0.0, mean - down), min(1.0, mean + up)
 
 
@@ -106,14 +106,21 @@ def grouped(records, key):
 
 # ---- the benchmarks
 
+def section(record):
+    """The section of its benchmark in which a record counts; RM-Bench calls them domains, and has one for safety."""
+    if record["source"] == "rmb":
+        return f"{'BoN' if 'item' in record and record['item'] else 'Pairwise'} {record['domain']}"
+    return record["domain"].split("-")[0] if record["source"] == "rm-bench" else record["domain"]
+
+
 def reward_bench(records):
     """Subsets, four sections with fixed weights, their mean (the headline), and the plain share of all pairs."""
     by_subset = grouped(records, lambda r: r["subset"])
     subsets, sections = [], []
-    for section, names in REWARD_BENCH_SECTIONS.items():
+    for title, names in REWARD_BENCH_SECTIONS.items():
         rows = [share_row("RewardBench", "subset", t, by_subset[t], SUBSET_SIZE[t]) for t in names if t in by_subset]
         if rows:
-            sections.append(mean_row("RewardBench", "section", section, rows,
+            sections.append(mean_row("RewardBench", "section", title, rows,
                                      [r for t in names for r in by_subset.get(t, [])],
                                      sum(SUBSET_SIZE[t] for t in names), [SUBSET_WEIGHT[r["name"]] for r in rows]))
         subsets += rows
@@ -150,7 +157,7 @@ def n_incomplete(records):
 def _rm_bench_rows(items, cells, kinds):
     """(rows of total, domains and levels; rows of each level in each domain) of items' matrices."""
     by_level, domains = {level: [] for level in LEVELS}, []
-    of_domain = grouped(items, lambda item: item.split("/")[0].split("-")[0])  # safety-refuse and -response as one
+    of_domain = grouped(items, lambda item: section(items[item][0]))
     for domain, of in RM_BENCH_SIZE.items():
         if domain not in of_domain:
             continue
@@ -190,17 +197,16 @@ def _read_twice(cells):
 
 def rmb(records):
     """Four sections, their mean (the headline), and the categories. A best-of-n item is right if all its pairs are."""
-    rows, categories, extra = [], [], []
-    for section, of in RMB_SIZE.items():
-        best_of_n, domain = section.startswith("BoN"), section.split()[1]
-        members = [r for r in records if r["domain"] == domain and bool(r["item"]) == best_of_n]
-        if not members:
+    rows, categories, extra, by_section = [], [], [], grouped(records, section)
+    for name, of in RMB_SIZE.items():
+        if name not in by_section:
             continue
-        rows.append(_rmb_row("section", section, members, of))
-        if best_of_n:
-            extra.append(share_row("RMB", "best-of-n pairs", section, members))
-        categories += [_rmb_row("category", name, group)
-                       for name, group in sorted(grouped(members, lambda r: r["subset"]).items())]
+        members = by_section[name]
+        rows.append(_rmb_row("section", name, members, of))
+        if name.startswith("BoN"):
+            extra.append(share_row("RMB", "best-of-n pairs", name, members))
+        categories += [_rmb_row("category", category, group)
+                       for category, group in sorted(grouped(members, lambda r: r["subset"]).items())]
     if not rows:
         return []
     return [mean_row("RMB", "overall", "mean of sections", rows, records, sum(RMB_SIZE.values())), *rows, *extra,

@@ -41,7 +41,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
-from common import one_line_errors, parse_config  # noqa: E402
+from common import one_line_errors, parse_config, write_whole  # noqa: E402
 from data import pairs  # noqa: E402
 
 GITHUB_API, GITHUB_RAW = "https://api.github.com", "https://raw.githubusercontent.com"
@@ -278,9 +278,7 @@ def fetch(source, revision, folder):
             download(remote, folder / remote.path, bar)
     record = {"host": source.host, "repo": source.repo, "revision": revision, "commit": commit,
               "files": {remote.path: {"size": remote.size, "checksum": remote.checksum} for remote in remotes}}
-    part = folder / "fetched.json.part"
-    part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(part, folder / "fetched.json")
+    write_whole(folder / "fetched.json", json.dumps(record, indent=1))
     return commit, [folder / remote.path for remote in remotes]
 
 

@@ -32,6 +32,7 @@ import numpy as np
 
 ROLES = ("system", "user", "assistant")
 SWAPPED = "/swapped"                      # ends the id of a pair's judgement in the other order
+SIDES = ("a", "b", None)                # labels and verdicts
 OTHER = {"a": "b", "b": "a", None: None}  # a label or verdict with the answers in the other order
 RM_BENCH_DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
 REWARD_BENCH_SECTIONS = {
