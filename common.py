@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 import typing
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from files import append, fail, whole, write_whole
 
 # -------------------------------------------------------------------------------------------------------------- options
 
@@ -72,32 +73,6 @@ def parse_config(cls, recipes=None, argv=None):
         return cls(**(recipes[recipe] if recipe else {}) | given)
     except ValueError as e:
         parser.error(str(e))
-
-
-def fail(message):
-    print("error:", " ".join(message.split()), file=sys.stderr)  # a quoted value may hold line breaks
-    raise SystemExit(2)
-
-
-def write_whole(path, content):
-    """Writes a text or bytes under a temporary name and renames the file: one that has its own name is whole."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(temporary, path)
-
-
-@contextmanager
-def one_line_errors():
-    """Turns a user's mistake (ValueError, OSError) into one line and status 2. RM_TRACEBACK=1 shows its origin."""
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        if os.environ.get("RM_TRACEBACK"):
-            raise
-        fail(str(e))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
@@ -290,12 +265,10 @@ def save_model(folder, model, ranks, add_files, dtype=None):
     """
     weights = {name: gathered(x, ranks, dtype) for name, x in model.named_parameters()}
     if ranks.main:
-        temporary = Path(f"{folder}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, weights)
-        add_files(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with whole(folder) as temporary:
+            model.save_pretrained(temporary, weights)
+            add_files(temporary)
+            shutil.rmtree(folder, ignore_errors=True)  # an older one makes room
     ranks.barrier()
 
 
@@ -372,8 +345,7 @@ class Run:
 
     def row(self, file, row):
         if self.ranks.main:
-            with open(self.folder / file, "a", encoding="utf-8") as f:
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            append(self.folder / file, row)
 
     def truncate(self, step):
         """Drops rows past `step`, which an interrupted run wrote after its last checkpoint, and a half-written line."""

@@ -21,13 +21,15 @@ from tqdm import tqdm
 
 import distill
 import grpo
-from common import one_line_errors, parse_config
+from common import parse_config
 from data import toy
 from data.pairs import read_pairs, write_pairs
 from evaluate import write_scores
+from files import one_line_errors, write_records
+from judge import Judge
 from model import Model
 from reward import load_prompt
-from sample import Judge, Sampler, write_records
+from sample import Sampler, Sampling
 from tokenizer import Tokenizer
 
 TITLES = {"untrained": "untrained", "answer_only": "answer-only SFT", "distilled": "distilled",
@@ -53,7 +55,8 @@ def judge_all(model_folder, pairs, temperature, seed, out):
     tokenizer = Tokenizer(model_folder)
     model = Model.from_pretrained(model_folder).requires_grad_(False)
     model.n_vocab = tokenizer.n_vocab
-    judge = Judge(Sampler(model), tokenizer, load_prompt("toy"), 96, temperature, seed=seed)
+    sampling = Sampling(1, 96, temperature, stop=tokenizer.stop_ids, seed=seed)
+    judge = Judge(Sampler(model), tokenizer, load_prompt("toy"), sampling)
     done = tqdm(judge.judge(pairs), f"judge {out.name}", len(pairs), leave=False)
     records = [record for _, record in sorted(done, key=lambda item: item[0])]
     out.mkdir(parents=True)
@@ -109,9 +112,9 @@ def main(cfg):
           "seconds: training of the stage.\n")
     print(f"{'':26}{'all':>19}{'reasoning':>20}{'chat':>20}{'tokens':>8}{'solves':>9}{'checks':>9}{'seconds':>9}")
     print("\n".join(rows))
-    print(f"\nJudge a pair of your own:  .venv/bin/python sample.py --model {out}/grpo/model "
+    print(f"\nJudge a pair of your own:  .venv/bin/python judge.py --model {out}/grpo/model "
           "--question 'sort 40718' --answer-a 01478 --answer-b 01487\n"
-          f"Read the judgements and runs:  .venv/bin/python report.py {out}\n")
+          f"Read the judgements and runs:  .venv/bin/python -m report {out}\n")
     summary = {key: summary[key] for key in ("untrained", "answer_only", "distilled", "grpo", "grpo_sampled")}
     summary["seconds"] = round(time.perf_counter() - began, 1)
     (out / MARK).write_text(json.dumps(summary | {"seed": cfg.seed, "stage_seconds": seconds}))

@@ -29,11 +29,12 @@ import torch
 from tqdm import tqdm
 
 from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
-                    one_line_errors, optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model,
+                    optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model,
                     shard)
 from data.pairs import read_chains
 from data import toy
-from evaluate import HeldOut
+from files import one_line_errors
+from judge import HeldOut
 from model import Model, ModelConfig, pack
 from reward import load_prompt, prompt_path, render
 from sample import refresh, whole_model

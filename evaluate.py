@@ -24,14 +24,14 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import scores
-from benchmarks import read_benchmark, read_recorded
-from common import init_ranks, one_line_errors, parse_config, write_whole
+from benchmarks import scores
+from benchmarks.records import read_benchmark, read_recorded
+from common import init_ranks, parse_config
 from data.pairs import SWAPPED, read_pairs, swapped, write_pairs
+from files import one_line_errors, write_records, write_whole
+from judge import (check_judging, check_settings, encode_all, judge_file, judge_settings, judged, key_of, load_judge,
+                   refuse_others)
 from model import read_json
-from reward import load_prompt
-from sample import (Judge, Sampler, check_sampling, check_settings, encode_all, judge_file, judge_settings, judged,
-                    key_of, load_judge, refuse_others, write_records)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Config:
     batch_invariant: bool = False  # a judgement's bits do not depend on what is judged beside it; slower, needs a GPU
 
     def __post_init__(self):
-        check_sampling(self)
+        check_judging(self)
         if self.order not in ("balanced", "published"):
             raise ValueError(f"--order is balanced or published, got {self.order}")
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
@@ -81,28 +81,6 @@ def budgets_of(cfg):
     if not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"--budgets: {cfg.budgets!r} is not a list of token counts like 512,1024")
     return tuple(sorted({int(part) for part in parts}))
-
-
-class HeldOut:
-    """The evaluation inside a training loop: greedy judgements of some pairs, shared out over the ranks."""
-
-    def __init__(self, path, n_pairs, prompt, max_new_tokens, tokenizer, ranks):
-        self.pairs = [pair for pair in read_pairs(path) if pair.winner is not None][:n_pairs]
-        if not self.pairs:
-            raise ValueError(f"{path}: no labelled pairs to evaluate on")
-        self.prompt, self.max_new_tokens, self.tokenizer = load_prompt(prompt), max_new_tokens, tokenizer
-        self.ranks = ranks
-
-    def judge(self, model):
-        """({"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens", "eval_s"}, the records)."""
-        began = time.perf_counter()
-        judge = Judge(Sampler(model), self.tokenizer, self.prompt, self.max_new_tokens)
-        mine = [record for _, record in judge.judge(self.pairs[self.ranks.rank::self.ranks.world])]
-        records = [record for share in self.ranks.gather(mine) for record in share]
-        everything, *rows = scores.pairs(records)
-        domains = {f"eval_accuracy_{r['name']}": r["score"] for r in rows if r["kind"] == "domain"}
-        return {"eval_accuracy": everything["score"], **domains, "eval_no_verdict": everything["no_verdict"],
-                "eval_tokens": everything["tokens"], "eval_s": time.perf_counter() - began}, records
 
 
 def read_all(cfg):
@@ -129,7 +107,7 @@ def read_all(cfg):
 def judge_all(cfg, pairs, out, ranks):
     """Judges what out/judgements.jsonl does not hold yet; returns all records (on rank 0), what made them, and the
     sampler's statistics."""
-    judge = replace(load_judge(cfg), budgets=budgets_of(cfg))
+    judge = load_judge(cfg, budgets_of(cfg))
     settings, whole = judge_settings(cfg, judge) | {"order": cfg.order}, out / "judgements.jsonl"
     exchanged = [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs] if cfg.swap else []
 

@@ -40,13 +40,14 @@ import torch
 from tqdm import tqdm
 
 from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
-                    one_line_errors, optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model,
+                    optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model,
                     shard)
 from data.pairs import Pair, read_pairs
-from evaluate import HeldOut
+from files import one_line_errors
+from judge import HeldOut
 from model import Model, pack
 from reward import load_prompt, prompt_path, render, reward, training_verdict
-from sample import Rollout, Sampler, model_impl, refresh, whole_model
+from sample import Rollout, Sampler, Sampling, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 
 
@@ -157,8 +158,9 @@ def steps_pairs(pairs, step, n_prompts, seed):
 def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks):
     """Every rank samples its share of the pairs; all get all groups, in the pairs' order."""
     mine = range(ranks.rank, len(pairs), ranks.world)
-    done = sampler.generate([prompts[pairs[i].id] for i in mine], cfg.group_size, cfg.max_new_tokens,
-                            temperature=cfg.temperature, stop=tokenizer.stop_ids, seed=1_000_003 * cfg.seed + step)
+    sampling = Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature, stop=tokenizer.stop_ids,
+                        seed=1_000_003 * cfg.seed + step)
+    done = sampler.generate([prompts[pairs[i].id] for i in mine], sampling)
     rollouts = dict(item for share in ranks.gather(list(zip(mine, done))) for item in share)
     texts = [[tokenizer.decode(r.ids) for r in rollouts[i]] for i in range(len(pairs))]
     reward_pg = torch.tensor([[reward(text, pair.winner) if r.finished else -1.0

@@ -55,6 +55,15 @@ def prompt_path(name_or_path):
     return PROMPTS / f"{name_or_path}.txt" if bare else Path(name_or_path)
 
 
+def prompt_of(model, prompt=None):
+    """The prompt given, or the one that the model in this folder was trained with, as load_prompt takes it."""
+    own = Path(model) / "prompt.txt"
+    if prompt is None and Path(model).is_dir() and not own.exists():
+        raise ValueError(f"{model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, direct "
+                         "or a file")
+    return prompt or str(own)
+
+
 def load_prompt(name_or_path):
     """The prompt data/prompts/NAME.txt for a bare name, else the user's own file; a fault is a one-line ValueError."""
     path = prompt_path(name_or_path)

@@ -9,7 +9,7 @@ transformers is given equal prompts lengths, so that it needs no padding, and it
 import torch
 
 from bench.twins import options, race, twins
-from sample import Sampler
+from sample import Sampler, Sampling
 
 if __name__ == "__main__":
     args = options(prompts=4, samples=7, prompt=512, new=128)
@@ -19,7 +19,7 @@ if __name__ == "__main__":
     sampler = Sampler(model, n_slots=args.prompts * args.samples)
 
     def ours():
-        sampler.generate(ids.tolist(), args.samples, args.new, temperature=1.0)
+        sampler.generate(ids.tolist(), Sampling(args.samples, args.new))
 
     def theirs():
         peer.generate(ids.to(device), attention_mask=torch.ones_like(ids).to(device), num_return_sequences=args.samples,

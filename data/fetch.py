@@ -41,7 +41,8 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
-from common import one_line_errors, parse_config, write_whole  # noqa: E402
+from common import parse_config  # noqa: E402
+from files import one_line_errors, write_whole  # noqa: E402
 from data import pairs  # noqa: E402
 
 GITHUB_API, GITHUB_RAW = "https://api.github.com", "https://raw.githubusercontent.com"

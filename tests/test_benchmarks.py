@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import scores  # noqa: E402
-from benchmarks import published_order, read_benchmark, read_recorded  # noqa: E402
+from benchmarks import scores  # noqa: E402
+from benchmarks.records import published_order, read_benchmark, read_recorded  # noqa: E402
 from data.pairs import SWAPPED, Pair, swapped, write_pairs  # noqa: E402
 
 BENCHMARKS = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared")) / "benchmarks"

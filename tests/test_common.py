@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import common
 from common import (Ranks, Run, Tally, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
-                    one_line_errors,
                     optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model)
+from files import one_line_errors
 from model import Model, ModelConfig
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from data import toy
 from data.pairs import read_pairs
 from model import Model
 from reward import benchmark_verdict
-from scores import pairs as score
+from benchmarks.scores import pairs as score
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,7 +22,7 @@ from data.pairs import Chain, Pair, read_chains, read_pairs, write_pairs
 from distill import Config, Example, batch_of_step, encode_chain, read_examples, sft_loss
 from model import Model, ModelConfig
 from reward import benchmark_verdict, load_prompt, render
-from sample import Sampler
+from sample import Sampler, Sampling
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -387,7 +387,7 @@ def test_a_narrow_model_learns_recorded_judgements_by_heart(tmp_path):
     model.n_vocab = tokenizer.n_vocab
     prompt = load_prompt(str(tmp_path / "run/model/prompt.txt"))
     prompts = [tokenizer.chat(render(prompt, chain.pair)) for chain in recorded]
-    sampled = Sampler(model).generate(prompts, max_new_tokens=700, temperature=0, stop=tokenizer.stop_ids)
+    sampled = Sampler(model).generate(prompts, Sampling(max_new_tokens=700, temperature=0, stop=tokenizer.stop_ids))
     for (rollout,), chain in zip(sampled, recorded, strict=True):
         text = tokenizer.decode(rollout.ids)
         assert rollout.finished and text == chain.judgement

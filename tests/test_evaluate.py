@@ -19,11 +19,11 @@ from common import Ranks, parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, swapped, write_pairs  # noqa: E402
 import evaluate  # noqa: E402
-from evaluate import Config, HeldOut, main, read_all, short_names  # noqa: E402
+from evaluate import Config, main, read_all, short_names  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from reward import benchmark_verdict, prompt_path  # noqa: E402
-from sample import load_judge  # noqa: E402
-from scores import pairs as score, table, wilson  # noqa: E402
+from judge import HeldOut, load_judge  # noqa: E402
+from benchmarks.scores import pairs as score, table, wilson  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -23,7 +23,7 @@ from data import toy
 from data.pairs import Pair, read_pairs
 from grpo import Config, Group, advantages, micro_step, n_tree_tokens, steps_pairs, token_losses, trees
 from model import Model, ModelConfig
-from sample import Rollout, whole_model
+from sample import Rollout, Sampling, whole_model
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -281,8 +281,8 @@ class Scripted:
     def __init__(self, rollouts):
         self.rollouts = rollouts
 
-    def generate(self, prompts, n, max_new_tokens, **options):
-        self.asked = prompts, n, max_new_tokens, options
+    def generate(self, prompts, sampling):
+        self.asked = prompts, sampling
         return [self.rollouts for _ in prompts]
 
 
@@ -300,8 +300,8 @@ def test_rewards_of_right_wrong_missing_and_unfinished_judgements(made):
     # what was cut off earns -1
     assert [g.reward_g.tolist() for g in groups] == [[1, -1, -1, -1, -1], [-1, 1, -1, -1, -1]]
     assert texts[0] == [a, b, "no idea", a, a + b] and [g.prompt_ids for g in groups] == [[1, 2], [3]]
-    assert sampler.asked[:3] == ([[1, 2], [3]], 5, 8)
-    assert sampler.asked[3] == {"temperature": 1.0, "stop": tokenizer.stop_ids, "seed": 3_000_015}
+    assert sampler.asked == ([[1, 2], [3]], Sampling(n=5, max_new_tokens=8, temperature=1.0, stop=tokenizer.stop_ids,
+                                                     seed=3_000_015))
     torch.testing.assert_close(groups[0].advantage_g, advantages(groups[0].reward_g[None])[0])
     n_tok = sum(len(r.ids) for r in sampler.rollouts) / 5
     assert grpo.rollout_metrics(groups, texts) == pytest.approx({"reward": -0.6, "accuracy": 0.2,

@@ -10,7 +10,7 @@ import torch
 import kernels
 from kernels import Prompts, attention, decode_attention, linear, linear_logp, rms_norm, rope, swiglu
 from model import Model, ModelConfig, pack
-from sample import Sampler
+from sample import Sampler, Sampling
 
 DEVICE = os.environ.get("RM_TEST_DEVICE", "cpu")
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -111,7 +111,7 @@ PROMPTS = [[5, 6, 7, 8, 9] * 7, [11, 3], [1, 2, 3, 4, 9]]
 
 def sampled_and_scored(model, n, n_slots, **options):
     """The sampler's log-probabilities of its rollouts, and the trainer's of the same tokens in one forest."""
-    rollouts = Sampler(model, n_slots).generate(PROMPTS, n, 3, **options)
+    rollouts = Sampler(model, n_slots).generate(PROMPTS, Sampling(n, 3, **options))
     forest = pack([(ids, [r.ids for r in group]) for ids, group in zip(PROMPTS, rollouts)], DEVICE)
     scored = torch.cat([torch.arange(s, s + m) for s, m, above in forest.segments_s3.tolist() if above >= 0]).to(DEVICE)
     sampled = torch.tensor([x for group in rollouts for r in group for x in r.logps])
@@ -132,7 +132,7 @@ def test_the_sampler_gives_the_trainers_bits(kind):
             forest = pack([(ids + r.ids, [])], DEVICE)
             alone = model(forest, torch.arange(len(ids), len(ids + r.ids), device=DEVICE), 0.8)[0].cpu()
             assert torch.equal(alone, torch.tensor(r.logps))
-    again = Sampler(model, 2).generate(PROMPTS[1:2], 2, 3, temperature=0.8, seed=4)
+    again = Sampler(model, 2).generate(PROMPTS[1:2], Sampling(2, 3, temperature=0.8, seed=4))
     assert [(r.ids, r.logps) for r in again[0]] == [(r.ids, r.logps) for r in rollouts[1]]
     _, sampled, scored = sampled_and_scored(model, 1, 2, temperature=0.0)
     assert torch.equal(sampled, scored)

@@ -343,7 +343,7 @@ def test_runs_that_are_still_being_written(tmp_path):
 
 def test_command_line(tmp_path):
     def run(*args):
-        return subprocess.run([sys.executable, ROOT / "report.py", *map(str, args)], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "report", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     folder = evaluation(tmp_path / "e", [pair(1)], [judgement(pair(1))])
     out = tmp_path / "page.html"
     out.write_text("the page before")

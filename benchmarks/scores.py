@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from benchmarks import TITLES
+from benchmarks.records import TITLES
 from data.pairs import OTHER, REWARD_BENCH_SECTIONS, SWAPPED
 from reward import majority
 

@@ -1,8 +1,8 @@
 """The page to read judgements and training runs on: one HTML file that needs no server and no network.
 
-    python report.py runs/eval                                  # an evaluation: runs/eval/report.html
-    python report.py runs/demo-s0 --out demo.html               # all that lies in a folder: evaluations, training runs
-    python report.py runs/eval-7b runs/eval-14b runs/grpo       # several, side by side
+    python -m report runs/eval                                  # an evaluation: runs/eval/report.html
+    python -m report runs/demo-s0 --out demo.html               # all that lies in a folder: evaluations, training runs
+    python -m report runs/eval-7b runs/eval-14b runs/grpo       # several, side by side
 
 What is taken from a folder, at any depth: judgements.jsonl (or what a run has written of it so far) and any other file
 of judgement records, each one model's evaluation, with scores.json and pairs.jsonl beside it if they are there;
@@ -28,13 +28,12 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from benchmarks import TITLES
-from common import one_line_errors, parse_config
+from benchmarks.records import TITLES
 from data.pairs import SIDES, SWAPPED
 from reward import END_OF_TURN, after_thinking, parse
-from scores import section
+from benchmarks.scores import section
 
-TEMPLATE = Path(__file__).with_suffix(".html")
+TEMPLATE = Path(__file__).with_name("page.html")
 CHUNK_ITEMS, CHUNK_BYTES = 128, 1 << 18       # a chunk ends at whichever comes first; its bytes before deflating
 OUTCOMES = ["right", "wrong", "none", "tie", "unlabelled"]      # the page counts on this order, and on that of TYPES
 UNFINISHED = "judgements.jsonl.partial"       # as sample.py writes it: the settings, then judgements
@@ -498,8 +497,3 @@ def main(cfg):
     counted = {"judgement": page.chunks["judgement"].n, "model": len(page.models), "training run": len(page.runs)}
     judged, models, runs = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counted.items())
     print(f"{out}: {judged} of {models}, {runs}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main(parse_config(Config))

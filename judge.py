@@ -1,0 +1,371 @@
+"""A pair in, a judgement out. On the command line: judge one pair, or a file of them.
+
+    python judge.py --model DIR --question "..." --answer-a "..." --answer-b "..."    streams the judgement
+    python judge.py --model DIR --pairs pairs.jsonl --out judgements.jsonl            resumable: started again, goes on
+
+A judgement record is what is kept of it: the pair's id, label and places, a hash of the prompt, each vote's text,
+tokens, verdict and whether it was finished, and the majority's verdict. It can be scored again without the model.
+"""
+
+import json
+import sys
+import time
+from array import array
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import Ranks, parse_config
+from data.pairs import SWAPPED, Pair, read_pairs
+from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
+from reward import Prompt, benchmark_verdict, load_prompt, majority, prompt_of, render
+from sample import Sampler, Sampling, check_options, load_model, prompt_key
+from tokenizer import StreamDecoder, Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------- one pair
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A sampler with everything that turns a pair into a judgement record."""
+    sampler: Sampler
+    tokenizer: Tokenizer
+    prompt: Prompt
+    sampling: Sampling  # its n is the number of votes
+    budgets: tuple[int, ...] = ()  # also record the verdict that each vote's first so many tokens hold
+
+    def encode(self, pair):
+        return self.tokenizer.chat(render(self.prompt, pair))
+
+    def judge(self, pairs, on_token=None, prompts=None):
+        """Yields (index, judgement record) as they are done; verdicts by the benchmarks' rule. prompts: the pairs'
+        token ids, if they are known."""
+        prompts = [self.encode(pair) for pair in pairs] if prompts is None else prompts
+        for i, rollouts in self.sampler.stream(prompts, self.sampling, on_token):
+            yield i, self.record(pairs[i], prompts[i], [self.vote(rollout) for rollout in rollouts])
+
+    def vote(self, rollout):
+        text = self.tokenizer.decode(rollout.ids)
+        vote = {"text": text, "n_tokens": len(rollout.ids), "finished": rollout.finished,
+                "verdict": benchmark_verdict(text), "seconds": round(rollout.seconds, 3)}
+        if self.budgets:
+            vote["at"] = {str(n): benchmark_verdict(self.tokenizer.decode(rollout.ids[:n])) for n in self.budgets}
+        return vote
+
+    def record(self, pair, prompt_ids, votes):
+        record = {"id": pair.id, "prompt_hash": prompt_hash(prompt_ids), "n_prompt_tokens": len(prompt_ids),
+                  "votes": votes, "verdict": majority([vote["verdict"] for vote in votes]), "winner": pair.winner,
+                  "source": pair.source, "domain": pair.domain, "subset": pair.subset, "item": pair.item,
+                  "seconds": max(vote["seconds"] for vote in votes)}
+        return record | {"swapped": True} if pair.id.endswith(SWAPPED) else record
+
+
+def prompt_hash(ids):
+    """prompt_key as it stands in judgement files."""
+    return f"{prompt_key(ids):016x}"
+
+
+# ------------------------------------------------------------------------------------------- inside a training loop
+
+
+class HeldOut:
+    """The evaluation inside a training loop: greedy judgements of some pairs, shared out over the ranks."""
+
+    def __init__(self, path, n_pairs, prompt, max_new_tokens, tokenizer, ranks):
+        self.pairs = [pair for pair in read_pairs(path) if pair.winner is not None][:n_pairs]
+        if not self.pairs:
+            raise ValueError(f"{path}: no labelled pairs to evaluate on")
+        self.prompt = load_prompt(prompt)
+        self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop=tokenizer.stop_ids)
+        self.tokenizer, self.ranks = tokenizer, ranks
+
+    def judge(self, model):
+        """({"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens", "eval_s"}, the records)."""
+        began = time.perf_counter()
+        judge = Judge(Sampler(model), self.tokenizer, self.prompt, self.sampling)
+        mine = [record for _, record in judge.judge(self.pairs[self.ranks.rank::self.ranks.world])]
+        records = [record for share in self.ranks.gather(mine) for record in share]
+        metrics = {"eval_accuracy": accuracy(records)}
+        for domain in sorted({record["domain"] for record in records}):
+            metrics[f"eval_accuracy_{domain}"] = accuracy([r for r in records if r["domain"] == domain])
+        votes = [record["votes"][0] for record in records]
+        metrics["eval_no_verdict"] = sum(vote["verdict"] is None for vote in votes) / len(votes)
+        metrics["eval_tokens"] = sum(vote["n_tokens"] for vote in votes) / len(votes)
+        return metrics | {"eval_s": time.perf_counter() - began}, records
+
+
+def accuracy(records):
+    """The share whose verdict is the label; no verdict is wrong."""
+    return sum(record["verdict"] == record["winner"] for record in records) / len(records)
+
+
+# ------------------------------------------------------------------------------------------------ files of judgements
+
+
+class JudgementFile:
+    """Judgements on disk, one JSON line a pair. Written to OUT.partial as they come, put in order and renamed when
+    whole.
+
+    OUT.partial begins with the settings that made it; started again with the same ones it goes on, with others it
+    refuses. Several ranks write OUT.partial.RANK each, which the next one to open OUT.partial takes in.
+    """
+
+    def __init__(self, out, settings):
+        self.out, self.partial = Path(out), Path(f"{out}.partial")
+        refuse_existing(self.out)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        shares = [f for f in self.out.parent.glob("*.partial.*") if f.stem == self.partial.name and f.suffix != ".tmp"]
+        self.done = {}
+        lines = [json.dumps(settings).encode()]
+        for file in [self.partial, *shares] if self.partial.exists() else shares:
+            # up to the last line break: an interrupted run may have left half a line
+            first, *rest = file.read_bytes().rpartition(b"\n")[0].split(b"\n")
+            if first:
+                check_settings(file, first, settings)
+            self.done |= judged(file, rest, 2)
+            lines += rest
+        write_whole(self.partial, b"\n".join(lines) + b"\n")
+        for file in shares:
+            file.unlink()
+
+    def add(self, record):
+        self.done[record["id"], record["prompt_hash"]] = record
+        append(self.partial, record)
+
+    def finish(self, records):
+        """Writes these records under the final name."""
+        write_records(self.out, records)
+        self.partial.unlink()
+
+
+def check_settings(file, text, settings):
+    """ValueError if the JSON text of a file's settings is of others than these."""
+    try:
+        before = dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: does not begin with a judging run's settings; delete the file") from None
+    for name in settings | before:
+        if settings.get(name) != before.get(name):
+            raise ValueError(f"{file}: was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}; go on "
+                             "with the same settings, or choose another --out")
+
+
+def judged(file, lines, first=1):
+    """{(id, prompt hash): record} of judgement lines; `first` is the number of the first one."""
+    done = {}
+    for number, line in enumerate(lines, first):
+        try:
+            record = json.loads(line)
+            done[record["id"], record["prompt_hash"]] = record
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file}:{number}: is no judgement; delete this line, and its pair is judged "
+                             "again") from None
+    return done
+
+
+def refuse_others(file, judged, wanted):
+    """Before judgements are lost because what they judged is not among what to judge now; both (id, prompt hash)."""
+    if others := [name for name, key in judged if (name, key) not in wanted]:
+        raise ValueError(f"{file}: holds {len(others)} judgements of pairs that are not given now, or not with these "
+                         f"texts in this order, such as {others[0]}: give those too, or choose another --out")
+
+
+def encode_all(judge, pairs, skip_bad=False, quiet=False):
+    """[(pair, its prompt's ids)] of the pairs that the prompt can show and the model can read.
+
+    Another one (a conversation, say) stops the job before it begins, or is skipped and counted, with all pairs of its
+    item: a best-of-n item that lacks its hardest pair would be scored too well.
+    """
+    context = judge.sampler.model.config.raw.get("max_position_embeddings")
+    encoded, bad_items = [], set()
+    for pair in tqdm(pairs, "read", unit="pair", disable=quiet or len(pairs) < 1000):
+        try:
+            ids = array("i", judge.encode(pair))  # a list of integers takes nine times as much
+            if context and len(ids) >= context:
+                raise ValueError(f"pair {pair.id}: its prompt has {len(ids)} tokens, the model can read {context}")
+            encoded.append((pair, ids))
+        except ValueError as e:
+            if not skip_bad:
+                raise
+            bad_items.add(pair.item)
+            print(f"skipped: {e}", file=sys.stderr)
+    encoded = [(pair, ids) for pair, ids in encoded if not (pair.item and pair.item in bad_items)]
+    if len(encoded) < len(pairs):
+        print(f"skipped {len(pairs) - len(encoded)} of {len(pairs)} pairs", file=sys.stderr)
+    return encoded
+
+
+def key_of(pair, ids):
+    return pair.id, prompt_hash(ids)
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def judge_file(judge, encoded, out, settings, ranks=ALONE, begin=lambda: None):
+    """Judges the pairs of encode_all that OUT.partial does not hold yet; returns all records in the pairs' order (on
+    rank 0, [] elsewhere). begin() is called on rank 0 once it is sure that OUT.partial may be gone on with.
+    """
+    keys = [key_of(pair, ids) for pair, ids in encoded]
+    file = JudgementFile(out, settings) if ranks.main else None
+    if ranks.main:
+        refuse_others(file.partial, file.done, set(keys))
+        begin()
+    done = ranks.gather(set(file.done) if ranks.main else None)[0]  # rank 0's
+    todo = [item for item, key in zip(encoded, keys) if key not in done][ranks.rank::ranks.world]
+    n_done = len(keys[ranks.rank::ranks.world]) - len(todo)
+    share = Path(f"{out}.partial.{ranks.rank}")
+    if ranks.world > 1:
+        share.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    bar = tqdm(total=n_done + len(todo), initial=n_done, desc="judge", unit="pair", disable=not ranks.main)
+    for _, record in judge.judge([pair for pair, _ in todo], prompts=[ids for _, ids in todo]):
+        if ranks.world == 1:
+            file.add(record)
+        else:
+            append(share, record)
+        bar.update()
+        stats = judge.sampler.stats()
+        bar.set_postfix(prefill_tok_s=f"{stats['prefill_tok_s']:.0f}", decode_tok_s=f"{stats['decode_tok_s']:.0f}")
+    bar.close()
+    ranks.barrier()
+    if not ranks.main:
+        return []
+    if ranks.world > 1:
+        file = JudgementFile(out, settings)  # opened again, it takes the other ranks' shares in
+    # the labels may have been corrected since an interrupted run
+    records = [file.done[key] | {"winner": pair.winner} for (pair, _), key in zip(encoded, keys)]
+    file.finish(records)
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "runs/toy/grpo/model"  # Hugging Face folder of the judge
+    prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
+    question: str | None = None  # judge one pair: the question ...
+    answer_a: str | None = None  # ... the first answer ...
+    answer_b: str | None = None  # ... and the second
+    question_file: str | None = None  # read the question from a file
+    answer_a_file: str | None = None  # read the first answer from a file
+    answer_b_file: str | None = None  # read the second answer from a file
+    pairs: str | None = None  # judge a file or folder of pairs, in any format that data/pairs.py reads ...
+    out: str | None = None  # ... into this judgements file (JSON lines)
+    limit: int = 0  # only the first so many pairs, 0 = all
+    skip_bad: bool = False  # skip unreadable records and count them, instead of stopping before any work
+    votes: int = 1  # judgements per pair; the verdict is their majority
+    temperature: float = 0.0  # 0 takes the likeliest token; votes need more
+    top_p: float = 1.0  # sample from the smallest set of likeliest tokens with this probability
+    top_k: int = 0  # sample from so many likeliest tokens, 0 = all
+    max_new_tokens: int = 8192  # longest judgement
+    n_slots: int = 64  # judgements written at once
+    seed: int = 0  # of the sampling, and of the A/B order where a source has chosen and rejected
+    device: str = "auto"  # cpu, cuda, or auto
+    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU
+    threads: int = 0  # CPU threads, 0 = PyTorch's choice
+    batch_invariant: bool = False  # a judgement's bits do not depend on what is judged beside it; slower, needs a GPU
+
+    def __post_init__(self):
+        check_judging(self)
+        for name in ("question", "answer_a", "answer_b"):
+            flag = f"--{name.replace('_', '-')}"
+            given, from_file = getattr(self, name) is not None, getattr(self, name + "_file") is not None
+            if given and from_file:
+                raise ValueError(f"{flag} and its -file are both given; give one")
+            if self.pairs and (given or from_file):
+                raise ValueError(f"--pairs and {flag} are both given; judge a file or one pair")
+        if bool(self.pairs) != bool(self.out):
+            raise ValueError("--pairs, the file to judge, and --out, the judgements file to write, need each other")
+
+
+def check_judging(cfg):
+    """The options of judging, this script's or evaluate.py's."""
+    check_options(cfg)
+    if cfg.votes < 1 or cfg.limit < 0:
+        raise ValueError("--votes must be at least 1, --limit at least 0")
+    if cfg.votes > 1 and cfg.temperature == 0:
+        raise ValueError("--votes above 1 needs a --temperature above 0: greedy votes are all the same")
+
+
+def load_judge(cfg, budgets=()):
+    """The Judge that a script's options describe (this script's Config or evaluate.py's)."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    prompt = prompt_of(cfg.model, cfg.prompt)
+    model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant)
+    sampling = Sampling(cfg.votes, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, tokenizer.stop_ids,
+                        cfg.seed)
+    return Judge(Sampler(model, cfg.n_slots), tokenizer, load_prompt(prompt), sampling, budgets)
+
+
+def judge_settings(cfg, judge):
+    """What a judgements file depends on: it may only be continued with the same."""
+    files = sorted(Path(cfg.model).glob("*.safetensors"))
+    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    settings = {"model": str(Path(cfg.model).resolve()), "weights": weights, "prompt": asdict(judge.prompt),
+                "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
+    for name in ("votes", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "batch_invariant"):
+        settings[name] = getattr(cfg, name)
+    return settings | {"budgets": list(judge.budgets)} if judge.budgets else settings
+
+
+def pair_from_options(cfg):
+    def text(name):
+        if file := getattr(cfg, name + "_file"):
+            try:
+                return Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # that ends its last line
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{file}: byte {e.start} is not UTF-8: convert the file") from None
+        if getattr(cfg, name) is None:
+            fail(f"--{name.replace('_', '-')} is missing: give a question and two answers, or --pairs FILE --out FILE")
+        return getattr(cfg, name)
+    question = [{"role": "user", "content": text("question")}]
+    return Pair("pair", question, text("answer_a"), text("answer_b"), None, "", "")
+
+
+def judge_pairs(cfg):
+    """--pairs FILE --out FILE."""
+    refuse_existing(cfg.out)
+    pairs = read_pairs(cfg.pairs, cfg.seed, cfg.skip_bad)
+    pairs = pairs[:cfg.limit] if cfg.limit else pairs
+    judge = load_judge(cfg)
+    settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.pairs).resolve())}
+    records = judge_file(judge, encode_all(judge, pairs, cfg.skip_bad), cfg.out, settings)
+    n_none = sum(record["verdict"] is None for record in records)
+    print(f"{len(records)} pairs judged, {n_none} without a verdict: {cfg.out}")
+
+
+def judge_one(cfg):
+    """A question and two answers; the first vote is shown as it is written."""
+    pair = pair_from_options(cfg)
+    judge = load_judge(cfg)
+    stream = StreamDecoder(judge.tokenizer)
+
+    def show(_, sample, token):
+        if sample == 0:
+            print(stream.push(token), end="", flush=True)
+    (_, record), = judge.judge([pair], show)
+    print(stream.flush())
+    verdict = record["verdict"].upper() if record["verdict"] else "none"
+    counted = ""
+    if cfg.votes > 1:
+        verdicts = [vote["verdict"] for vote in record["votes"]]
+        counted = f" (A {verdicts.count('a')}, B {verdicts.count('b')}, none {verdicts.count(None)})"
+    n_tokens = sum(vote["n_tokens"] for vote in record["votes"])
+    print(f"verdict: {verdict}{counted}, {n_tokens} tokens in {record['seconds']:.1f} s")
+
+
+def main(cfg):
+    if cfg.pairs:
+        judge_pairs(cfg)
+    else:
+        judge_one(cfg)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(Config))
