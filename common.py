@@ -75,6 +75,13 @@ def parse_config(cls, recipes=None, argv=None):
         parser.error(str(e))
 
 
+def check_at_least(cfg, low, *names):
+    """ValueError names the first of these options that is below `low`, or not a number."""
+    for name in names:
+        if not getattr(cfg, name) >= low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(cfg, name)}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- ranks
 
 
@@ -298,8 +305,11 @@ def latest_checkpoint(folder):
     return max(found, key=lambda p: int(p.name[5:]))
 
 
-def restore_optimizers(folder, model, optimizers):
-    """Fills the optimizers from a checkpoint, sharding each moment like its weight."""
+def restore(folder, model, optimizers):
+    """Fills the optimizers from a checkpoint, sharding each moment like its weight; returns the steps done.
+
+    The weights are not touched: Model.from_pretrained loads them from the same folder.
+    """
     named = dict(model.named_parameters())
     owner = {x: optimizer for optimizer in optimizers for group in optimizer.param_groups for x in group["params"]}
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
@@ -311,6 +321,7 @@ def restore_optimizers(folder, model, optimizers):
                 if isinstance(weight, DTensor):
                     value = distribute_tensor(value, weight.device_mesh, weight.placements)
             owner[weight].state[weight][key] = value
+    return json.loads((folder / "state.json").read_text())["step"]
 
 
 # ----------------------------------------------------------------------------------------------------------- run folder

@@ -18,7 +18,6 @@ The embedded default, one GPU, four GPUs:
     torchrun --nproc_per_node 4 distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl --out runs/distill
 """
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -28,11 +27,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
-                    optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model,
-                    shard)
-from data.pairs import read_chains
+from common import (Run, Tally, check_at_least, init_ranks, latest_checkpoint, learning_rate, make_optimizers,
+                    micro_batches, optimizer_step, parse_config, restore, save_checkpoint, save_model, shard)
 from data import toy
+from data.pairs import read_chains
 from files import one_line_errors
 from judge import HeldOut
 from model import Model, ModelConfig, pack
@@ -74,12 +72,10 @@ class Config:
     resume: bool = False  # continue the run in --out from its newest checkpoint
 
     def __post_init__(self):
-        for name, low in (("batch_size", 1), ("epochs", 1), ("max_length", 2), ("micro_tokens", 1), ("lr", 0.0),
-                          ("seed", 0), ("max_steps", 0), ("eval_pairs", 1), ("eval_every", 0), ("eval_tokens", 1),
-                          ("save_every", 0), ("threads", 0), ("max_norm", 0.0), ("weight_decay", 0.0),
-                          ("warmup_frac", 0.0), ("final_lr_frac", 0.0)):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        check_at_least(self, 2, "max_length")  # a token of the prompt, one of the judgement
+        check_at_least(self, 1, "batch_size", "epochs", "micro_tokens", "eval_pairs", "eval_tokens")
+        check_at_least(self, 0, "max_steps", "lr", "warmup_frac", "final_lr_frac", "weight_decay", "max_norm",
+                       "eval_every", "n_samples", "save_every", "seed", "threads")
         if self.optimizer not in ("adamw", "muon") or self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--optimizer is adamw or muon, --dtype float32 or bfloat16; got {self.optimizer}, "
                              f"{self.dtype}")
@@ -96,6 +92,10 @@ class Example:
     """Prompt and judgement as one sequence; tokens from n_prompt on are trained on."""
     ids: list[int]
     n_prompt: int
+
+    @property
+    def n_scored(self):
+        return len(self.ids) - self.n_prompt
 
 
 def encode_chain(chain, prompt, tokenizer, answer_only):
@@ -128,9 +128,12 @@ def batch_of_step(step, n, batch_size, seed):
 
 def sft_loss(model, examples, device):
     """Sums over the examples' judgement tokens: of -log p, and of the entropy in nats."""
+    # Example: prompts of 3 and 2 tokens, judgements of 2 and 1: packed p p p j j | p p j, scored are 3, 4 and 7.
+    # The model knows that token 3 is predicted from token 2: nothing is shifted here.
     forest = pack([(e.ids, []) for e in examples], device)
-    starts = forest.segments_s3[:, 0].tolist()
-    scored = [start + i for start, e in zip(starts, examples) for i in range(e.n_prompt, len(e.ids))]
+    scored = []
+    for start, e in zip(forest.segments_s3[:, 0].tolist(), examples):
+        scored += range(start + e.n_prompt, start + len(e.ids))
     logp_m, entropy_m = model(forest, torch.tensor(scored, device=device))
     return -logp_m.sum(), entropy_m.sum()
 
@@ -164,37 +167,35 @@ def main(cfg):
     model = shard(model, ranks, dtype)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
 
+    first_step = restore(checkpoint, model, optimizers) if checkpoint else 0
+    run.truncate(first_step)
+
     def add_files(folder):
         tokenizer.save(folder)
         shutil.copyfile(prompt_path(cfg.prompt), folder / "prompt.txt")  # it will be asked as it was trained
-    first_step = 0
-    if checkpoint:
-        restore_optimizers(checkpoint, model, optimizers)
-        first_step = json.loads((checkpoint / "state.json").read_text())["step"]
-    run.truncate(first_step)
 
     bar = tqdm(range(first_step, n_steps), "answer-only" if cfg.answer_only else "distill", initial=first_step,
                total=n_steps, disable=not ranks.main)
     for step in bar:
         began = time.perf_counter()
         batch = [examples[i] for i in batch_of_step(step, len(examples), cfg.batch_size, cfg.seed)]
-        n_tokens = sum(len(e.ids) - e.n_prompt for e in batch)  # of all ranks and micro-batches: the one denominator
+        # The one denominator, of all ranks and micro-batches: every token weighs the same wherever it was computed
+        n_tokens = sum(e.n_scored for e in batch)
         tally = Tally()
-
         for shares in micro_batches([len(e.ids) for e in batch], cfg.micro_tokens, ranks.world):
             mine = [batch[i] for i in shares[ranks.rank]]
             # a rank without examples still runs one, at weight zero: the others wait for its share of the collectives
+            weight = 1.0 if mine else 0.0
             nll, entropy = sft_loss(model, mine or batch[:1], ranks.device)
-            nll, entropy = (nll, entropy) if mine else (0.0 * nll, 0.0 * entropy)
-            (nll / n_tokens).backward()
-            tally.add("loss", nll, sum(len(e.ids) - e.n_prompt for e in mine))
-            tally.add("entropy", entropy, sum(len(e.ids) - e.n_prompt for e in mine))
+            (weight * nll / n_tokens).backward()
+            n_mine = sum(e.n_scored for e in mine)
+            tally.add("loss", weight * nll, n_mine)
+            tally.add("entropy", weight * entropy, n_mine)
 
         lr = learning_rate(step, n_steps, cfg.lr, round(cfg.warmup_frac * n_steps), cfg.final_lr_frac)
         norm = optimizer_step(model, optimizers, lr, cfg.max_norm)
 
-        done, means = step + 1, tally.means(ranks)
-        seconds = time.perf_counter() - began
+        done, means, seconds = step + 1, tally.means(ranks), time.perf_counter() - began
         row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_tokens": n_tokens, "step_s": seconds,
                "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
         if held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):

@@ -29,7 +29,6 @@ The embedded default (it runs distill.py's first if that has not been done), and
     torchrun --nproc_per_node 8 grpo.py --recipe qwen2.5-7b --model DISTILLED --data pairs.jsonl --out runs/grpo
 """
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -39,14 +38,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
-                    optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model,
-                    shard)
+from common import (Run, Tally, check_at_least, init_ranks, latest_checkpoint, learning_rate, make_optimizers,
+                    micro_batches, optimizer_step, parse_config, restore, save_checkpoint, save_model, shard)
 from data.pairs import Pair, read_pairs
 from files import one_line_errors
 from judge import HeldOut
 from model import Model, pack
-from reward import load_prompt, prompt_path, render, reward, training_verdict
+from reward import load_prompt, prompt_of, prompt_path, render, reward, training_verdict
 from sample import Rollout, Sampler, Sampling, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 
@@ -89,13 +87,11 @@ class Config:
     resume: bool = False  # continue the run in --out from its newest checkpoint
 
     def __post_init__(self):
-        for name, low in (("n_prompts", 1), ("mini_prompts", 1), ("group_size", 2), ("max_new_tokens", 1),
-                          ("micro_tokens", 1), ("n_slots", 1), ("steps", 0), ("max_prompt_tokens", 1), ("lr", 0.0),
-                          ("clip", 0.0), ("kl_coef", 0.0), ("eval_pairs", 1), ("eval_every", 0), ("save_every", 0),
-                          ("seed", 0), ("threads", 0), ("max_norm", 0.0), ("weight_decay", 0.0), ("warmup_steps", 0),
-                          ("final_lr_frac", 0.0)):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        check_at_least(self, 2, "group_size")  # a judgement is measured against its siblings
+        check_at_least(self, 1, "n_prompts", "mini_prompts", "max_new_tokens", "max_prompt_tokens", "micro_tokens",
+                       "n_slots", "eval_pairs")
+        check_at_least(self, 0, "steps", "lr", "clip", "kl_coef", "eval_every", "save_every", "seed", "threads",
+                       "max_norm", "weight_decay", "warmup_steps", "final_lr_frac", "n_samples")
         if self.n_prompts % self.mini_prompts:
             raise ValueError(f"--n-prompts {self.n_prompts} must be a multiple of --mini-prompts {self.mini_prompts}")
         if self.seed >= 2**40:
@@ -119,10 +115,11 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Group:
-    """A pair's prompt, its G rollouts, and what they earned."""
+    """A pair's prompt, its G rollouts as tokens and as texts, and what they earned."""
     pair: Pair
     prompt_ids: list[int]
     rollouts: list[Rollout]
+    texts: list[str]
     reward_g: torch.Tensor
     advantage_g: torch.Tensor
 
@@ -132,19 +129,44 @@ class Group:
 
 
 def advantages(reward_pg):
-    """(2): (r - mean) / (unbiased std + 1e-6) in each row; a row of equal rewards gets zeros."""
-    return (reward_pg - reward_pg.mean(1, keepdim=True)) / (reward_pg.std(1, keepdim=True) + 1e-6)
+    """(2): (r - mean) / (unbiased std + 1e-6) in each row; a row of equal rewards gets zeros.
+
+    A judgement is measured against its siblings, not against a learned value: of 7 judgements with 2 right, the mean is
+    -0.43 and the std 0.98, so the right ones get +1.46 and the wrong ones -0.59. The rarer success is worth more.
+    """
+    mean_p1 = reward_pg.mean(1, keepdim=True)
+    std_p1 = reward_pg.std(1, keepdim=True)
+    return (reward_pg - mean_p1) / (std_p1 + 1e-6)
 
 
 def token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, clip, kl_coef):
     """(3) to (5) for each token: loss_m, kl_m, and clipped_m: 1 where the clip took the gradient away."""
+    # 1 in the first update after a rollout; then the policy moves away from the one that wrote the tokens
     ratio_m = (logp_m - old_logp_m).exp()
     clipped_ratio_m = ratio_m.clamp(1 - clip, 1 + clip)
+    # The minimum is the pessimist's: with A > 0 a ratio above 1.2 earns no more and has no gradient, but one below 0.8
+    # still pulls back up; with A < 0 the other way round.
     surrogate_m = torch.minimum(ratio_m * advantage_m, clipped_ratio_m * advantage_m)
+    clipped_m = (clipped_ratio_m * advantage_m < ratio_m * advantage_m).to(logp_m.dtype)
+    # k3: never negative, and its mean over the policy's own tokens is KL(policy || reference). For log(ref/p) = -0.1
+    # it is e^-0.1 + 0.1 - 1 = 0.0048, where the plain difference 0.1 would be noise of either sign
     log_ref_ratio_m = ref_logp_m - logp_m
     kl_m = log_ref_ratio_m.exp() - log_ref_ratio_m - 1
-    clipped_m = (clipped_ratio_m * advantage_m < ratio_m * advantage_m).to(logp_m.dtype)
     return kl_coef * kl_m - surrogate_m, kl_m, clipped_m
+
+
+def read_prompts(cfg, tokenizer, prompt, ranks):
+    """The labelled pairs of cfg.data whose prompts are short enough, and {pair id: prompt ids}."""
+    labelled = [pair for pair in read_pairs(cfg.data) if pair.winner is not None]
+    prompts = {pair.id: tokenizer.chat(render(prompt, pair))
+               for pair in tqdm(labelled, "tokenize", leave=False, disable=not ranks.main)}
+    pairs = [pair for pair in labelled if len(prompts[pair.id]) <= cfg.max_prompt_tokens]
+    if ranks.main and len(pairs) < len(labelled):
+        print(f"dropped {len(labelled) - len(pairs)} of {len(labelled)} pairs with over {cfg.max_prompt_tokens} "
+              "prompt tokens")
+    if len(pairs) < cfg.n_prompts:
+        raise ValueError(f"{cfg.data}: {len(pairs)} usable pairs are fewer than --n-prompts {cfg.n_prompts}")
+    return pairs, prompts
 
 
 def steps_pairs(pairs, step, n_prompts, seed):
@@ -156,18 +178,22 @@ def steps_pairs(pairs, step, n_prompts, seed):
 
 
 def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks):
-    """Every rank samples its share of the pairs; all get all groups, in the pairs' order."""
-    mine = range(ranks.rank, len(pairs), ranks.world)
+    """The step's groups in the pairs' order. Every rank samples its share of the pairs; all get all groups."""
+    # the seed counts the steps: a pair that comes again in a later pass must not get the same random numbers
     sampling = Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature, stop=tokenizer.stop_ids,
                         seed=1_000_003 * cfg.seed + step)
-    done = sampler.generate([prompts[pairs[i].id] for i in mine], sampling)
-    rollouts = dict(item for share in ranks.gather(list(zip(mine, done))) for item in share)
-    texts = [[tokenizer.decode(r.ids) for r in rollouts[i]] for i in range(len(pairs))]
-    reward_pg = torch.tensor([[reward(text, pair.winner) if r.finished else -1.0
-                               for text, r in zip(texts[i], rollouts[i])] for i, pair in enumerate(pairs)])
-    groups = [Group(pair, prompts[pair.id], rollouts[i], *row)
-              for i, (pair, row) in enumerate(zip(pairs, zip(reward_pg, advantages(reward_pg))))]
-    return groups, texts
+    mine = list(range(ranks.rank, len(pairs), ranks.world))
+    written = sampler.generate([prompts[pairs[i].id] for i in mine], sampling)
+    rollouts_of = {}
+    for share in ranks.gather(list(zip(mine, written))):
+        rollouts_of.update(share)
+
+    texts = [[tokenizer.decode(r.ids) for r in rollouts_of[i]] for i in range(len(pairs))]
+    reward_pg = torch.tensor([[reward(text, pair.winner, r.finished) for text, r in zip(texts[i], rollouts_of[i])]
+                              for i, pair in enumerate(pairs)])
+    advantage_pg = advantages(reward_pg)
+    return [Group(pair, prompts[pair.id], rollouts_of[i], texts[i], reward_pg[i], advantage_pg[i])
+            for i, pair in enumerate(pairs)]
 
 
 def trees(groups, max_tokens):
@@ -192,12 +218,17 @@ def n_tree_tokens(tree):
 
 def micro_step(model, reference, micro, cfg, device):
     """The summed loss (5) of some trees, and sums over their tokens for the log."""
+    # one prompt segment and its responses after the other; only the responses' tokens are scored: they are the mask
     forest = pack([(group.prompt_ids, [group.rollouts[g].ids for g in part]) for group, part in micro], device)
-    responses = [row for row in forest.segments_s3.tolist() if row[2] >= 0]
-    scored_m = torch.cat([torch.arange(start, start + n) for start, n, _ in responses]).to(device)
-    chosen = [(group.rollouts[g], group.advantage_g[g]) for group, part in micro for g in part]
-    old_logp_m = torch.tensor([x for r, _ in chosen for x in r.logps], device=device)
-    advantage_m = torch.cat([a.expand(len(r.ids)) for r, a in chosen]).to(device)
+    responses = [(start, length) for start, length, parent in forest.segments_s3.tolist() if parent >= 0]
+    scored_m = torch.cat([torch.arange(start, start + length) for start, length in responses]).to(device)
+    old_logps, advantage_parts = [], []  # in the same order: tree by tree, rollout by rollout
+    for group, part in micro:
+        for g in part:
+            old_logps += group.rollouts[g].logps
+            advantage_parts.append(group.advantage_g[g].expand(len(group.rollouts[g].ids)))  # one for all its tokens
+    old_logp_m = torch.tensor(old_logps, device=device)
+    advantage_m = torch.cat(advantage_parts).to(device)
 
     with torch.no_grad():
         ref_logp_m, _ = reference(forest, scored_m, cfg.temperature)
@@ -215,14 +246,19 @@ def accumulate_gradients(cfg, ranks, model, reference, groups, tally, fresh):
 
     `fresh`: nothing has been updated since the rollouts, so that sampler and trainer should differ by rounding only.
     """
-    # the one denominator: of all ranks and micro-batches, skipped groups too
+    # The one denominator: of all ranks and micro-batches, skipped groups too. Divided per micro-batch instead, a token
+    # of a micro-batch with 100 tokens would weigh ten times as much as one of a micro-batch with 1,000.
     n_tokens = sum(len(r.ids) for group in groups for r in group.rollouts)
     tally.add("loss", 0.0, n_tokens if ranks.main else 0)
     for name in ("entropy", "kl", "clip_frac", "mismatch"):
         tally.add(name, 0.0, 0)  # null in the log if no group is trained on
-    items = trees([group for group in groups if group.has_spread or not cfg.skip_zero_spread], cfg.micro_tokens)
-    sizes, mismatches = [n_tree_tokens(item) for item in items], []
-    for shares in micro_batches(sizes, cfg.micro_tokens, ranks.world) if items else []:
+    trained = [group for group in groups if group.has_spread or not cfg.skip_zero_spread]
+    if not trained:
+        return 0, []
+    items = trees(trained, cfg.micro_tokens)
+    sizes = [n_tree_tokens(item) for item in items]
+    mismatches = []
+    for shares in micro_batches(sizes, cfg.micro_tokens, ranks.world):
         mine = [items[i] for i in shares[ranks.rank]]
         # a rank without trees still runs one, at weight zero: the others wait for its share of the collectives
         loss, sums, mismatch = micro_step(model, reference, mine or items[:1], cfg, ranks.device)
@@ -237,16 +273,25 @@ def accumulate_gradients(cfg, ranks, model, reference, groups, tally, fresh):
     return sum(sizes), mismatches
 
 
-def rollout_metrics(groups, texts):
+def rollout_metrics(groups):
+    """What the step's judgements earned, and their kind."""
     rewards = torch.stack([group.reward_g for group in groups])
-    flat = [r for group in groups for r in group.rollouts]
+    rollouts = [r for group in groups for r in group.rollouts]
+    texts = [text for group in groups for text in group.texts]
     return {
         "reward": rewards.mean().item(), "accuracy": (rewards > 0).float().mean().item(),
-        "frac_no_verdict": sum(training_verdict(t) is None for row in texts for t in row) / len(flat),
-        "frac_unfinished": sum(not r.finished for r in flat) / len(flat),
+        "frac_no_verdict": sum(training_verdict(text) is None for text in texts) / len(texts),
+        "frac_unfinished": sum(not r.finished for r in rollouts) / len(rollouts),
         "frac_zero_spread": sum(not group.has_spread for group in groups) / len(groups),
-        "judgement_tok": sum(len(r.ids) for r in flat) / len(flat),
+        "judgement_tok": sum(len(r.ids) for r in rollouts) / len(rollouts),
     }
+
+
+def sample_row(step, group, g, tokenizer):
+    """Rollout g of a group as samples.jsonl keeps it."""
+    return {"step": step, "id": group.pair.id, "prompt": tokenizer.decode(group.prompt_ids, skip_control=False),
+            "judgement": group.texts[g], "winner": group.pair.winner, "verdict": training_verdict(group.texts[g]),
+            "reward": group.reward_g[g].item(), "advantage": group.advantage_g[g].item()}
 
 
 def main(cfg):
@@ -257,20 +302,8 @@ def main(cfg):
         begun = any(Path(distill.Config.out, "checkpoints").glob("step-*"))
         distill.main(distill.Config(threads=cfg.threads, resume=begun))
     tokenizer = Tokenizer(cfg.model)
-    prompt_file = prompt_path(cfg.prompt) if cfg.prompt else Path(cfg.model) / "prompt.txt"
-    if not cfg.prompt and not prompt_file.exists():
-        raise ValueError(f"{cfg.model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning or "
-                         "a file")
-    prompt = load_prompt(str(prompt_file))
-    labelled = [pair for pair in read_pairs(cfg.data) if pair.winner is not None]
-    prompts = {pair.id: tokenizer.chat(render(prompt, pair))
-               for pair in tqdm(labelled, "tokenize", leave=False, disable=not ranks.main)}
-    pairs = [pair for pair in labelled if len(prompts[pair.id]) <= cfg.max_prompt_tokens]
-    if ranks.main and len(pairs) < len(labelled):
-        print(f"dropped {len(labelled) - len(pairs)} of {len(labelled)} pairs with over {cfg.max_prompt_tokens} "
-              "prompt tokens")
-    if len(pairs) < cfg.n_prompts:
-        raise ValueError(f"{cfg.data}: {len(pairs)} usable pairs are fewer than --n-prompts {cfg.n_prompts}")
+    prompt_file = prompt_path(prompt_of(cfg.model, cfg.prompt))
+    pairs, prompts = read_prompts(cfg, tokenizer, load_prompt(str(prompt_file)), ranks)
     n_steps = cfg.steps or len(pairs) // cfg.n_prompts
     held_out = None
     if cfg.eval_data:
@@ -280,58 +313,59 @@ def main(cfg):
     run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=free)
     checkpoint = latest_checkpoint(run.folder / "checkpoints") if cfg.resume else None
     model = Model.from_pretrained(checkpoint or cfg.model, ranks.loading_device, torch.float32)
-    model.n_vocab, model.gradient_checkpointing = tokenizer.n_vocab, cfg.gradient_checkpointing
-    model.impl = impl
+    model.n_vocab, model.impl = tokenizer.n_vocab, impl
+    model.gradient_checkpointing = cfg.gradient_checkpointing
     model = shard(model, ranks, dtype)  # before the reference is loaded
     reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
     reference.n_vocab, reference.impl = tokenizer.n_vocab, impl
     reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    first_step = restore(checkpoint, model, optimizers) if checkpoint else 0
+    run.truncate(first_step)
     sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.micro_tokens)
 
     def add_files(folder):
         tokenizer.save(folder)
         shutil.copyfile(prompt_file, folder / "prompt.txt")  # it will be asked as it was trained
-    first_step = 0
-    if checkpoint:
-        restore_optimizers(checkpoint, model, optimizers)
-        first_step = json.loads((checkpoint / "state.json").read_text())["step"]
-    run.truncate(first_step)
 
     bar = tqdm(range(first_step, n_steps), "grpo", initial=first_step, total=n_steps, disable=not ranks.main)
     for step in bar:
+        # 1. rollouts: the current policy writes G judgements of each pair, and their verdicts are paid
         began = time.perf_counter()
         refresh(sampler.model, model)
         sampler.reset_stats()
         step_pairs = steps_pairs(pairs, step, cfg.n_prompts, cfg.seed)
-        groups, texts = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks)
+        groups = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks)
         rollout_s = time.perf_counter() - began
 
-        began, tally, norms, worst, n_trained = time.perf_counter(), Tally(), [], [0.0], 0
+        # 2. updates: one optimizer step per mini-batch. After the first the policy is no longer the one that wrote the
+        #    rollouts: that is what the ratio and the clip are for
+        began = time.perf_counter()
+        tally, norms, mismatches, n_trained = Tally(), [], [], 0
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
         for first in range(0, cfg.n_prompts, cfg.mini_prompts):
-            mini = groups[first:first + cfg.mini_prompts]
-            n_mini_trained, mismatches = accumulate_gradients(cfg, ranks, model, reference, mini, tally, not norms)
-            if n_mini_trained:  # else no group has anything to say: no optimizer step
+            mini_batch = groups[first:first + cfg.mini_prompts]
+            n_packed, mini_mismatches = accumulate_gradients(cfg, ranks, model, reference, mini_batch, tally,
+                                                             fresh=len(norms) == 0)
+            n_trained += n_packed
+            mismatches += mini_mismatches
+            if n_packed:  # else no group has anything to say: no optimizer step
                 norms.append(optimizer_step(model, optimizers, lr, cfg.max_norm))
-            n_trained, worst = n_trained + n_mini_trained, worst + mismatches
         update_s = time.perf_counter() - began
 
+        # 3. log, evaluate, save
         done = step + 1
-        row = {"step": done, **rollout_metrics(groups, texts), **tally.means(ranks),
-               "mismatch_max": max(ranks.gather(max(worst))),
+        row = {"step": done, **rollout_metrics(groups), **tally.means(ranks),
+               "mismatch_max": max(ranks.gather(max(mismatches, default=0.0))),
                "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "lr": lr,
                "rollout_s": rollout_s, "update_s": update_s, "update_tok_s": n_trained / update_s, **sampler.stats()}
         if held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
             refresh(sampler.model, model)
-            row |= held_out.judge(sampler.model)[0]
+            scores, _ = held_out.judge(sampler.model)
+            row |= scores
         run.row("metrics.jsonl", row)
-        for p in range(min(cfg.n_samples, cfg.n_prompts)):
-            group, g, text = groups[p], step % cfg.group_size, texts[p][step % cfg.group_size]
-            run.row("samples.jsonl", {
-                "step": done, "id": group.pair.id, "prompt": tokenizer.decode(group.prompt_ids, skip_control=False),
-                "judgement": text, "winner": group.pair.winner, "verdict": training_verdict(text),
-                "reward": group.reward_g[g].item(), "advantage": group.advantage_g[g].item()})
+        for group in groups[:cfg.n_samples]:
+            run.row("samples.jsonl", sample_row(done, group, step % cfg.group_size, tokenizer))
         bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", tokens=f"{row['judgement_tok']:.0f}",
                         kl=f"{row['kl'] or 0:.3f}", prefill=f"{row['prefill_tok_s']:.0f}/s",
                         decode=f"{row['decode_tok_s']:.0f}/s")

@@ -143,15 +143,16 @@ def _only(a, b):
     return None if a == b else "a" if a else "b"
 
 
-def reward(text, winner):
+def reward(text, winner, finished=True):
     """+1.0 if the training verdict is the winner, else -1.0: no verdict costs as much as a wrong one.
 
-    A verdict that stands in the last 80 characters only because it is quoted from an answer earns -1.0 too; RM-R1's
+    A judgement that was cut off (`finished` is false) earns -1.0 whatever its last characters spell. A verdict that
+    stands in the last 80 characters only because it is quoted from an answer earns -1.0 too; RM-R1's
     code would pay for it. (No recorded judgement is paid differently.)
     """
     assert winner in ("a", "b"), f"winner is {winner!r}, need 'a' or 'b'"
     own = not _is_quoted(text, f"<answer>[[{winner.upper()}]]</answer>")
-    return 1.0 if training_verdict(text) == winner and own else -1.0
+    return 1.0 if finished and own and training_verdict(text) == winner else -1.0
 
 
 def _is_quoted(text, answer):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import common
 from common import (Ranks, Run, Tally, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
-                    optimizer_step, parse_config, restore_optimizers, save_checkpoint, save_model)
+                    optimizer_step, parse_config, restore, save_checkpoint, save_model)
 from files import one_line_errors
 from model import Model, ModelConfig
 
@@ -269,7 +269,7 @@ def test_a_checkpoint_continues_bit_for_bit(name, tmp_path):
 
     again = Model.from_pretrained(folder)
     optimizers = make_optimizers(again, name, 1e-2, (0.9, 0.95), 0.1)
-    restore_optimizers(folder, again, optimizers)
+    restore(folder, again, optimizers)
     assert train(again, optimizers, range(3, 6)) == norms
     for (weight, x), y in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(x, y), weight
@@ -279,7 +279,7 @@ def test_a_checkpoint_before_any_update(tmp_path):
     model = small_model()
     optimizers = make_optimizers(model, "muon", 1e-2, (0.9, 0.95), 0.1)
     save_checkpoint(tmp_path / "step-1", model, optimizers, {"step": 1}, ALONE, lambda path: None)
-    restore_optimizers(tmp_path / "step-1", model, optimizers)
+    restore(tmp_path / "step-1", model, optimizers)
     assert all(not optimizer.state for optimizer in optimizers)
 
 
@@ -370,7 +370,7 @@ def test_only_rank_0_writes(tmp_path):
 RANKS = """
 import json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
-from common import (Ranks, Tally, copy_weights, full, init_ranks, make_optimizers, optimizer_step, restore_optimizers,
+from common import (Ranks, Tally, copy_weights, full, init_ranks, make_optimizers, optimizer_step, restore,
                     save_checkpoint, shard)
 from model import Model, ModelConfig, pack
 from pathlib import Path
@@ -403,10 +403,10 @@ for name in ("adamw", "muon"):
     optimizers = make_optimizers(model, name, 1e-2, (0.9, 0.95), 0.1)
     gradients(model, rows)
     optimizer_step(model, optimizers, 1e-2, 1.0)
-    save_checkpoint(folder / name, model, optimizers, {}, ranks, lambda path: None)
+    save_checkpoint(folder / name, model, optimizers, {"step": 4}, ranks, lambda path: None)
     again = shard(Model.from_pretrained(folder / name), ranks, torch.float32)
     restored = make_optimizers(again, name, 1e-2, (0.9, 0.95), 0.1)
-    restore_optimizers(folder / name, again, restored)
+    restore(folder / name, again, restored)
     for m, o in ((model, optimizers), (again, restored)):
         gradients(m, rows)
         optimizer_step(m, o, 1e-2, 1.0)

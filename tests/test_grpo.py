@@ -96,9 +96,9 @@ def recorded(monkeypatch):
     steps, original = [], grpo.rollout
 
     def rollout(*args):
-        groups, texts = original(*args)
+        groups = original(*args)
         steps.append(groups)
-        return groups, texts
+        return groups
     monkeypatch.setattr(grpo, "rollout", rollout)
     return steps
 
@@ -160,7 +160,7 @@ def group(prompt, sizes, rewards=None, rng=random.Random(0)):
     rollouts = [Rollout([rng.randrange(45) for _ in range(n)], [round(-rng.random() * 4, 2) for _ in range(n)], "stop")
                 for n in sizes]
     reward_g = torch.tensor(rewards or [1.0] + [-1.0] * (len(sizes) - 1))
-    return Group(PAIR, prompt, rollouts, reward_g, advantages(reward_g[None])[0])
+    return Group(PAIR, prompt, rollouts, [""] * len(sizes), reward_g, advantages(reward_g[None])[0])
 
 
 def test_trees_worked_by_hand():
@@ -296,17 +296,17 @@ def test_rewards_of_right_wrong_missing_and_unfinished_judgements(made):
     sampler = Scripted([written(a, "stop"), written(b, "stop"), written("no idea", "stop"), written(a, "length"),
                         written(a + b, "stop")])
     pairs = [replace(PAIR, id="x"), replace(PAIR, id="y", winner="b")]
-    groups, texts = grpo.rollout(cfg, sampler, tokenizer, pairs, {"x": [1, 2], "y": [3]}, 6, ALONE)
+    groups = grpo.rollout(cfg, sampler, tokenizer, pairs, {"x": [1, 2], "y": [3]}, 6, ALONE)
     # what was cut off earns -1
     assert [g.reward_g.tolist() for g in groups] == [[1, -1, -1, -1, -1], [-1, 1, -1, -1, -1]]
-    assert texts[0] == [a, b, "no idea", a, a + b] and [g.prompt_ids for g in groups] == [[1, 2], [3]]
+    assert groups[0].texts == [a, b, "no idea", a, a + b] and [g.prompt_ids for g in groups] == [[1, 2], [3]]
     assert sampler.asked == ([[1, 2], [3]], Sampling(n=5, max_new_tokens=8, temperature=1.0, stop=tokenizer.stop_ids,
                                                      seed=3_000_015))
     torch.testing.assert_close(groups[0].advantage_g, advantages(groups[0].reward_g[None])[0])
     n_tok = sum(len(r.ids) for r in sampler.rollouts) / 5
-    assert grpo.rollout_metrics(groups, texts) == pytest.approx({"reward": -0.6, "accuracy": 0.2,
-                                                                 "frac_no_verdict": 0.4, "frac_unfinished": 0.2,
-                                                                 "frac_zero_spread": 0.0, "judgement_tok": n_tok})
+    assert grpo.rollout_metrics(groups) == pytest.approx({"reward": -0.6, "accuracy": 0.2, "frac_no_verdict": 0.4,
+                                                          "frac_unfinished": 0.2, "frac_zero_spread": 0.0,
+                                                          "judgement_tok": n_tok})
 
 
 # ---- whole runs
@@ -455,9 +455,9 @@ from common import parse_config
 original, steps = grpo.rollout, []
 
 def rollout(*args):
-    groups, texts = original(*args)
+    groups = original(*args)
     steps.append([[g.pair.id, [[r.ids, r.reason] for r in g.rollouts], g.reward_g.tolist()] for g in groups])
-    return groups, texts
+    return groups
 grpo.rollout = rollout
 for argv in json.loads(sys.argv[1]):
     sys.argv = ["grpo.py", *argv]
