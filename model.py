@@ -17,7 +17,6 @@ Letters: N packed tokens, S segments, M scored tokens, D width, H query heads, K
 import functools
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from files import whole, write_whole
 from kernels import add_rms_norm, attention, linear, linear_logp, logits, rms_norm, rope, swiglu, wide
 
 # --------------------------------------------------------------------------------------------------------------- config
@@ -61,57 +61,69 @@ class ModelConfig:
         """Reads a Hugging Face config; ValueError names the field that is missing or that we do not compute."""
         def refuse(why):
             raise ValueError(f"{where}: {why}")
-        kind = raw.get("model_type")
-        if kind not in ("qwen2", "qwen3"):
-            refuse(f"model_type is {kind!r}; supported are qwen2 (Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen) and qwen3")
-        wanted = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]
-        if raw.get("architectures", [wanted]) not in ([wanted], None):
-            refuse(f"architectures {raw['architectures']!r} is not supported; model_type {kind} needs [{wanted!r}]")
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in required + tuple(k for k in ("num_key_value_heads", "head_dim") if raw.get(k) is not None):
-            if not isinstance(raw.get(key), int) or raw[key] < 1:
-                refuse(f"{key} must be a positive integer, got {raw.get(key)!r}")
-        if not isinstance(raw.get("rms_norm_eps", 1e-6), float):
-            refuse(f"rms_norm_eps must be a number like 1e-6, got {raw['rms_norm_eps']!r}")
-        if raw.get("hidden_act", "silu") != "silu":
-            refuse(f"hidden_act {raw['hidden_act']!r} is not supported; only silu is")
-        for key in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
-            if raw.get(key) not in (True, False, None):
-                refuse(f"{key} must be true or false, got {raw[key]!r}")
-        sliding = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
-        first_sliding = raw.get("max_window_layers", 28) or 0
-        slides = raw.get("layer_types") or ["sliding_attention"] * (
-            raw["num_hidden_layers"] - first_sliding if sliding else 0)
-        if any(kind != "full_attention" for kind in slides):
-            refuse("sliding-window attention is in use (use_sliding_window, max_window_layers, layer_types); "
-                   "only full attention is supported")
-        for key in ("attention_dropout", "use_mrope", "quantization_config"):
-            if raw.get(key):
-                refuse(f"{key}={raw[key]!r} is not supported; remove it from the config if you can do without it")
-        heads = raw["num_attention_heads"]
+        check_config(raw, refuse)
+        heads, hidden_size = raw["num_attention_heads"], raw["hidden_size"]
         kv_heads = raw.get("num_key_value_heads") or heads
-        head_dim = raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads)
-        derived = kind == "qwen2" and not raw.get("head_dim")
-        if heads % kv_heads or head_dim % 2 or derived and raw["hidden_size"] % heads:
-            refuse(f"{heads} heads, {kv_heads} key/value heads, head_dim {head_dim}, hidden_size {raw['hidden_size']} "
-                   "do not divide")
+        is_qwen3 = raw["model_type"] == "qwen3"
+        head_dim = raw.get("head_dim")
+        if not head_dim:
+            if not is_qwen3 and hidden_size % heads:
+                refuse(f"hidden_size {hidden_size} does not divide into {heads} heads, and there is no head_dim")
+            head_dim = 128 if is_qwen3 else hidden_size // heads
+        if heads % kv_heads or head_dim % 2:
+            refuse(f"{heads} heads, {kv_heads} key/value heads, head_dim {head_dim}, hidden_size {hidden_size} do not "
+                   "divide")
         bias = bool(raw.get("attention_bias", False))
         return ModelConfig(
-            **{key: raw[key] for key in required}, num_key_value_heads=kv_heads, head_dim=head_dim,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=kind == "qwen2" or bias, o_bias=kind == "qwen3" and bias, qk_norm=kind == "qwen3",
-            rope=read_rope(raw, head_dim, refuse), raw=raw)
+            vocab_size=raw["vocab_size"], hidden_size=hidden_size, intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads, num_key_value_heads=kv_heads,
+            head_dim=head_dim, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)), qkv_bias=not is_qwen3 or bias,
+            o_bias=is_qwen3 and bias, qk_norm=is_qwen3, rope=read_rope(raw, head_dim, refuse), raw=raw)
+
+
+def check_config(raw, refuse):
+    """refuse(why) for the first field that is missing, malformed, or asks for something we do not compute."""
+    kind = raw.get("model_type")
+    if kind not in ("qwen2", "qwen3"):
+        refuse(f"model_type is {kind!r}; supported are qwen2 (Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen) and qwen3")
+    wanted = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]
+    if raw.get("architectures", [wanted]) not in ([wanted], None):
+        refuse(f"architectures {raw['architectures']!r} is not supported; model_type {kind} needs [{wanted!r}]")
+
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    optional = [key for key in ("num_key_value_heads", "head_dim") if raw.get(key) is not None]
+    for key in (*required, *optional):
+        if not isinstance(raw.get(key), int) or raw[key] < 1:
+            refuse(f"{key} must be a positive integer, got {raw.get(key)!r}")
+    if not isinstance(raw.get("rms_norm_eps", 1e-6), float):
+        refuse(f"rms_norm_eps must be a number like 1e-6, got {raw['rms_norm_eps']!r}")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {raw['hidden_act']!r} is not supported; only silu is")
+    for key in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
+        if raw.get(key) not in (True, False, None):
+            refuse(f"{key} must be true or false, got {raw[key]!r}")
+    if slides(raw):
+        refuse("sliding-window attention is in use (use_sliding_window, max_window_layers, layer_types); "
+               "only full attention is supported")
+    for key in ("attention_dropout", "use_mrope", "quantization_config"):
+        if raw.get(key):
+            refuse(f"{key}={raw[key]!r} is not supported; remove it from the config if you can do without it")
+
+
+def slides(raw):
+    """Does any layer see a window only? layer_types says it of each; without it, the layers from max_window_layers on
+    do if use_sliding_window is on (released Qwen configs carry the window's fields, and leave it off)."""
+    if raw.get("layer_types"):
+        return any(kind != "full_attention" for kind in raw["layer_types"])
+    on = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
+    return bool(on) and raw["num_hidden_layers"] > (raw.get("max_window_layers", 28) or 0)
 
 
 def read_rope(raw, head_dim, refuse):
     """The rotary frequencies that a config asks for, under both spellings of its fields; types default, linear and
-    yarn.
-
-    YaRN (arXiv 2309.00071): channel pairs that turn more than beta_fast times over the original context
-    keep their frequency, those that turn less than beta_slow times are slowed by `factor`, with a linear ramp between;
-    cos and sin are scaled by 0.1 ln(factor) + 1.
-    """
-    if "rope_parameters" in raw and "rope_scaling" in raw and raw["rope_scaling"] is not None:
+    yarn."""
+    if "rope_parameters" in raw and raw.get("rope_scaling") is not None:
         refuse("has both rope_parameters and rope_scaling; keep one")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -121,48 +133,59 @@ def read_rope(raw, head_dim, refuse):
         for value in (rope.get(key), raw.get(key)):
             if value is not None and (not isinstance(value, (int, float)) or value < 0):
                 refuse(f"{key} must be a number, zero or more, got {value!r}")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        refuse("partial_rotary_factor other than 1 is not supported")
+
     theta = next((x for x in (rope.get("rope_theta"), raw.get("rope_theta")) if x is not None), 10000.0)
     if theta <= 1:
         refuse(f"rope_theta must be above 1, got {theta!r}")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        refuse("partial_rotary_factor other than 1 is not supported")
     inv_freq = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return Rope(tuple(inv_freq))
-    if kind not in ("linear", "yarn"):
-        refuse(f"rope type {kind!r} is not supported; supported are default, linear and yarn")
-    original = (raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-                or raw.get("max_position_embeddings"))
-    factor = rope.get("factor")
     if kind == "linear":
-        if not factor:
+        if not rope.get("factor"):
             refuse("rope type linear needs a factor")
-        return Rope(tuple(f / factor for f in inv_freq))
-    if not original or not (factor or raw.get("max_position_embeddings")):
+        return Rope(tuple(f / rope["factor"] for f in inv_freq))
+    if kind != "yarn":
+        refuse(f"rope type {kind!r} is not supported; supported are default, linear and yarn")
+    longest = raw.get("max_position_embeddings")
+    original = (raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+                or longest)
+    if not original or not (rope.get("factor") or longest):
         refuse("rope type yarn needs a factor and original_max_position_embeddings or max_position_embeddings")
-    factor = factor or raw["max_position_embeddings"] / original
+    return yarn(rope, theta, inv_freq, rope.get("factor") or longest / original, original)
+
+
+def yarn(rope, theta, inv_freq, factor, original):
+    """YaRN (arXiv 2309.00071): channel pairs that turn more than beta_fast times over the original context keep their
+    frequency, those that turn less than beta_slow times are slowed by `factor`, with a linear ramp between; cos and sin
+    are scaled by 0.1 ln(factor) + 1.
+    """
+    head_dim = 2 * len(inv_freq)
 
     def pair_that_turns(times):  # the (fractional) channel pair that turns so often within the original context
         return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
+    low = pair_that_turns(rope.get("beta_fast") or 32)
+    high = pair_that_turns(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    high = high if high != low else high + 0.001
-    slow = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(head_dim // 2)]
+    if low == high:
+        high += 0.001  # the ramp must not divide by zero
+    slowed = []
+    for i, frequency in enumerate(inv_freq):
+        share = min(max((i - low) / (high - low), 0.0), 1.0)
+        slowed.append(frequency * (1 - share) + frequency / factor * share)
 
     def attention_scale(weight):
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     scale = rope.get("attention_factor")
     if scale is None:
-        both = rope.get("mscale") and rope.get("mscale_all_dim")
         scale = attention_scale(1.0)
-        if both:
+        if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's spelling
             scale = attention_scale(rope["mscale"]) / attention_scale(rope["mscale_all_dim"])
-    return Rope(tuple(f * (1 - s) + f / factor * s for f, s in zip(inv_freq, slow)), scale)
+    return Rope(tuple(slowed), scale)
 
 
 # --------------------------------------------------------------------------------------------------------------- forest
@@ -195,15 +218,23 @@ def pack(trees, device="cpu"):
     tokens, segments = [], []
     for prompt, responses in trees:
         parent = len(segments)
-        for ids, above in [(prompt, -1)] + [(ids, parent) for ids in responses]:
-            segments.append((len(tokens), len(ids), above))
+        segments.append((len(tokens), len(prompt), -1))
+        tokens.extend(prompt)
+        for ids in responses:
+            segments.append((len(tokens), len(ids), parent))
             tokens.extend(ids)
     segments_s3 = torch.tensor(segments, dtype=torch.int64).view(-1, 3)
-    start, length, above = segments_s3.unbind(1)
-    prefix = torch.where(above >= 0, length[above], 0)
+    start_s, length_s, parent_s = segments_s3.unbind(1)
+    has_parent_s = parent_s >= 0
+    prefix_s = torch.where(has_parent_s, length_s[parent_s], 0)
+    # A token's place in memory, less where its segment starts, plus what its sequence has before it
+    positions_n = torch.arange(len(tokens)) + (prefix_s - start_s).repeat_interleave(length_s)
+    # The token before it in memory predicts a token; but a response's first token is predicted by its prompt's last
+    # (none, if the prompt is empty), and a sequence's first token by none
     previous_n = torch.arange(-1, len(tokens) - 1)
-    previous_n[start[length > 0]] = torch.where(prefix > 0, start[above] + length[above] - 1, -1)[length > 0]
-    positions_n = torch.arange(len(tokens)) + (prefix - start).repeat_interleave(length)
+    before_first_s = torch.where(prefix_s > 0, start_s[parent_s] + length_s[parent_s] - 1, -1)
+    nonempty_s = length_s > 0
+    previous_n[start_s[nonempty_s]] = before_first_s[nonempty_s]
     tokens_n = torch.tensor(tokens, dtype=torch.int64)
     return Forest(tokens_n.to(device), positions_n.to(device), previous_n.to(device), segments_s3)
 
@@ -238,8 +269,9 @@ class Model(nn.Module):
         hidden_nd = self.run(forest.tokens_n, forest.positions_n, attend)
         if scored_m is None:
             return hidden_nd
-        source_m = forest.previous_n[scored_m]
-        return linear_logp(hidden_nd[source_m], self.head_vd, forest.tokens_n[scored_m], temperature, self.impl)
+        source_m = forest.previous_n[scored_m]  # the shift by one, for training, reference and evaluation alike
+        target_m = forest.tokens_n[scored_m]
+        return linear_logp(hidden_nd[source_m], self.head_vd, target_m, temperature, self.impl)
 
     def run(self, tokens_n, positions_n, attend):
         """Embedding, blocks and final norm; attend(layer, q_nhc, k_nkc, v_nkc) -> out_nhc connects the tokens."""
@@ -292,11 +324,9 @@ class Model(nn.Module):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         spelling = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
-        with open(path / "config.json.tmp", "w", encoding="utf-8") as f:
-            json.dump(self.config.raw | {spelling: dtype}, f, indent=2)
-        save_file(state, path / "model.safetensors.tmp", metadata={"format": "pt"})
-        for name in ("config.json", "model.safetensors"):
-            os.replace(path / (name + ".tmp"), path / name)
+        write_whole(path / "config.json", json.dumps(self.config.raw | {spelling: dtype}, indent=2))
+        with whole(path / "model.safetensors") as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
         (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded model that was here before
 
 
@@ -319,7 +349,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.shapes = (-1, H, C), (-1, K, C)
+        self.H, self.K, self.C = H, K, C
         self.q_proj = nn.Linear(D, H * C, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, K * C, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, K * C, bias=config.qkv_bias)
@@ -328,13 +358,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_nd, cos_nc, sin_nc, attend, layer, impl):
-        q_shape, kv_shape = self.shapes
-        q_nhc = linear(x_nd, self.q_proj.weight, self.q_proj.bias, impl).view(q_shape)
-        k_nkc = linear(x_nd, self.k_proj.weight, self.k_proj.bias, impl).view(kv_shape)
-        v_nkc = linear(x_nd, self.v_proj.weight, self.v_proj.bias, impl).view(kv_shape)
-        norms = [(None, 0.0) if norm is None else (norm.weight, norm.eps) for norm in (self.q_norm, self.k_norm)]
-        q_nhc, k_nkc = (rope(x, cos_nc, sin_nc, *norm, impl) for x, norm in zip((q_nhc, k_nkc), norms))
-        return linear(attend(layer, q_nhc, k_nkc, v_nkc).flatten(1), self.o_proj.weight, self.o_proj.bias, impl)
+        q_nd = linear(x_nd, self.q_proj.weight, self.q_proj.bias, impl)
+        k_nd = linear(x_nd, self.k_proj.weight, self.k_proj.bias, impl)
+        v_nd = linear(x_nd, self.v_proj.weight, self.v_proj.bias, impl)
+        q_nhc = self.rotated(q_nd.view(-1, self.H, self.C), self.q_norm, cos_nc, sin_nc, impl)
+        k_nkc = self.rotated(k_nd.view(-1, self.K, self.C), self.k_norm, cos_nc, sin_nc, impl)
+        out_nhc = attend(layer, q_nhc, k_nkc, v_nd.view(-1, self.K, self.C))
+        return linear(out_nhc.flatten(1), self.o_proj.weight, self.o_proj.bias, impl)
+
+    def rotated(self, x_nhc, norm, cos_nc, sin_nc, impl):
+        """Qwen3 norms each head's channels first; Qwen2 has no such norm."""
+        if norm is None:
+            return rope(x_nhc, cos_nc, sin_nc, impl=impl)
+        return rope(x_nhc, cos_nc, sin_nc, norm.weight, norm.eps, impl)
 
 
 class MLP(nn.Module):
@@ -345,7 +381,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_nd, impl):
-        gate_nf, up_nf = linear(x_nd, self.gate_proj.weight, None, impl), linear(x_nd, self.up_proj.weight, None, impl)
+        gate_nf = linear(x_nd, self.gate_proj.weight, None, impl)
+        up_nf = linear(x_nd, self.up_proj.weight, None, impl)
         return linear(swiglu(gate_nf, up_nf, impl), self.down_proj.weight, None, impl)
 
 
@@ -389,20 +426,26 @@ def read_json(path):
     return value
 
 
-def load_weights(model, path, device, dtype):
-    """Fills a meta-device model from model.safetensors or its shards; missing, unexpected or mis-shaped tensors by
-    name.
+def weight_files(path):
+    """The names of the safetensors files that hold a folder's weights.
 
     model.safetensors wins over an index, as in transformers: a folder saved over a sharded one still has the old index.
     """
-    index, files = path / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists() and not (path / files[0]).exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{index}: weight_map must be an object of tensor name: file name")
-        files = sorted(set(weight_map.values()))
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.exists():
+        return ["model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must be an object of tensor name: file name")
+    return sorted(set(weight_map.values()))
+
+
+def load_weights(model, path, device, dtype):
+    """Fills a meta-device model, tensor after tensor; missing, unexpected or mis-shaped ones by name."""
+    files = weight_files(path)
     wanted = dict(model.named_parameters())
-    seen, head = set(), None
+    seen = set()
+    head = None  # some tied checkpoints carry the head as well, as a copy of the embedding
     for file in files:
         if not (path / file).exists():
             raise ValueError(f"{path / file}: no such file; weights are in model.safetensors or the index's shards")
@@ -411,14 +454,9 @@ def load_weights(model, path, device, dtype):
                 for name in shard.keys():
                     tensor = shard.get_tensor(name)
                     if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                        head = tensor  # some tied checkpoints carry the copy
+                        head = tensor
                         continue
-                    if name not in wanted or name in seen:
-                        what = "second copy of" if name in seen else "unexpected"
-                        raise ValueError(f"{path / file}: {what} tensor {name}")
-                    if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
-                        raise ValueError(f"{path / file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                                         f"the config needs floating point {tuple(wanted[name].shape)}")
+                    check_tensor(f"{path / file}", name, tensor, wanted, seen)
                     owner, leaf = name.rsplit(".", 1)
                     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
                     seen.add(name)
@@ -429,3 +467,14 @@ def load_weights(model, path, device, dtype):
         raise ValueError(f"{path}: tensor {missing[0]}{more} is missing from {', '.join(files)}")
     if head is not None and not torch.equal(head.to(device, dtype), model.model.embed_tokens.weight):
         raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
+
+
+def check_tensor(where, name, tensor, wanted, seen):
+    """ValueError unless the tensor is wanted, new, and of the shape that the config gives it."""
+    if name in seen:
+        raise ValueError(f"{where}: second copy of tensor {name}")
+    if name not in wanted:
+        raise ValueError(f"{where}: unexpected tensor {name}")
+    if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
+        raise ValueError(f"{where}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the config needs floating "
+                         f"point {tuple(wanted[name].shape)}")
