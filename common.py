@@ -41,38 +41,50 @@ def parse_config(cls, recipes=None, argv=None):
     overrides that --recipe applies before the flags. Unknown, abbreviated or mistyped flags, and values that
     cls.__post_init__ refuses with ValueError, end the program with one line and status 2.
     """
-    source = inspect.getsource(cls)
-    types = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{Path(sys.argv[0]).name}: {message} (--help lists the options)")
     if recipes:
         parser.add_argument("--recipe", choices=recipes, help="a set of options; flags given beside it win")
+    types = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        comment = re.search(rf"^    {f.name}:.*?  # (.+)$", source, re.M)
-        assert comment, f"{cls.__name__}.{f.name} needs a trailing comment: it is the option's help"
-        flag, text = "--" + f.name.rstrip("_").replace("_", "-"), comment[1].replace("%", "%%")
-        kind = types[f.name]
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=f.name,
-                                help=f"{text} (default: {f.default})")
-            continue
-        several = {"nargs": "+"} if typing.get_origin(kind) is tuple else {}
-        kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
-        if f.default is dataclasses.MISSING:
-            parser.add_argument(f.name, type=kind, help=text, metavar=f.name.upper(), **several)
-        else:
-            default = " ".join(f.default) if several else f.default
-            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), dest=f.name,
-                                help=f"{text} (default: {default})", **several)
+        add_option(parser, f, types[f.name], trailing_comment(cls, f.name))
     given = vars(parser.parse_args(argv))
     recipe = given.pop("recipe", None)
-    given = {name: None if value == "" and type(None) in typing.get_args(types[name]) else
-             tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    options = dict(recipes[recipe]) if recipe else {}
+    for name, value in given.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        if value == "" and type(None) in typing.get_args(types[name]):
+            value = None
+        options[name] = value
     try:
-        return cls(**(recipes[recipe] if recipe else {}) | given)
+        return cls(**options)
     except ValueError as e:
         parser.error(str(e))
+
+
+def trailing_comment(cls, name):
+    found = re.search(rf"^    {name}:.*?  # (.+)$", inspect.getsource(cls), re.M)
+    assert found, f"{cls.__name__}.{name} needs a trailing comment: it is the option's help"
+    return found[1].replace("%", "%%")  # argparse formats it
+
+
+def add_option(parser, field, kind, text):
+    """The flag of one field. Defaults are suppressed: what comes back is what was given, which a recipe must not beat."""
+    flag = "--" + field.name.rstrip("_").replace("_", "-")
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=field.name,
+                            help=f"{text} (default: {field.default})")
+        return
+    several = "+" if typing.get_origin(kind) is tuple else None
+    kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # str of tuple[str, ...], str | None
+    if field.default is dataclasses.MISSING:
+        parser.add_argument(field.name, type=kind, help=text, metavar=field.name.upper(), nargs=several)
+        return
+    default = " ".join(field.default) if several else field.default
+    parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), dest=field.name,
+                        help=f"{text} (default: {default})", nargs=several)
 
 
 def check_at_least(cfg, low, *names):
@@ -189,11 +201,12 @@ def micro_batches(sizes, max_size, world):
     max_size holds one item. A bin may be empty when there are fewer items than bins. Example, 2 ranks:
     micro_batches([9, 3, 2], 6, 2) == [[[0], [1]], [[2], []]].
     """
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     fewest = min(len(sizes), math.ceil(sum(sizes) / (max_size * world)))  # long items alone can exceed the second
     for n_steps in range(fewest, len(sizes) + 1):
-        bins, load = [[] for _ in range(n_steps * world)], np.zeros(n_steps * world, dtype=np.int64)
-        for i in order:
+        bins = [[] for _ in range(n_steps * world)]
+        load = np.zeros(n_steps * world, dtype=np.int64)
+        for i in longest_first:  # each goes where least lies: the greedy rule for even loads
             b = int(load.argmin())
             bins[b].append(i)
             load[b] += sizes[i]
@@ -209,14 +222,15 @@ class Tally:
         self.pairs = {}
 
     def add(self, name, total, count=1):
-        have = self.pairs.get(name, (0.0, 0.0))
-        self.pairs[name] = (have[0] + float(torch.as_tensor(total).detach()), have[1] + float(count))
+        total_before, count_before = self.pairs.get(name, (0.0, 0.0))
+        self.pairs[name] = (total_before + float(torch.as_tensor(total).detach()), count_before + float(count))
 
     def means(self, ranks):
         """The same names must have been added on every rank."""
         names = sorted(self.pairs)
-        table = ranks.sum(torch.tensor([self.pairs[n] for n in names], dtype=torch.float64).to(ranks.device)).tolist()
-        return {n: total / count if count else None for n, (total, count) in zip(names, table)}
+        table = torch.tensor([self.pairs[name] for name in names], dtype=torch.float64)
+        sums = ranks.sum(table.to(ranks.device)).tolist()
+        return {name: total / count if count else None for name, (total, count) in zip(names, sums)}
 
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
@@ -286,9 +300,12 @@ def save_checkpoint(folder, model, optimizers, state, ranks, add_files):
     Tensors are gathered, so that any number of ranks can resume. There is no random state to save: data order and
     rollouts are functions of the run's seed and the step.
     """
-    names = {x: name for name, x in model.named_parameters()}
-    moments = {f"{names[x]}/{key}": gathered(torch.as_tensor(value), ranks)
-               for optimizer in optimizers for x, slots in optimizer.state.items() for key, value in slots.items()}
+    name_of = {x: name for name, x in model.named_parameters()}
+    moments = {}
+    for optimizer in optimizers:
+        for x, slots in optimizer.state.items():
+            for key, value in slots.items():
+                moments[f"{name_of[x]}/{key}"] = gathered(torch.as_tensor(value), ranks)
 
     def add_state(temporary):
         save_file(moments, temporary / "optimizer.safetensors")
@@ -311,7 +328,10 @@ def restore(folder, model, optimizers):
     The weights are not touched: Model.from_pretrained loads them from the same folder.
     """
     named = dict(model.named_parameters())
-    owner = {x: optimizer for optimizer in optimizers for group in optimizer.param_groups for x in group["params"]}
+    owner = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            owner |= dict.fromkeys(group["params"], optimizer)
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
         for name in file.keys():
             weight_name, key = name.rsplit("/", 1)
@@ -352,7 +372,7 @@ class Run:
         ranks.barrier()
         if ranks.main and not resume:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"options": options, "command": sys.argv, **machine(ranks)}, indent=2))
+            write_whole(file, json.dumps({"options": options, "command": sys.argv, **machine(ranks)}, indent=2))
 
     def row(self, file, row):
         if self.ranks.main:
