@@ -71,7 +71,7 @@ def trailing_comment(cls, name):
 
 
 def add_option(parser, field, kind, text):
-    """The flag of one field. Defaults are suppressed: what comes back is what was given, which a recipe must not beat."""
+    """The flag of one field. Its default is suppressed: what comes back is what was given, and wins over a recipe."""
     flag = "--" + field.name.rstrip("_").replace("_", "-")
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=field.name,

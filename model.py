@@ -41,15 +41,15 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    vocab_size: int           # V; rows beyond the tokenizer's size are padding
+    hidden_size: int          # D
+    intermediate_size: int    # F
+    num_hidden_layers: int    # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K; each is read by H / K query heads
+    head_dim: int             # C; Qwen3 sets it by itself, so that H C need not be D
     rms_norm_eps: float
-    tie_word_embeddings: bool
+    tie_word_embeddings: bool  # the small models' head is the embedding
     qkv_bias: bool  # Qwen2: always; Qwen3: attention_bias
     o_bias: bool    # Qwen2: never; Qwen3: attention_bias
     qk_norm: bool   # Qwen3: RMSNorm over head_dim of q and k, before the rotation
@@ -139,6 +139,8 @@ def read_rope(raw, head_dim, refuse):
     theta = next((x for x in (rope.get("rope_theta"), raw.get("rope_theta")) if x is not None), 10000.0)
     if theta <= 1:
         refuse(f"rope_theta must be above 1, got {theta!r}")
+    # channel pair i turns by theta^(-2i/C) radians a token: pair 0 once in 6 tokens, the last of theta = 10^6 (C = 128)
+    # once in five million
     inv_freq = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
@@ -248,7 +250,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.n_vocab = config.vocab_size  # rows of the head from here on do not exist: scripts set the tokenizer's size
-        self.impl = None  # which kernels compute it: see kernels.py; "invariant" makes the sampler's bits the trainer's
+        self.impl = None  # which kernels compute it: see kernels/; "invariant" makes the sampler's bits the trainer's
         self.gradient_checkpointing = False  # recompute blocks in the backward pass: activations of one at a time
         self.model = nn.ModuleDict({  # named as in the checkpoints: model.layers.0.self_attn.q_proj.weight
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -264,6 +266,7 @@ class Model(nn.Module):
         logp_m[j] = log p(tokens[i] | everything that token i sees before itself), i = scored_m[j], at the temperature.
         entropy_m is that distribution's, in nats, without gradient.
         """
+        # The sampler passes an `attend` with a cache to the same `run`: so both give equal log-probabilities
         def attend(layer, q_nhc, k_nkc, v_nkc):
             return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3, self.impl)
         hidden_nd = self.run(forest.tokens_n, forest.positions_n, attend)
@@ -276,6 +279,7 @@ class Model(nn.Module):
     def run(self, tokens_n, positions_n, attend):
         """Embedding, blocks and final norm; attend(layer, q_nhc, k_nkc, v_nkc) -> out_nhc connects the tokens."""
         x_nd = self.model.embed_tokens(tokens_n)
+        # once for all layers, and not rounded to the weights' dtype: bfloat16 has 8 bits for an angle's cosine
         cos_nc, sin_nc = rope_table(self.config.rope, positions_n, wide(x_nd.dtype))
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -287,6 +291,7 @@ class Model(nn.Module):
     @property
     def head_vd(self):
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        # nobody trained the padded rows: softmax would still give them a share, and the sampler could draw one
         return head.weight[:self.n_vocab]
 
     @torch.no_grad()
@@ -312,7 +317,7 @@ class Model(nn.Module):
         """Loads a Hugging Face folder. Tensor after tensor, so the peak is the model and its largest tensor."""
         path = Path(path)
         config = ModelConfig.from_dict(read_json(path / "config.json"), path / "config.json")
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory: each weight is allocated when its tensor has been read
             model = Model(config)
         load_weights(model, path, device, dtype)
         return model
@@ -323,6 +328,7 @@ class Model(nn.Module):
         dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        # transformers 5 writes "dtype", older ones "torch_dtype"; both read both
         spelling = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
         write_whole(path / "config.json", json.dumps(self.config.raw | {spelling: dtype}, indent=2))
         with whole(path / "model.safetensors") as temporary:
@@ -339,6 +345,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_nd, cos_nc, sin_nc, attend, layer, impl):
+        # pre-norm: what a layer computes is added to x, which itself is never normed. The sum and the next norm are one
+        # pass over memory
         delta_nd = self.self_attn(self.input_layernorm(x_nd, impl), cos_nc, sin_nc, attend, layer, impl)
         norm = self.post_attention_layernorm
         x_nd, normed_nd = add_rms_norm(x_nd, delta_nd, norm.weight, norm.eps, impl)
@@ -350,6 +358,7 @@ class Attention(nn.Module):
         super().__init__()
         D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.H, self.K, self.C = H, K, C
+        # biases on q, k and v are Qwen2's own; Qwen3 norms q and k instead, and has none unless attention_bias is set
         self.q_proj = nn.Linear(D, H * C, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, K * C, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, K * C, bias=config.qkv_bias)
@@ -361,6 +370,7 @@ class Attention(nn.Module):
         q_nd = linear(x_nd, self.q_proj.weight, self.q_proj.bias, impl)
         k_nd = linear(x_nd, self.k_proj.weight, self.k_proj.bias, impl)
         v_nd = linear(x_nd, self.v_proj.weight, self.v_proj.bias, impl)
+        # v is neither normed nor rotated: positions decide what is looked at, not what is read there
         q_nhc = self.rotated(q_nd.view(-1, self.H, self.C), self.q_norm, cos_nc, sin_nc, impl)
         k_nkc = self.rotated(k_nd.view(-1, self.K, self.C), self.k_norm, cos_nc, sin_nc, impl)
         out_nhc = attend(layer, q_nhc, k_nkc, v_nd.view(-1, self.K, self.C))

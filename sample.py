@@ -27,7 +27,7 @@ from kernels import Prompts, attention, decode_attention, linear_logp, logits, r
 from model import Model, pack
 from tokenizer import StreamDecoder, Tokenizer
 
-# ------------------------------------------------------------------------------------------------- one token's random choice
+# ------------------------------------------------------------------------------------------- one token's random choice
 
 
 @dataclass
@@ -507,9 +507,13 @@ def read_texts(path):
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                rows.append((row, row["messages"] if "messages" in row else [{"role": "user", "content": row["text"]}]))
+                messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["text"]}]
+                is_text = all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages)
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path}:{number}: is not {{"text": "..."}} or {{"messages": [...]}}') from None
+                is_text = False
+            if not is_text:
+                raise ValueError(f'{path}:{number}: is not {{"text": "..."}} or {{"messages": [...]}}')
+            rows.append((row, messages))
     return rows
 
 

@@ -24,9 +24,9 @@ from data.pairs import Pair, read_pairs, to_json, write_pairs  # noqa: E402
 from judge import (Config, Judge, JudgementFile, encode_all, judge_file, judge_settings, load_judge,  # noqa: E402
                    main, pair_from_options)
 from model import Model, ModelConfig  # noqa: E402
-from reward import benchmark_verdict, load_prompt, majority, prompt_path, render  # noqa: E402
+from reward import benchmark_verdict, load_prompt, majority, render  # noqa: E402
 from sample import Sampler, Sampling, prompt_key  # noqa: E402
-from test_sample import QWEN2, SHARED, tiny  # noqa: E402
+from test_sample import QWEN2, SHARED, make_folder, tiny  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
@@ -36,18 +36,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random Qwen3 with the toy tokenizer and more embedding rows than tokens, as published models have."""
-    path = tmp_path_factory.mktemp("judge")
-    n_vocab = toy.write_tokenizer(path)
-    spec = json.loads((path / "tokenizer.json").read_text())
-    vocabulary = spec["model"]["vocab"]  # two tokens that no prompt has become whole verdicts: random text holds some
-    vocabulary |= {"[[A]]": vocabulary.pop("\u0120looks"), "[[B]]": vocabulary.pop("\u0120better.")}
-    (path / "tokenizer.json").write_text(json.dumps(spec))
-    raw = toy.MODEL | dict(vocab_size=n_vocab + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                           head_dim=8)
-    tiny(raw).save_pretrained(path)
-    (path / "prompt.txt").write_text(prompt_path("toy").read_text())
-    return path
+    return make_folder(tmp_path_factory.mktemp("judge"))
 
 
 @pytest.fixture

@@ -2,9 +2,12 @@
 exact probabilities, by chi-square tests whose seeds are fixed and whose false-alarm probability is 1e-5; splitmix64 on
 Python's integers; top-k and top-p in a few lines of numpy."""
 
+import json
 import math
 import os
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,9 +17,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from common import parse_config  # noqa: E402
+from data import toy  # noqa: E402
 from kernels import INTERPRETED  # noqa: E402
 from model import Model, ModelConfig, pack  # noqa: E402
-from sample import Batch, Sampler, Sampling, choose, prompt_key, uniforms  # noqa: E402
+from reward import prompt_path  # noqa: E402
+from sample import (Batch, Config, Sampler, Sampling, choose, load_model, prompt_key, read_texts,  # noqa: E402
+                    uniforms)
 
 torch.set_num_threads(1)
 SHARED = (ROOT / os.environ.get("RM_SHARED", "../shared")).resolve()
@@ -40,6 +47,20 @@ def tiny(raw, dtype=torch.float32, seed=0):
         elif x.ndim == 2:
             x.mul_(0.5 / 0.02 if "embed" in name or "lm_head" in name else 0.2 / 0.02)
     return model
+
+
+def make_folder(path):
+    """A random Qwen3 with the toy tokenizer and more embedding rows than tokens, as published models have."""
+    n_vocab = toy.write_tokenizer(path)
+    spec = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]  # two tokens that no prompt has become whole verdicts: random text holds some
+    vocabulary |= {"[[A]]": vocabulary.pop("\u0120looks"), "[[B]]": vocabulary.pop("\u0120better.")}
+    (path / "tokenizer.json").write_text(json.dumps(spec))
+    raw = toy.MODEL | dict(vocab_size=n_vocab + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           head_dim=8)
+    tiny(raw).save_pretrained(path)
+    (path / "prompt.txt").write_text(prompt_path("toy").read_text())
+    return path
 
 
 def exact(logits, temperature=1.0, top_p=1.0, top_k=0):
@@ -157,7 +178,8 @@ def test_sampler_and_trainer_agree(raw, temperature):
 def test_invariant_sampler_has_the_trainers_bits(raw, temperature):
     model = tiny(raw)
     model.impl = "invariant"
-    groups = Sampler(model, n_slots=5).generate(PROMPTS[:4], Sampling(2, 12, temperature=temperature, stop={17, 18}, seed=5))
+    sampling = Sampling(2, 12, temperature=temperature, stop={17, 18}, seed=5)
+    groups = Sampler(model, n_slots=5).generate(PROMPTS[:4], sampling)
     forest = pack([(prompt, [r.ids for r in rollouts]) for prompt, rollouts in zip(PROMPTS, groups)])
     scored = [torch.arange(start, start + length) for start, length, parent in forest.segments_s3.tolist()
               if parent >= 0]
@@ -378,7 +400,8 @@ def test_a_rollout_depends_on_seed_prompt_and_index_alone():
     model = tiny(QWEN3)
 
     def run(prompts, n, n_slots=64, seed=0, **options):
-        groups = Sampler(model, n_slots, **options).generate(prompts, Sampling(n, 30, temperature=2.0, stop={17}, seed=seed))
+        sampling = Sampling(n, 30, temperature=2.0, stop={17}, seed=seed)
+        groups = Sampler(model, n_slots, **options).generate(prompts, sampling)
         return {tuple(prompt): [(r.ids, r.reason) for r in group] for prompt, group in zip(prompts, groups)}
     base = run(PROMPTS, 5)
     assert run(PROMPTS[::-1], 5) == base
@@ -462,3 +485,54 @@ def test_on_token_sees_every_token_in_order_and_groups_come_when_they_are_done()
         beyond = range(max(order) + 3, len(PROMPTS))
         assert not any((j, 0) in heard for j in beyond), "admitted more than the slots hold"
     assert sorted(order) == list(range(len(PROMPTS))) and len(heard) == 2 * len(PROMPTS)
+
+
+# ---- command line
+
+def command(*args):
+    return subprocess.run([sys.executable, str(ROOT / "sample.py"), "--threads", "1", *map(str, args)],
+                          cwd=tempfile.gettempdir(), capture_output=True, text=True)
+
+
+def test_command_line_completes_texts(tmp_path):
+    """Oracle: the same sampler in this process, on the same chat prompts."""
+    folder = make_folder(tmp_path)
+    model, tokenizer = load_model(folder)
+    rows = [{"text": "sort 76915", "n": 7}, {"messages": [{"role": "user", "content": "step\u2028 31"}]}]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                                          encoding="utf-8")
+    done = command("--model", folder, "--texts", tmp_path / "texts.jsonl", "--out", tmp_path / "out.jsonl", "--n", 3,
+                   "--max-new-tokens", 12, "--seed", 5)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in ("sort 76915", "step\u2028 31")]
+    sampling = Sampling(3, 12, stop=tokenizer.stop_ids, seed=5)
+    groups = Sampler(model).generate(prompts, sampling)
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for line, row, rollouts in zip(lines, rows, groups, strict=True):
+        assert json.loads(line) == row | {"completions": [
+            {"text": tokenizer.decode(r.ids), "n_tokens": len(r.ids), "finished": r.finished,
+             "logp": pytest.approx(sum(r.logps), abs=1e-4)} for r in rollouts]}
+    again = command("--model", folder, "--texts", tmp_path / "texts.jsonl", "--out", tmp_path / "out.jsonl")
+    assert again.returncode == 2 and "out.jsonl: already there" in again.stderr
+    one = command("--model", folder, "--text", "sort 76915", "--n", 3, "--max-new-tokens", 12, "--seed", 5)
+    assert one.stdout == "\n----\n".join(tokenizer.decode(r.ids) for r in groups[0]) + "\n"
+
+
+@pytest.mark.parametrize("argv, said", [
+    ([], "--text"), (["--text", "x", "--texts", "y", "--out", "z"], "--text"), (["--texts", "y"], "--out"),
+    (["--text", "x", "--n", "0"], "--n must be at least 1"), (["--text", "x", "--top-p", "0"], "--top-p"),
+    (["--text", "x", "--temperature", "inf"], "--temperature"), (["--text", "x", "--dtype", "int8"], "--dtype"),
+], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_wrong_options_end_in_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse_config(Config, argv=argv)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ['{"text": 3}', '{"messages": "hi"}', "{}", "[]", "no json",
+                                  '{"text": "a"}\n{"tex": "b"}'])
+def test_a_bad_line_of_texts_is_named(tmp_path, text):
+    (tmp_path / "texts.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=rf"texts.jsonl:{text.count(chr(10)) + 1}: is not"):
+        read_texts(tmp_path / "texts.jsonl")

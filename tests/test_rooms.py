@@ -1,0 +1,77 @@
+"""The rooms of the house: who may import whom. Oracle: the table below, against the import statements in the files."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("benchmarks", "data", "kernels", "report")  # packages; inside them imports are free
+
+# Each may import what stands in its row, and nothing else of ours.
+MAY_IMPORT = {
+    "files": "",
+    "reward": "",
+    "kernels": "",
+    "tokenizer": "files",
+    "common": "files",
+    "data": "files",
+    "model": "files kernels",
+    "sample": "common files kernels model tokenizer",
+    "judge": "common data files reward sample tokenizer",
+    "distill": "common data files judge model reward sample tokenizer",
+    "grpo": "common data distill files judge model reward sample tokenizer",  # distill: the first stage of the demo's task
+    "benchmarks": "data reward",
+    "evaluate": "benchmarks common data files judge model",
+    "report": "benchmarks common data files reward",
+    "demo": "common data distill evaluate files grpo judge model reward sample tokenizer",
+}
+
+
+def room_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0]
+
+
+def imports():
+    """{room: {room that it imports: "file:line" of the first place}}, imports inside functions too."""
+    found = {name: {} for name in MAY_IMPORT}
+    for path in sorted(ROOT.glob("*.py")) + [file for room in ROOMS for file in sorted((ROOT / room).glob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+                names = [node.module]
+            for name in names:
+                other = name.split(".")[0]
+                if other in MAY_IMPORT and other != room_of(path):
+                    found[room_of(path)].setdefault(other, f"{path.name}:{node.lineno}")
+    return found
+
+
+def test_every_file_has_a_room():
+    assert {path.stem for path in ROOT.glob("*.py")} | set(ROOMS) == set(MAY_IMPORT)
+
+
+def test_imports_are_those_of_the_table():
+    for room, others in imports().items():
+        allowed = set(MAY_IMPORT[room].split())
+        strangers = {other: place for other, place in others.items() if other not in allowed}
+        assert not strangers, f"{room} imports {strangers}"
+        assert allowed == set(others), f"{room} no longer imports {allowed - set(others)}: take it out of the table"
+
+
+def test_imports_point_one_way():
+    """No circle: rooms can be put in an order in which each imports only what came before."""
+    graph, order = {room: set(others) for room, others in imports().items()}, []
+    while ready := [room for room in graph if room not in order and graph[room] <= set(order)]:
+        order += ready
+    assert set(order) == set(graph), f"a circle among {sorted(set(graph) - set(order))}"
+
+
+def test_a_training_loop_holds_no_benchmark_and_no_page():
+    graph, closure = imports(), {"grpo"}
+    while more := {other for room in closure for other in graph[room]} - closure:
+        closure |= more
+    assert closure == {"grpo", "distill", "judge", "sample", "model", "kernels", "tokenizer", "reward", "data",
+                       "common", "files"}
