@@ -57,16 +57,17 @@ def judge_all(model_folder, pairs, temperature, seed, out):
     model.n_vocab = tokenizer.n_vocab
     sampling = Sampling(1, 96, temperature, stop=tokenizer.stop_ids, seed=seed)
     judge = Judge(Sampler(model), tokenizer, load_prompt("toy"), sampling)
-    done = tqdm(judge.judge(pairs), f"judge {out.name}", len(pairs), leave=False)
-    records = [record for _, record in sorted(done, key=lambda item: item[0])]
+    done = dict(tqdm(judge.judge(pairs), f"judge {out.name}", len(pairs), leave=False))
+    records = [done[i] for i in range(len(pairs))]
     out.mkdir(parents=True)
     write_pairs(out / "pairs.jsonl", pairs)
     write_records(out / "judgements.jsonl", records)
     settings = {"model": str(model_folder), "temperature": temperature, "seed": seed}
-    rows = write_scores(out, out.name, records, settings, session=judge.sampler.stats())["rows"]
+    result = write_scores(out, out.name, records, settings, {"session": judge.sampler.stats()})
     texts = [record["votes"][0]["text"] for record in records]
-    grounded = sum(toy.is_grounded(pair.prompt[0]["content"], text) for pair, text in zip(pairs, texts))
-    return {r["name"]: r for r in rows}, grounded / len(texts), sum(map(toy.is_careful, texts)) / len(texts)
+    grounded = sum(toy.is_grounded(pair.prompt[0]["content"], text) for pair, text in zip(pairs, texts)) / len(texts)
+    careful = sum(toy.is_careful(text) for text in texts) / len(texts)
+    return {row["name"]: row for row in result["rows"]}, grounded, careful
 
 
 def main(cfg):
