@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.pairs import (RM_BENCH_DOMAINS, SECTION_OF, SIDES, SWAPPED, Bad, Pair, balanced_order, clean, json_files,
-                        logged_pair, need, need_text, pairs_in, read_pairs, read_records, rm_bench_pair, swapped)
+from data.fields import SIDES, Bad, clean, count_or_none, need, need_side, need_text
+from data.pairs import (RM_BENCH_DOMAINS, SECTION_OF, SWAPPED, Pair, balanced_order, json_files, logged_pair, pairs_in,
+                        read_pairs, read_records, rm_bench_pair, swapped)
 from reward import benchmark_verdict, majority
 
 TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB"}
@@ -148,56 +149,43 @@ def _outputs_in(record, place):
 def _own(record):
     """The pair, without its texts, and the record of a judgement of ours, its verdicts read again."""
     name = need(record, "id", str)
-    winner = _side(record, "winner")
-    verdict = _side(record, "verdict")
+    winner = need_side(record, "winner")
+    verdict = need_side(record, "verdict")
     if need(record, "source", str) not in TITLES:
         record = {"subset": "", "item": ""} | record  # older files lack them
-    places = {key: need(record, key, str) for key in ("source", "domain", "subset", "item")}
-    if fault := _misplaced(name.removesuffix(SWAPPED), **places):
-        raise Bad(f"{fault}: this is no judgement of {TITLES[places['source']]}")
+    pair = Pair(name, [], "", "", winner, need(record, "source", str), need(record, "domain", str),
+                subset=need(record, "subset", str), item=need(record, "item", str))
+    if fault := _misplaced(pair):
+        raise Bad(f"{fault}: this is no judgement of {TITLES[pair.source]}")
     votes = [_own_vote(vote) for vote in need(record, "votes", list, of=(dict,))]
     if votes:
         again = majority([vote["verdict"] for vote in votes])
         record = record | {"recorded": int(verdict == winner), "votes": votes, "verdict": again}
     elif need(record, "recorded", int) not in (0, 1):
         raise Bad(f'"recorded" is {record["recorded"]}: it must be 1 (right) or 0')
-    return Pair(name, [], "", "", winner, **places), record
+    return pair, record
 
 
 def _own_vote(vote):
     verdict = benchmark_verdict(need_text(vote, "text"))
-    n_tokens = _count(vote, "n_tokens")
-    seconds = _count(vote, "seconds")
+    n_tokens = count_or_none(vote, "n_tokens")
+    seconds = count_or_none(vote, "seconds")
     if "at" in vote and not all(n.isdecimal() and v in SIDES for n, v in need(vote, "at", dict).items()):
         raise Bad('"at" must give "a", "b" or null for numbers of tokens')
     return vote | {"verdict": verdict, "n_tokens": n_tokens, "seconds": seconds}
 
 
-def _misplaced(name, source, domain, subset, item):
-    """What in a record names no place in its benchmark, or None."""
-    if source == "reward-bench" and subset not in SECTION_OF:
-        return f"subset {subset[:60]!r}"
-    if source == "rmb" and domain not in ("Helpfulness", "Harmlessness"):
-        return f"domain {domain[:60]!r}"
-    cell = name.removeprefix(item + "/")
-    if source == "rm-bench" and not (domain in RM_BENCH_DOMAINS and re.fullmatch("[012][012]", cell)):
-        return f"id {name[:60]!r} of item {item[:60]!r}, domain {domain[:60]!r}"
+def _misplaced(pair):
+    """What in a pair names no place in its benchmark, or None."""
+    if pair.source == "reward-bench" and pair.subset not in SECTION_OF:
+        return f"subset {pair.subset[:60]!r}"
+    if pair.source == "rmb" and pair.domain not in ("Helpfulness", "Harmlessness"):
+        return f"domain {pair.domain[:60]!r}"
+    name = pair.id.removesuffix(SWAPPED)
+    styles = name.removeprefix(pair.item + "/")
+    if pair.source == "rm-bench" and not (pair.domain in RM_BENCH_DOMAINS and re.fullmatch("[012][012]", styles)):
+        return f"id {name[:60]!r} of item {pair.item[:60]!r}, domain {pair.domain[:60]!r}"
     return None
-
-
-def _count(vote, key):
-    value = vote[key] if key in vote else None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (is_number and 0 <= value < 1e12):
-        raise Bad(f'"{key}" is {str(value)[:40]!r}: it must be a number or null')
-    return value
-
-
-def _side(record, key):
-    value = need(record, key, str, type(None))
-    if value not in SIDES:
-        raise Bad(f'"{key}" is {value[:60]!r}: write "a", "b" or null')
-    return value
 
 
 def _rm_bench_outputs(record, place):
@@ -222,6 +210,7 @@ def _rm_bench_outputs(record, place):
 
 
 def _outcomes(columns, rows):
+    """The outcomes of RewardBench in a table: which were right, and no texts."""
     found = {}
     for number, row in enumerate(rows, 1):
         row = dict(zip(columns, row))

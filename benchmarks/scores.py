@@ -75,10 +75,12 @@ def combined(parts):
 # ---- rows
 
 def is_right(record):
+    """By its verdict; an outcome without texts by what was recorded."""
     return record["verdict"] == record["winner"] if record["votes"] else record["recorded"] == 1
 
 
 def make_row(benchmark, kind, name, score, low, high, records, n, of=None, right=None):
+    """A row as above; the shares and means over votes and records are those of `records`."""
     votes = [vote for r in records for vote in r["votes"]]
     # undecided though some vote had a verdict
     ties = [r["verdict"] is None and any(vote["verdict"] for vote in r["votes"]) for r in records if r["votes"]]
@@ -97,7 +99,7 @@ def share_row(benchmark, kind, name, records, of=None):
     n = len(records)
     right = sum(is_right(r) for r in records)
     low, high = wilson(right, n)
-    return make_row(benchmark, kind, name, right / n, low, high, records, n, of, right)
+    return make_row(benchmark, kind, name, right / n, low, high, records, n=n, of=of, right=right)
 
 
 def mean_row(benchmark, kind, name, rows, records, of=None, weights=None):
@@ -105,7 +107,7 @@ def mean_row(benchmark, kind, name, rows, records, of=None, weights=None):
     weights = weights or [1] * len(rows)
     score, low, high = combined([(weight, r["score"], r["low"], r["high"]) for weight, r in zip(weights, rows)])
     n = sum(r["n"] for r in rows)
-    return make_row(benchmark, kind, name, score, low, high, records, n, of)
+    return make_row(benchmark, kind, name, score, low, high, records, n=n, of=of)
 
 
 def grouped(records, key):
@@ -226,11 +228,12 @@ def _rm_bench_rows(items, wins):
         mean = matrices.mean(0)
         for level, share in LEVELS.items():
             low, high = interval([share(matrix) for matrix in matrices], n_cells=3)
+            members = [r for r in records if r["subset"] == level]
             cells[domain, level] = make_row(title, "domain and difficulty", f"{domain} {level}", float(share(mean)),
-                                            low, high, [r for r in records if r["subset"] == level], n, of)
+                                            low, high, members, n=n, of=of)
         score = float(np.mean([cells[domain, level]["score"] for level in LEVELS]))
         low, high = interval(matrices.mean((1, 2)), n_cells=9)
-        domains.append(make_row(title, "domain", domain, score, low, high, records, n, of))
+        domains.append(make_row(title, "domain", domain, score, low, high, records, n=n, of=of))
     if not domains:
         return []
     records = [r for nine in items.values() for r in nine]
@@ -239,7 +242,8 @@ def _rm_bench_rows(items, wins):
     levels = []
     for level in LEVELS:
         rows = [cells[row["name"], level] for row in domains]
-        levels.append(mean_row(title, "difficulty", level, rows, [r for r in records if r["subset"] == level], of))
+        members = [r for r in records if r["subset"] == level]
+        levels.append(mean_row(title, "difficulty", level, rows, members, of))
     return [total, *domains, *levels, *cells.values()]
 
 
@@ -270,7 +274,7 @@ def _rmb_row(kind, name, members, of=None):
     n = len(items)
     right = sum(all(is_right(r) for r in item) for item in items)
     low, high = wilson(right, n)
-    return make_row(TITLES["rmb"], kind, name, right / n, low, high, members, n, of, right)
+    return make_row(TITLES["rmb"], kind, name, right / n, low, high, members, n=n, of=of, right=right)
 
 
 # ---- any records
