@@ -1,5 +1,5 @@
-"""benchmarks/records.py: releases made up here in the shapes of SCORING.md, every pair and output in them known; RM-R1's own
-logs (RM_SHARED, default ../shared) with the verdicts and orders recorded in them."""
+"""benchmarks/records.py: releases made up here in the shapes of SCORING.md, every pair and output in them known;
+RM-R1's own logs (RM_SHARED, default ../shared) with the verdicts and orders recorded in them."""
 
 import json
 import os
