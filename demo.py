@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,20 +57,22 @@ def judge_all(model_folder, pairs, temperature, seed, out):
     model.n_vocab = tokenizer.n_vocab
     sampling = Sampling(1, 96, temperature, stop=tokenizer.stop_ids, seed=seed)
     judge = Judge(Sampler(model), tokenizer, load_prompt("toy"), sampling)
-    done = tqdm(judge.judge(pairs), f"judge {out.name}", len(pairs), leave=False)
-    records = [record for _, record in sorted(done, key=lambda item: item[0])]
+    done = dict(tqdm(judge.judge(pairs), f"judge {out.name}", len(pairs), leave=False))
+    records = [done[i] for i in range(len(pairs))]
     out.mkdir(parents=True)
     write_pairs(out / "pairs.jsonl", pairs)
     write_records(out / "judgements.jsonl", records)
     settings = {"model": str(model_folder), "temperature": temperature, "seed": seed}
-    rows = write_scores(out, out.name, records, settings, session=judge.sampler.stats())["rows"]
+    result = write_scores(out, out.name, records, settings, {"session": judge.sampler.stats()})
     texts = [record["votes"][0]["text"] for record in records]
-    grounded = sum(toy.is_grounded(pair.prompt[0]["content"], text) for pair, text in zip(pairs, texts))
-    return {r["name"]: r for r in rows}, grounded / len(texts), sum(map(toy.is_careful, texts)) / len(texts)
+    grounded = sum(toy.is_grounded(pair.prompt[0]["content"], text) for pair, text in zip(pairs, texts)) / len(texts)
+    careful = sum(toy.is_careful(text) for text in texts) / len(texts)
+    return {row["name"]: row for row in result["rows"]}, grounded, careful
 
 
 def main(cfg):
-    began, out = time.perf_counter(), Path(cfg.out)
+    began = time.perf_counter()
+    out = Path(cfg.out)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if out.exists():
@@ -82,40 +84,39 @@ def main(cfg):
     distill.make_embedded_default(out, cfg.seed)
     data = {name: str(out / "data" / f"{name}.jsonl") for name in ("distill", "rl", "heldout")}
 
+    sft = distill.Config(model=str(out / "untrained"), data=data["distill"], eval_data=None, save_every=0,
+                         seed=cfg.seed, threads=cfg.threads)
+    rl = grpo.Config(model=str(out / "distilled/model"), data=data["rl"], eval_data=data["heldout"], save_every=0,
+                     seed=cfg.seed, threads=cfg.threads)
+    stages = [("answer_only", distill.main, replace(sft, answer_only=True)), ("distilled", distill.main, sft),
+              ("grpo", grpo.main, rl)]
     seconds = {"untrained": 0.0}
-    def timed(name, run):
+    for name, train, stage in stages:
         start = time.perf_counter()
-        run()
+        train(replace(stage, out=str(out / name)))
         seconds[name] = time.perf_counter() - start
 
-    common = dict(save_every=0, seed=cfg.seed, threads=cfg.threads)
-    sft = dict(model=str(out / "untrained"), data=data["distill"], eval_data=None, **common)
-    timed("answer_only", lambda: distill.main(distill.Config(**sft, out=str(out / "answer_only"), answer_only=True)))
-    timed("distilled", lambda: distill.main(distill.Config(**sft, out=str(out / "distilled"))))
-    timed("grpo", lambda: grpo.main(grpo.Config(
-        model=str(out / "distilled/model"), data=data["rl"], eval_data=data["heldout"], out=str(out / "grpo"),
-        **common)))
-
-    pairs, rows, summary = read_pairs(data["heldout"])[:cfg.pairs], [], {}
+    pairs = read_pairs(data["heldout"])[:cfg.pairs]
+    lines, accuracy = [], {}
     for name, title in TITLES.items():
         folder = out / name if name == "untrained" else out / name / "model"
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             judged = out / "judgements" / f"{name}-{how}"
             scores, grounded, careful = judge_all(folder, pairs, temperature, cfg.seed, judged)
             everything = scores["all"]
-            rows.append(f"{title:17} {how:8}{percent(everything):>19}{percent(scores['reasoning']):>20}"
-                        f"{percent(scores['chat']):>20}{everything['tokens']:8.1f}{100 * grounded:9.1f}"
-                        f"{100 * careful:9.1f}{seconds[name]:9.0f}")
-            summary[name if how == "greedy" else f"{name}_sampled"] = round(100 * everything["score"], 1)
+            lines.append(f"{title:17} {how:8}{percent(everything):>19}{percent(scores['reasoning']):>20}"
+                         f"{percent(scores['chat']):>20}{everything['tokens']:8.1f}{100 * grounded:9.1f}"
+                         f"{100 * careful:9.1f}{seconds[name]:9.0f}")
+            accuracy[name, how] = round(100 * everything["score"], 1)
     print(f"\nAccuracy in % (95% interval) on {len(pairs)} held-out pairs. tokens: mean judgement length. solves: % of "
           "judgements\nthat begin with the right solution or the right weights. checks: % that check both answers. "
           "seconds: training of the stage.\n")
     print(f"{'':26}{'all':>19}{'reasoning':>20}{'chat':>20}{'tokens':>8}{'solves':>9}{'checks':>9}{'seconds':>9}")
-    print("\n".join(rows))
+    print("\n".join(lines))
     print(f"\nJudge a pair of your own:  .venv/bin/python judge.py --model {out}/grpo/model "
           "--question 'sort 40718' --answer-a 01478 --answer-b 01487\n"
           f"Read the judgements and runs:  .venv/bin/python -m report {out}\n")
-    summary = {key: summary[key] for key in ("untrained", "answer_only", "distilled", "grpo", "grpo_sampled")}
+    summary = {name: accuracy[name, "greedy"] for name in TITLES} | {"grpo_sampled": accuracy["grpo", "sampled"]}
     summary["seconds"] = round(time.perf_counter() - began, 1)
     (out / MARK).write_text(json.dumps(summary | {"seed": cfg.seed, "stage_seconds": seconds}))
     print(json.dumps(summary))

@@ -7,7 +7,7 @@
 
 Each pair is judged once, greedily, in a seeded A/B order that is recorded; a missing verdict is wrong. Written into
 --out: pairs.jsonl (as they were shown), judgements.jsonl (every vote's text), scores.json (all that is printed).
-Started again, it judges what is missing. report.py makes a page of it.
+Started again, it judges what is missing. `python -m report` makes a page of it.
 
 Departures from RM-R1's evaluation:
 
@@ -91,12 +91,13 @@ def read_all(cfg):
         path = cfg.data or "runs/toy/data/heldout.jsonl"
         parts.append(read_pairs(path, cfg.seed, cfg.skip_bad))
         if all(pair.winner is None for pair in parts[-1]):
-            raise ValueError(f"{path}: no pair has a winner, nothing to score; sample.py judges unlabelled pairs")
+            raise ValueError(f"{path}: no pair has a winner, nothing to score; judge.py judges unlabelled pairs")
     pairs = []
     for part in parts:
-        items = list(dict.fromkeys(pair.item or pair.id for pair in part))  # whole items: nine pairs, or a best-of-n
-        kept = set(items[:cfg.limit or None])
-        pairs += [pair for pair in part if (pair.item or pair.id) in kept]
+        names = [pair.item or pair.id for pair in part]  # whole items: nine pairs, or a best-of-n
+        items = list(dict.fromkeys(names))
+        kept = set(items[:cfg.limit] if cfg.limit else items)
+        pairs += [pair for pair, name in zip(part, names) if name in kept]
     if bad := [pair.id for pair in pairs if pair.id.endswith(SWAPPED)]:
         raise ValueError(f"pair {bad[0]}: ids that end in {SWAPPED} are of judgements in the other order: rename it")
     if len({pair.id for pair in pairs}) < len(pairs):
@@ -108,15 +109,17 @@ def judge_all(cfg, pairs, out, ranks):
     """Judges what out/judgements.jsonl does not hold yet; returns all records (on rank 0), what made them, and the
     sampler's statistics."""
     judge = load_judge(cfg, budgets_of(cfg))
-    settings, whole = judge_settings(cfg, judge) | {"order": cfg.order}, out / "judgements.jsonl"
+    settings = judge_settings(cfg, judge) | {"order": cfg.order}
+    whole = out / "judgements.jsonl"
     exchanged = [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs] if cfg.swap else []
+    encoded = encode_all(judge, pairs + exchanged, cfg.skip_bad, quiet=not ranks.main)
+    if ranks.main and whole.exists():
+        reopen(whole, settings, {key_of(pair, ids) for pair, ids in encoded})
 
     def begin():
         write_whole(out / "settings.json", json.dumps(settings))
         write_pairs(out / "pairs.jsonl", pairs)
-    encoded = encode_all(judge, pairs + exchanged, cfg.skip_bad, quiet=not ranks.main)
-    if ranks.main and whole.exists():
-        reopen(whole, settings, {key_of(*x) for x in encoded})
+
     return judge_file(judge, encoded, whole, settings, ranks, begin), settings, judge.sampler.stats()
 
 
@@ -130,38 +133,48 @@ def reopen(whole, settings, wanted):
     whole.unlink()
 
 
-def rescore(source, out, skip_bad):
-    """Reads recorded outputs; returns (the records, where they are from, how many recorded outcomes came out again)."""
-    pairs, records = read_recorded(source, skip_bad)
-    again, settings = [r for r in records if r["votes"] and "recorded" in r], {"from": str(Path(source).resolve())}
+def save_recorded(source, out, pairs, records, settings):
+    """Writes what was read from source into out, unless it lies there: then only the scores are new."""
+    if Path(source).resolve() in (out.resolve(), (out / "judgements.jsonl").resolve()):
+        return
+    beside = out / "settings.json"
+    ours = beside.exists() and read_json(beside) == settings
+    if any(out.glob("judgements.jsonl*")) and not ours:
+        raise ValueError(f"{out}: holds other judgements; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(beside, json.dumps(settings))
+    if pairs:  # a table of outcomes has no texts
+        write_pairs(out / "pairs.jsonl", pairs)
+    write_records(out / "judgements.jsonl", records)
+
+
+def compare_recorded(records):
+    """How many outcomes, read from the texts again, are those that were recorded; and which are not."""
+    again = [r for r in records if r["votes"] and "recorded" in r]
     differ = [r["id"] for r in again if scores.is_right(r) != (r["recorded"] == 1)]
-    whole, own, beside = (out / "judgements.jsonl").resolve(), Path(source).resolve(), out / "settings.json"
-    if whole not in (own, own / "judgements.jsonl"):  # scored again where they lie, only the scores are new
-        if any(out.glob("judgements.jsonl*")) and not (beside.exists() and read_json(beside) == settings):
-            raise ValueError(f"{out}: holds other judgements; choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(beside, json.dumps(settings))
-        if pairs:  # a table of outcomes has no texts
-            write_pairs(out / "pairs.jsonl", pairs)
-        write_records(whole, records)
-    return records, settings, {"n": len(again), "same": len(again) - len(differ), "differ": differ}
+    return {"n": len(again), "same": len(again) - len(differ), "differ": differ}
 
 
-def write_scores(out, model, records, settings, **more):
-    """Scores the records, writes out/scores.json and returns what stands in it."""
+def write_scores(out, model, records, settings, extra):
+    """Scores the records, writes out/scores.json and returns what stands in it; extra: what else is to stand there."""
     if not any(r["winner"] for r in records):
         raise ValueError(f"{out}: none of {len(records)} judgements has a label, nothing to score")
     votes = [vote for r in records for vote in r["votes"]]
-    budgets = set(votes[0].get("at", {})).intersection(*(vote.get("at", {}) for vote in votes)) if votes else ()
     tokens = [vote["n_tokens"] for vote in votes]
     result = {"model": model, "settings": settings, "rows": scores.score(records),
               "positions": scores.position_rows(records), "swap": scores.swap_rows(records),
-              "budgets": scores.budget_rows(records, sorted(map(int, budgets))), "judgements": len(votes),
-              "left_out": scores.n_incomplete(records), "tokens": None if None in tokens else sum(tokens), **more}
+              "budgets": scores.budget_rows(records, budgets_in(votes)), "judgements": len(votes),
+              "left_out": scores.n_incomplete(records), "tokens": None if None in tokens else sum(tokens)} | extra
     if not result["rows"]:
         raise ValueError(f"{out}: nothing to score among {len(records)} judgements: no item is whole")
     write_whole(out / "scores.json", json.dumps({key: value for key, value in result.items() if value != []}, indent=2))
     return result
+
+
+def budgets_in(votes):
+    """The budgets for which every one of these votes has a verdict."""
+    budgets = [vote["at"] if "at" in vote else {} for vote in votes]
+    return sorted(int(n) for n in budgets[0] if all(n in at for at in budgets)) if votes else []
 
 
 def show(result):
@@ -202,33 +215,48 @@ def sources_of(path):
     return [str(folder) for folder in below] if below and not Path(path, "judgements.jsonl").exists() else [path]
 
 
+def evaluate_models(cfg, ranks):
+    """Judges with one model after another; returns what stands in their scores.json (on rank 0)."""
+    pairs, results = read_all(cfg), []
+    for folder in cfg.model:
+        read_json(Path(folder) / "config.json")  # a wrong path is told before hours of judging with another model
+    for folder, name, out in places(cfg.model, cfg.out):
+        began = time.perf_counter()
+        records, settings, stats = judge_all(replace(cfg, model=folder), pairs, out, ranks)
+        if ranks.main:
+            session = {"wall_s": time.perf_counter() - began, **stats}  # of rank 0, since this start
+            results.append(write_scores(out, name, records, settings, {"session": session}))
+            show(results[-1])
+    return results
+
+
+def score_recorded(cfg):
+    """Reads one source of recorded outputs after another; returns what stands in their scores.json."""
+    sources, results = [source for path in cfg.from_ for source in sources_of(path)], []
+    for source, name, out in places(sources, cfg.out):
+        pairs, records = read_recorded(source, cfg.skip_bad)
+        settings = {"from": str(Path(source).resolve())}
+        save_recorded(source, out, pairs, records, settings)
+        results.append(write_scores(out, name, records, settings, {"recorded": compare_recorded(records)}))
+        show(results[-1])
+    return results
+
+
+def places(sources, out):
+    """[(source, its name, the folder for its files)]: --out itself, or a folder in it for each of several."""
+    names = short_names(sources)
+    return [(source, name, Path(out, name) if len(sources) > 1 else Path(out)) for source, name in zip(sources, names)]
+
+
 def main(cfg):
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"{cfg.out}: is a file; --out is a folder")
-    ranks, results = init_ranks(cfg.threads), []
+    ranks = init_ranks(cfg.threads)
     if cfg.from_ and ranks.world > 1:
         raise ValueError("--from needs one process: start it with python, not torchrun")
-    if cfg.from_:
-        sources = [source for path in cfg.from_ for source in sources_of(path)]
-    else:
-        sources, pairs = cfg.model, read_all(cfg)
-        for folder in sources:
-            read_json(Path(folder) / "config.json")  # a wrong path is told before hours of judging with another model
-    for source, name in zip(sources, short_names(sources)):
-        out = Path(cfg.out, name) if len(sources) > 1 else Path(cfg.out)
-        if cfg.from_:
-            records, settings, again = rescore(source, out, cfg.skip_bad)
-            results.append(write_scores(out, name, records, settings, recorded=again))
-        else:
-            began = time.perf_counter()
-            records, settings, stats = judge_all(replace(cfg, model=source), pairs, out, ranks)
-            if not ranks.main:
-                continue
-            session = {"wall_s": time.perf_counter() - began, **stats}  # of rank 0, since this start
-            results.append(write_scores(out, name, records, settings, session=session))
-        show(results[-1])
+    results = score_recorded(cfg) if cfg.from_ else evaluate_models(cfg, ranks)
     if len(results) > 1:
-        print("\n" + scores.side_by_side({r["model"]: r["rows"] for r in results}))
+        print("\n" + scores.side_by_side({result["model"]: result["rows"] for result in results}))
         write_whole(Path(cfg.out) / "scores.json", json.dumps({"models": results}, indent=2))
 
 

@@ -5,6 +5,7 @@ The one leaf that every script and data/ stand on; it imports nothing of ours, a
 
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ def whole(path):
     """A temporary path, for a file or a folder, that takes the name `path` when the block ends, and goes if it fails.
 
     So what has its own name is whole. A folder that is there already must be empty, or gone, by the end of the block.
+    One process at a time may write a name.
     """
     temporary = Path(f"{path}.tmp")
     remove(temporary)  # of a process that was killed
@@ -74,6 +76,37 @@ def append(path, record):
 
 def json_line(record):
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+class NotJson(ValueError):
+    """Bytes that are not JSON: they break on `line`, from 1, and `fault` says how."""
+
+    def __init__(self, line, fault):
+        super().__init__(f"line {line}: {fault}")
+        self.line, self.fault = line, fault
+
+
+def parse_json(data):
+    """The value of JSON bytes. NotJson has the same line and the same words under every version of Python."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = 1 + e.object.count(b"\n", 0, e.start)
+        number = e.start - e.object.rfind(b"\n", 0, e.start)  # from 1
+        raise NotJson(line, f"byte {number} of the line, 0x{e.object[e.start]:02x}, is not UTF-8 (is it in another encoding?)") from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        position, words = e.pos, e.msg
+    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
+        raise NotJson(1, "JSON nested too deeply, or a number too long") from None
+    if words.startswith("Illegal trailing comma"):
+        # "[1,\n]": Python names the comma since 3.13; before, and here, what is wrong is the bracket behind it.
+        position = re.compile(r",[ \t\r\n]*").match(text, position).end()
+        words = "Expecting value" if text[position] == "]" else "Expecting property name enclosed in double quotes"
+    line = 1 + text.count("\n", 0, position)
+    column = position - text.rfind("\n", 0, position)
+    raise NotJson(line, f"malformed JSON, {words} at column {column}")
 
 
 def refuse_existing(path):

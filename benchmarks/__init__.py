@@ -1,1 +1,1 @@
-"""RewardBench, RM-Bench and RMB: their records and recorded outputs (records.py), their published scores (scores.py)."""
+"""RewardBench, RM-Bench and RMB: records.py has their records and recorded outputs, scores.py their scores."""

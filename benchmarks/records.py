@@ -13,16 +13,27 @@ from pathlib import Path
 
 import numpy as np
 
-from data.pairs import (RM_BENCH_DOMAINS, SECTION_OF, SIDES, SWAPPED, Bad, Pair, balanced_order, clean, json_files,
-                        logged_pair, need, need_text, pairs_in, read_pairs, read_records, rm_bench_pair, swapped)
+from data.fields import SIDES, Bad, clean, count_or_none, need, need_side, need_text
+from data.pairs import (RM_BENCH_DOMAINS, SECTION_OF, SWAPPED, Pair, balanced_order, json_files, logged_pair, pairs_in,
+                        read_pairs, read_records, rm_bench_pair, swapped)
 from reward import benchmark_verdict, majority
 
 TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB"}
 SCORE_FILES = ("final_result.json", "final_score.json", "META_RESULT.json")  # RM-R1's, beside its logs
 CHOSEN_IS_B = "Is_Chosen_Answer_Shuffled_toPositionB"
-STYLES = 3                                # of each answer in RM-Bench
+STYLES = 3  # of each answer in RM-Bench
 # RM-R1's logs of RM-Bench: one file for each rotation of the rejected answers, told apart by their names only
 ROTATION = re.compile(r"total_dataset_([123])(?=\D|$)")
+
+
+def styles_of(name):
+    """(the chosen answer's style, the rejected one's) of an RM-Bench pair: the digits that its id ends in."""
+    return int(name[-2]), int(name[-1])
+
+
+def is_swapped(record):
+    """Is this a judgement in the other order (--swap)?"""
+    return "swapped" in record and bool(record["swapped"])
 
 
 # ---- the benchmarks' own files
@@ -45,6 +56,7 @@ def read_benchmark(path, source, order="balanced", seed=0, skip_bad=False):
             if not undecided:
                 raise Bad(f"a recorded output, no record of {TITLES[source]} itself: give it as --from")
         return found
+
     pairs = [pair for pair, _ in read_records(path, convert, skip_bad, files)]
     if source == "rm-bench":
         pairs.sort(key=lambda pair: (pair.item, pair.id))
@@ -54,10 +66,15 @@ def read_benchmark(path, source, order="balanced", seed=0, skip_bad=False):
 
 def _unrotated(path, files):
     """The released folder has the whole benchmark in one file, again in one file a domain, and in rotated copies."""
-    kept = [f for f in files if not (ROTATION.match(f.name) and ROTATION.match(f.name)[1] != "1")]
+    rotated = [f for f in files if (match := ROTATION.match(f.name)) and match[1] != "1"]
+    kept = [f for f in files if f not in rotated]
     if not kept:
         raise ValueError(f"{path}: the rejected answers are rotated in this copy: give total_dataset.json")
-    return next(([f] for name in ("total_dataset.json", "total_dataset_1.json") for f in kept if f.name == name), kept)
+    for name in ("total_dataset.json", "total_dataset_1.json"):
+        whole = [f for f in kept if f.name == name]
+        if whole:
+            return whole[:1]
+    return kept
 
 
 def published_order(pairs):
@@ -70,12 +87,17 @@ def published_order(pairs):
     """
     if pairs[0].source == "rm-bench":
         items = list(dict.fromkeys(pair.item for pair in pairs))
-        draws = dict(zip([(style, item) for style in range(STYLES) for item in items], _draws(STYLES * len(items))))
-        return {i for i, pair in enumerate(pairs) if draws[int(pair.id[-2]), pair.item]}
+        draws_si = _draws(STYLES * len(items)).reshape(STYLES, len(items))
+        number = {item: i for i, item in enumerate(items)}
+        return {i for i, pair in enumerate(pairs) if draws_si[styles_of(pair.id)[0], number[pair.item]]}
     processes = {}
     for i, pair in enumerate(pairs):
-        processes.setdefault((pair.domain, pair.item != "") if pair.source == "rmb" else None, []).append(i)
-    return {i for members in processes.values() for i, drawn in zip(members, _draws(len(members))) if drawn}
+        process = (pair.domain, pair.item != "") if pair.source == "rmb" else "all"
+        processes.setdefault(process, []).append(i)
+    chosen_is_b = set()
+    for members in processes.values():
+        chosen_is_b |= {i for i, drawn in zip(members, _draws(len(members))) if drawn}
+    return chosen_is_b
 
 
 def _draws(n):
@@ -90,17 +112,24 @@ def read_recorded(path, skip_bad=False):
     A record's verdict is read from its text again. "recorded", where the source has it, is what the source counted: 1
     right, 0 not. The outputs of a table have no text: they have no votes, and "recorded" stands alone.
     """
-    root, files = Path(path), json_files(path)
-    own = [f for f in files if f.name == "judgements.jsonl" and f.parent == root]
-    # the grouped copy of best-of-n logs repeats raw_logs.json; scores stand in files of their own
-    files = own or [f for f in files if f == root or not (
-        f.name == "group_by_same_id_logs.json" and f.with_name("raw_logs.json") in files
-        or f.parent.name == "score_result" or f.name in SCORE_FILES)]
+    files = _output_files(path)
     found = read_records(path, _outputs_in, skip_bad, files)
-    pairs, texts = [pair for pair, _ in found if pair.prompt], files[0].with_name("pairs.jsonl")
+    pairs = [pair for pair, _ in found if pair.prompt]
+    texts = files[0].with_name("pairs.jsonl")
     if not pairs and files[0].suffix == ".jsonl" and texts.exists():
         pairs = read_pairs(texts)
     return pairs, [record for _, record in found]
+
+
+def _output_files(path):
+    """The file, or of a folder its judgements.jsonl if it has one, else all logs in it."""
+    root, files = Path(path), json_files(path)
+    if root / "judgements.jsonl" in files:
+        return [root / "judgements.jsonl"]
+    # the grouped copy of best-of-n logs repeats raw_logs.json; scores stand in files of their own
+    copies = [f for f in files if f.name == "group_by_same_id_logs.json" and f.with_name("raw_logs.json") in files]
+    scores = [f for f in files if f.parent.name == "score_result" or f.name in SCORE_FILES]
+    return [f for f in files if f == root or f not in copies + scores]
 
 
 def _outputs_in(record, place):
@@ -118,74 +147,75 @@ def _outputs_in(record, place):
 
 
 def _own(record):
-    name, winner, verdict = need(record, "id", str), *(_side(record, key) for key in ("winner", "verdict"))
+    """The pair, without its texts, and the record of a judgement of ours, its verdicts read again."""
+    name = need(record, "id", str)
+    winner = need_side(record, "winner")
+    verdict = need_side(record, "verdict")
     if need(record, "source", str) not in TITLES:
         record = {"subset": "", "item": ""} | record  # older files lack them
-    fields = {key: need(record, key, str) for key in ("source", "domain", "subset", "item")}
-    if fault := _misplaced(name.removesuffix(SWAPPED), **fields):
-        raise Bad(f"{fault}: this is no judgement of {TITLES[fields['source']]}")
-    votes = [vote | {"verdict": benchmark_verdict(need_text(vote, "text")), "n_tokens": _count(vote, "n_tokens"),
-                     "seconds": _count(vote, "seconds")} for vote in need(record, "votes", list, of=(dict,))]
-    for vote in votes:
-        if "at" in vote and not all(n.isdecimal() and v in SIDES for n, v in need(vote, "at", dict).items()):
-            raise Bad('"at" must give "a", "b" or null for numbers of tokens')
+    pair = Pair(name, [], "", "", winner, need(record, "source", str), need(record, "domain", str),
+                subset=need(record, "subset", str), item=need(record, "item", str))
+    if fault := _misplaced(pair):
+        raise Bad(f"{fault}: this is no judgement of {TITLES[pair.source]}")
+    votes = [_own_vote(vote) for vote in need(record, "votes", list, of=(dict,))]
     if votes:
-        record = record | {"recorded": int(verdict == winner), "votes": votes,
-                           "verdict": majority([vote["verdict"] for vote in votes])}
+        again = majority([vote["verdict"] for vote in votes])
+        record = record | {"recorded": int(verdict == winner), "votes": votes, "verdict": again}
     elif need(record, "recorded", int) not in (0, 1):
         raise Bad(f'"recorded" is {record["recorded"]}: it must be 1 (right) or 0')
-    return Pair(name, [], "", "", winner, **fields), record
+    return pair, record
 
 
-def _misplaced(name, source, domain, subset, item):
-    """What in a record names no place in its benchmark, or None."""
-    if source == "reward-bench" and subset not in SECTION_OF:
-        return f"subset {subset[:60]!r}"
-    if source == "rmb" and domain not in ("Helpfulness", "Harmlessness"):
-        return f"domain {domain[:60]!r}"
-    cell = name.removeprefix(item + "/")
-    if source == "rm-bench" and not (domain in RM_BENCH_DOMAINS and re.fullmatch("[012][012]", cell)):
-        return f"id {name[:60]!r} of item {item[:60]!r}, domain {domain[:60]!r}"
+def _own_vote(vote):
+    verdict = benchmark_verdict(need_text(vote, "text"))
+    n_tokens = count_or_none(vote, "n_tokens")
+    seconds = count_or_none(vote, "seconds")
+    if "at" in vote and not all(n.isdecimal() and v in SIDES for n, v in need(vote, "at", dict).items()):
+        raise Bad('"at" must give "a", "b" or null for numbers of tokens')
+    return vote | {"verdict": verdict, "n_tokens": n_tokens, "seconds": seconds}
+
+
+def _misplaced(pair):
+    """What in a pair names no place in its benchmark, or None."""
+    if pair.source == "reward-bench" and pair.subset not in SECTION_OF:
+        return f"subset {pair.subset[:60]!r}"
+    if pair.source == "rmb" and pair.domain not in ("Helpfulness", "Harmlessness"):
+        return f"domain {pair.domain[:60]!r}"
+    name = pair.id.removesuffix(SWAPPED)
+    styles = name.removeprefix(pair.item + "/")
+    if pair.source == "rm-bench" and not (pair.domain in RM_BENCH_DOMAINS and re.fullmatch("[012][012]", styles)):
+        return f"id {name[:60]!r} of item {pair.item[:60]!r}, domain {pair.domain[:60]!r}"
     return None
 
 
-def _count(vote, key):
-    value = vote[key] if key in vote else None
-    if value is not None and not (_is_number(value) and 0 <= value < 1e12):
-        raise Bad(f'"{key}" is {str(value)[:40]!r}: it must be a number or null')
-    return value
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _side(record, key):
-    value = need(record, key, str, type(None))
-    if value not in SIDES:
-        raise Bad(f'"{key}" is {value[:60]!r}: write "a", "b" or null')
-    return value
-
-
 def _rm_bench_outputs(record, place):
+    """The three outputs of a log's record: output i is of chosen style i against the i-th rejected answer, and the file
+    has those rotated: in total_dataset_2_... they stand in the order of styles 1, 2, 0."""
     rotation = ROTATION.match(place.file.name)
     if not rotation:
         raise Bad("an RM-Bench log, and its name does not say which: name the files total_dataset_1_..., "
                   "total_dataset_2_... and total_dataset_3_..., by the rotation of the rejected answers")
+    shift = int(rotation[1]) - 1
     kinds = {"chosen": (str,), "rejected": (str,), "output": (str,), "result": (int, float), CHOSEN_IS_B: (bool,)}
-    shift, (_, *columns) = int(rotation[1]) - 1, [need(record, key, list, of=kind) for key, kind in kinds.items()]
+    for key, kind in kinds.items():
+        need(record, key, list, of=kind)
     if any(len(record[key]) != STYLES for key in kinds):
         raise Bad(f"{', '.join(kinds)} need {STYLES} values each: repair or remove the record")
-    return [_output(rm_bench_pair(record, place, row, (row + shift) % STYLES, rejected, "b" if chosen_is_b else "a"),
-                    clean(text, "output"), result)
-            for row, (rejected, text, result, chosen_is_b) in enumerate(zip(*columns))]
+    outputs = []
+    for i in range(STYLES):
+        winner = "b" if record[CHOSEN_IS_B][i] else "a"
+        pair = rm_bench_pair(record, place, i, (i + shift) % STYLES, record["rejected"][i], winner)
+        outputs.append(_output(pair, clean(record["output"][i], "output"), record["result"][i]))
+    return outputs
 
 
 def _outcomes(columns, rows):
+    """The outcomes of RewardBench in a table: which were right, and no texts."""
     found = {}
     for number, row in enumerate(rows, 1):
         row = dict(zip(columns, row))
-        subset, winner = need(row, "subset", str), "b" if need(row, CHOSEN_IS_B, bool) else "a"
+        subset = need(row, "subset", str)
+        winner = "b" if need(row, CHOSEN_IS_B, bool) else "a"
         if subset not in SECTION_OF:
             raise Bad(f"row {number}: {subset!r} is no subset of RewardBench: correct it")
         name = f"{subset}/{need(row, 'id', str, int)}"

@@ -1,7 +1,8 @@
 """The published scores of RewardBench, RM-Bench and RMB, from judgement records; with intervals, positions and swaps.
 
-A record (sample.py, benchmarks.py) is right when its verdict, the majority of its votes, is its winner; no verdict and
-a tie are wrong. Sums run in the order of the benchmarks' own scripts, so that the same outcomes give the same float64.
+A record (judge.py writes it, records.py reads it) is right when its verdict, the majority of its votes, is its winner;
+no verdict and a tie are wrong. Sums run in the order of the benchmarks' own scripts, so that the same outcomes give the
+same float64.
 
 A score is a row: {"benchmark", "kind", "name", "n" (items counted), "of" (items in the published benchmark, or None),
 "score", "low", "high" (95% interval), "right" (items, where a score counts them), "no_verdict" (share of votes), "ties"
@@ -12,20 +13,21 @@ import math
 
 import numpy as np
 
-from benchmarks.records import TITLES
+from benchmarks.records import STYLES, TITLES, is_swapped, styles_of
 from data.pairs import OTHER, REWARD_BENCH_SECTIONS, SWAPPED
 from reward import majority
 
+# Items of the published benchmarks
 SUBSET_SIZE = {
     "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
     "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
     "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46, "refusals-dangerous": 100, "refusals-offensive": 100,
     "xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136, "math-prm": 447, "hep-cpp": 164,
     "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164}
-SUBSET_WEIGHT = SUBSET_SIZE | {"math-prm": 984}  # as much as the six code subsets together
 RM_BENCH_SIZE = {"chat": 129, "math": 529, "code": 228, "safety": 441}  # safety: refuse 284 and response 157, pooled
 RMB_SIZE = {"Pairwise Helpfulness": 10067, "Pairwise Harmlessness": 7064, "BoN Helpfulness": 2109,
             "BoN Harmlessness": 1677}
+SUBSET_WEIGHT = SUBSET_SIZE | {"math-prm": 984}  # as much as the six code subsets together
 PUBLISHED_VARIANT = "published variant (rotation 3 read twice)"
 
 
@@ -35,8 +37,10 @@ def wilson(right, n, z=1.96):
     """95% interval of a share, (low, high) in [0, 1] (Wilson 1927): honest near 0 and 1, unlike +-z sqrt(pq/n)."""
     if n == 0:
         return 0.0, 1.0
-    p, zz = right / n, z * z / n
-    middle, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
+    p = right / n
+    zz = z * z / n
+    middle = (p + zz / 2) / (1 + zz)
+    half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -46,7 +50,8 @@ def interval(values, n_cells=1):
     The outcomes within an item go together, so n items are worth between n and n * n_cells outcomes: Wilson's interval
     for as many as would give the variance seen between items.
     """
-    n, p = len(values), float(np.mean(values))
+    n = len(values)
+    p = float(np.mean(values))
     spread = p * (1 - p) / max(float(np.var(values)), 1e-12)  # 1 for single outcomes, n_cells for independent ones
     worth = n * min(max(spread, 1.0), n_cells)
     return wilson(p * worth, worth)
@@ -57,8 +62,9 @@ def combined(parts):
 
     The distances to the ends add up like standard deviations (Zou and Donner 2008).
     """
-    total, mean = sum(weight for weight, *_ in parts), 0.0
-    for weight, score, *_ in parts:  # not sum(), which carries rounding errors along since Python 3.12
+    total = sum(weight for weight, _, _, _ in parts)
+    mean = 0.0
+    for weight, score, _, _ in parts:  # not sum(), which carries rounding errors along since Python 3.12
         mean += weight * score
     mean /= total
     down = math.sqrt(sum((weight / total * (low - score)) ** 2 for weight, score, low, _ in parts))
@@ -69,11 +75,14 @@ def combined(parts):
 # ---- rows
 
 def is_right(record):
+    """By its verdict; an outcome without texts by what was recorded."""
     return record["verdict"] == record["winner"] if record["votes"] else record["recorded"] == 1
 
 
 def make_row(benchmark, kind, name, score, low, high, records, n, of=None, right=None):
+    """A row as above; the shares and means over votes and records are those of `records`."""
     votes = [vote for r in records for vote in r["votes"]]
+    # undecided though some vote had a verdict
     ties = [r["verdict"] is None and any(vote["verdict"] for vote in r["votes"]) for r in records if r["votes"]]
     return {"benchmark": benchmark, "kind": kind, "name": name, "n": n, "of": of, "score": score, "low": low,
             "high": high, "right": right, "no_verdict": _mean([vote["verdict"] is None for vote in votes]),
@@ -87,14 +96,18 @@ def _mean(values):
 
 def share_row(benchmark, kind, name, records, of=None):
     """The share of these records that are right."""
-    n, right = len(records), sum(map(is_right, records))
-    return make_row(benchmark, kind, name, right / n, *wilson(right, n), records, n, of, right)
+    n = len(records)
+    right = sum(is_right(r) for r in records)
+    low, high = wilson(right, n)
+    return make_row(benchmark, kind, name, right / n, low, high, records, n=n, of=of, right=right)
 
 
 def mean_row(benchmark, kind, name, rows, records, of=None, weights=None):
     """The weighted mean of rows, by default the plain one."""
-    parts = [(weight, r["score"], r["low"], r["high"]) for weight, r in zip(weights or [1] * len(rows), rows)]
-    return make_row(benchmark, kind, name, *combined(parts), records, sum(r["n"] for r in rows), of)
+    weights = weights or [1] * len(rows)
+    score, low, high = combined([(weight, r["score"], r["low"], r["high"]) for weight, r in zip(weights, rows)])
+    n = sum(r["n"] for r in rows)
+    return make_row(benchmark, kind, name, score, low, high, records, n=n, of=of)
 
 
 def grouped(records, key):
@@ -104,127 +117,175 @@ def grouped(records, key):
     return groups
 
 
-# ---- the benchmarks
-
 def section(record):
     """The section of its benchmark in which a record counts; RM-Bench calls them domains, and has one for safety."""
     if record["source"] == "rmb":
-        return f"{'BoN' if 'item' in record and record['item'] else 'Pairwise'} {record['domain']}"
-    return record["domain"].split("-")[0] if record["source"] == "rm-bench" else record["domain"]
+        best_of_n = "item" in record and record["item"]
+        return f"{'BoN' if best_of_n else 'Pairwise'} {record['domain']}"
+    if record["source"] == "rm-bench":
+        return record["domain"].split("-")[0]  # safety-refuse and safety-response
+    return record["domain"]
 
+
+# ---- RewardBench
 
 def reward_bench(records):
     """Subsets, four sections with fixed weights, their mean (the headline), and the plain share of all pairs."""
+    title = TITLES["reward-bench"]
     by_subset = grouped(records, lambda r: r["subset"])
-    subsets, sections = [], []
-    for title, names in REWARD_BENCH_SECTIONS.items():
-        rows = [share_row("RewardBench", "subset", t, by_subset[t], SUBSET_SIZE[t]) for t in names if t in by_subset]
-        if rows:
-            sections.append(mean_row("RewardBench", "section", title, rows,
-                                     [r for t in names for r in by_subset.get(t, [])],
-                                     sum(SUBSET_SIZE[t] for t in names), [SUBSET_WEIGHT[r["name"]] for r in rows]))
+    sections, subsets = [], []
+    for name, its_subsets in REWARD_BENCH_SECTIONS.items():
+        present = [subset for subset in its_subsets if subset in by_subset]
+        if not present:
+            continue
+        rows = [share_row(title, "subset", subset, by_subset[subset], SUBSET_SIZE[subset]) for subset in present]
+        weights = [SUBSET_WEIGHT[subset] for subset in present]
+        members = [r for subset in present for r in by_subset[subset]]
+        of = sum(SUBSET_SIZE[subset] for subset in its_subsets)
+        sections.append(mean_row(title, "section", name, rows, members, of, weights))
         subsets += rows
     of = sum(SUBSET_SIZE.values())
-    return [mean_row("RewardBench", "overall", "mean of sections", sections, records, of), *sections,
-            share_row("RewardBench", "plain", "all pairs", records, of), *subsets]
+    headline = mean_row(title, "overall", "mean of sections", sections, records, of)
+    plain = share_row(title, "plain", "all pairs", records, of)
+    return [headline, *sections, plain, *subsets]
 
 
-LEVELS = {"hard": lambda m: np.triu(m, 1).sum() / 3, "normal": lambda m: np.diag(m).mean(),
-          "easy": lambda m: np.tril(m, -1).sum() / 3}
+# ---- RM-Bench
+#
+# An item has a chosen and a rejected answer in each of three styles: 0 concise, 1 detailed, 2 detailed with Markdown.
+# Each chosen one is judged against each rejected one. wins[i, j] is 1 where the judge preferred the chosen answer of
+# style i to the rejected one of style j, else 0.
+#
+#                rejected 0  rejected 1  rejected 2
+#     chosen 0     normal       hard        hard       hard, above the diagonal: the chosen answer is the plainer one
+#     chosen 1      easy       normal       hard       normal, on it: both have the same style
+#     chosen 2      easy        easy       normal      easy, below it: the chosen answer is the fancier one
+#
+# A judge that falls for style, and is right where both have the same:
+#
+#     wins = 1 0 0      hard   = (0 + 0 + 0) / 3 = 0
+#            1 1 0      normal = (1 + 1 + 1) / 3 = 1
+#            1 1 1      easy   = (1 + 1 + 1) / 3 = 1        its mean over the nine cells is 2/3
+
+LEVELS = {"hard": lambda wins: np.triu(wins, 1).sum() / 3,
+          "normal": lambda wins: np.diag(wins).mean(),
+          "easy": lambda wins: np.tril(wins, -1).sum() / 3}
 
 
 def rm_bench(records):
-    """Domains, hard / normal / easy, their mean (the headline), from the nine cells of each item; then the same as the
-    published numbers were counted, under that name.
-
-    M[row][column] is the share of items right with the chosen answer in style row, the rejected one in style column.
-    Items that lack one of their nine pairs are left out.
+    """Domains, hard / normal / easy, their mean (the headline), and each level in each domain; then all but the last as
+    the published numbers were counted, under PUBLISHED_VARIANT. Items that lack one of their nine pairs are left out.
     """
-    items = {item: members for item, members in grouped(records, lambda r: r["item"]).items() if len(members) == 9}
-    cells = {item: _matrix(members) for item, members in items.items()}
-    kinds = "overall", "domain", "difficulty", "domain and difficulty"
-    intended, details = _rm_bench_rows(items, cells, kinds)
-    variant, _ = _rm_bench_rows(items, {item: _read_twice(m) for item, m in cells.items()}, [PUBLISHED_VARIANT] * 4)
-    return intended + details + variant
+    items = {name: nine for name, nine in grouped(records, lambda r: r["item"]).items() if len(nine) == STYLES**2}
+    wins = {name: win_matrix(nine) for name, nine in items.items()}
+    rows = _rm_bench_rows(items, wins)
+    variant = _rm_bench_rows(items, {name: third_log_twice(matrix) for name, matrix in wins.items()})
+    return rows + [row | {"kind": PUBLISHED_VARIANT} for row in variant if row["kind"] != "domain and difficulty"]
 
 
 def n_incomplete(records):
     """How many of RM-Bench's items lack one of their nine pairs."""
-    members = [r for r in records if r["source"] == "rm-bench" and r["winner"] and not r.get("swapped")]
-    return sum(len(group) != 9 for group in grouped(members, lambda r: r["item"]).values())
+    members = [r for r in in_first_order(records) if r["source"] == "rm-bench" and r["winner"]]
+    return sum(len(group) != STYLES**2 for group in grouped(members, lambda r: r["item"]).values())
 
 
-def _rm_bench_rows(items, cells, kinds):
-    """(rows of total, domains and levels; rows of each level in each domain) of items' matrices."""
-    by_level, domains = {level: [] for level in LEVELS}, []
-    of_domain = grouped(items, lambda item: section(items[item][0]))
+def win_matrix(nine):
+    wins = np.zeros((STYLES, STYLES))
+    for r in nine:
+        wins[styles_of(r["id"])] = is_right(r)
+    return wins
+
+
+def third_log_twice(wins):
+    """The matrix as the published script fills it.
+
+    It should read three logs; in log k the rejected answers are rotated by k - 1, so that chosen answer i was judged
+    against rejected answer (i + k - 1) % 3. But it opens log 3 in place of log 2 as well: the cells of log 2 (01, 12,
+    20) hold what log 3 says (02, 10, 21), and log 2 counts nowhere. The matrix above becomes
+
+        1 0 0
+        1 1 1      hard = 1/3, for 12 holds the easy cell 10
+        1 1 1
+    """
+    filled = wins.copy()
+    for i in range(STYLES):
+        filled[i, (i + 1) % STYLES] = wins[i, (i + 2) % STYLES]
+    return filled
+
+
+def _rm_bench_rows(items, wins):
+    """The total, the domains, the levels, and each level in each domain; of {item: its nine records}, {item: wins}."""
+    title = TITLES["rm-bench"]
+    domains, cells = [], {}
+    names_of = grouped(items, lambda name: section(items[name][0]))
     for domain, of in RM_BENCH_SIZE.items():
-        if domain not in of_domain:
+        if domain not in names_of:
             continue
-        matrices = np.array([cells[item] for item in of_domain[domain]])
-        records = [r for item in of_domain[domain] for r in items[item]]
-        mean, n = matrices.sum(0) / len(matrices), len(matrices)
-        for level, of_matrix in LEVELS.items():
-            by_level[level].append(make_row(
-                "RM-Bench", kinds[3], f"{domain} {level}", float(of_matrix(mean)),
-                *interval([of_matrix(m) for m in matrices], 3), [r for r in records if r["subset"] == level], n, of))
-        three = [rows[-1]["score"] for rows in by_level.values()]
-        domains.append(make_row("RM-Bench", kinds[1], domain, float(np.mean(three)),
-                                *interval(matrices.mean((1, 2)), 9), records, n, of))
+        names = names_of[domain]
+        n = len(names)
+        records = [r for name in names for r in items[name]]
+        matrices = np.array([wins[name] for name in names])
+        mean = matrices.mean(0)
+        for level, share in LEVELS.items():
+            low, high = interval([share(matrix) for matrix in matrices], n_cells=3)
+            members = [r for r in records if r["subset"] == level]
+            cells[domain, level] = make_row(title, "domain and difficulty", f"{domain} {level}", float(share(mean)),
+                                            low, high, members, n=n, of=of)
+        score = float(np.mean([cells[domain, level]["score"] for level in LEVELS]))
+        low, high = interval(matrices.mean((1, 2)), n_cells=9)
+        domains.append(make_row(title, "domain", domain, score, low, high, records, n=n, of=of))
     if not domains:
-        return [], []
-    records, of = [r for members in items.values() for r in members], sum(RM_BENCH_SIZE.values())
-    levels = [mean_row("RM-Bench", kinds[2], level, rows, [r for r in records if r["subset"] == level], of)
-              for level, rows in by_level.items()]
-    return ([mean_row("RM-Bench", kinds[0], "total", domains, records, of), *domains, *levels],
-            [row for rows in zip(*by_level.values()) for row in rows])
+        return []
+    records = [r for nine in items.values() for r in nine]
+    of = sum(RM_BENCH_SIZE.values())
+    total = mean_row(title, "overall", "total", domains, records, of)
+    levels = []
+    for level in LEVELS:
+        rows = [cells[row["name"], level] for row in domains]
+        members = [r for r in records if r["subset"] == level]
+        levels.append(mean_row(title, "difficulty", level, rows, members, of))
+    return [total, *domains, *levels, *cells.values()]
 
 
-def _matrix(members):
-    """[3][3] outcomes of one item: row, the chosen answer's style; column, the rejected one's."""
-    cells = np.zeros((3, 3))
-    for r in members:
-        cells[int(r["id"][-2]), int(r["id"][-1])] = is_right(r)
-    return cells
-
-
-def _read_twice(cells):
-    """The matrix as the published script filled it: the third rotation's outcomes in place of the second's too."""
-    out = cells.copy()
-    out[0, 1], out[1, 2], out[2, 0] = cells[0, 2], cells[1, 0], cells[2, 1]
-    return out
-
+# ---- RMB
 
 def rmb(records):
     """Four sections, their mean (the headline), and the categories. A best-of-n item is right if all its pairs are."""
-    rows, categories, extra, by_section = [], [], [], grouped(records, section)
+    by_section = grouped(records, section)
+    sections, pair_shares, categories = [], [], []
     for name, of in RMB_SIZE.items():
         if name not in by_section:
             continue
         members = by_section[name]
-        rows.append(_rmb_row("section", name, members, of))
+        sections.append(_rmb_row("section", name, members, of))
         if name.startswith("BoN"):
-            extra.append(share_row("RMB", "best-of-n pairs", name, members))
-        categories += [_rmb_row("category", category, group)
-                       for category, group in sorted(grouped(members, lambda r: r["subset"]).items())]
-    if not rows:
+            pair_shares.append(share_row(TITLES["rmb"], "best-of-n pairs", name, members))
+        by_category = grouped(members, lambda r: r["subset"])
+        categories += [_rmb_row("category", category, by_category[category]) for category in sorted(by_category)]
+    if not sections:
         return []
-    return [mean_row("RMB", "overall", "mean of sections", rows, records, sum(RMB_SIZE.values())), *rows, *extra,
-            *categories]
+    of = sum(RMB_SIZE.values())
+    headline = mean_row(TITLES["rmb"], "overall", "mean of sections", sections, records, of)
+    return [headline, *sections, *pair_shares, *categories]
 
 
 def _rmb_row(kind, name, members, of=None):
-    items = list(grouped(members, lambda r: r["item"] or r["id"]).values())
-    right = sum(all(map(is_right, item)) for item in items)
-    return make_row("RMB", kind, name, right / len(items), *wilson(right, len(items)), members, len(items), of, right)
+    items = grouped(members, lambda r: r["item"] or r["id"]).values()
+    n = len(items)
+    right = sum(all(is_right(r) for r in item) for item in items)
+    low, high = wilson(right, n)
+    return make_row(TITLES["rmb"], kind, name, right / n, low, high, members, n=n, of=of, right=right)
 
+
+# ---- any records
 
 def pairs(records):
     """Any other labelled pairs: all, by domain and by source."""
-    groups = grouped(records, lambda r: ("overall", "all"))
+    rows = [share_row("pairs", "overall", "all", records)]
     for kind in ("domain", "source"):
-        groups |= dict(sorted(grouped(records, lambda r: (kind, r[kind])).items()))
-    return [share_row("pairs", *name, members) for name, members in groups.items()]
+        groups = grouped(records, lambda r: r[kind])
+        rows += [share_row("pairs", kind, name, groups[name]) for name in sorted(groups)]
+    return rows
 
 
 BENCHMARKS = {"reward-bench": reward_bench, "rm-bench": rm_bench, "rmb": rmb}
@@ -235,21 +296,29 @@ def score(records):
 
     Records without a label are left out; so are judgements in the swapped order, which swap_rows counts.
     """
-    by_benchmark = _by_benchmark(r for r in records if not r.get("swapped"))
-    rows = [row for source, members in by_benchmark.items() for row in BENCHMARKS.get(source, pairs)(members)]
-    overall = [r for r in rows if r["kind"] == "overall" and r["benchmark"] != "pairs"]
-    if len(overall) == 3:
-        variant = next(r for r in rows if r["kind"] == PUBLISHED_VARIANT)  # its total comes first
-        published = [variant if r["benchmark"] == "RM-Bench" else r for r in overall]
-        counted = [r for source in BENCHMARKS for r in by_benchmark[source]]
-        for name, three in (("three benchmarks", overall), ("with RM-Bench as published", published)):
-            rows.append(mean_row("average", "overall", name, three, counted, sum(r["of"] for r in three)))
-    return rows
+    by_benchmark = _by_benchmark(in_first_order(records))
+    rows = []
+    for source, members in by_benchmark.items():
+        rows += BENCHMARKS.get(source, pairs)(members)
+    headlines = [r for r in rows if r["kind"] == "overall" and r["benchmark"] != "pairs"]
+    if len(headlines) < 3:
+        return rows
+    variant = next(r for r in rows if r["kind"] == PUBLISHED_VARIANT)  # its total comes first
+    published = [variant if r["benchmark"] == TITLES["rm-bench"] else r for r in headlines]
+    counted = [r for source in BENCHMARKS for r in by_benchmark[source]]
+    of = sum(r["of"] for r in headlines)
+    return rows + [mean_row("average", "overall", "three benchmarks", headlines, counted, of),
+                   mean_row("average", "overall", "with RM-Bench as published", published, counted, of)]
+
+
+def in_first_order(records):
+    return [r for r in records if not is_swapped(r)]
 
 
 def _by_benchmark(records):
     """{source: labelled records}, the benchmarks first; all other sources as one, under None."""
-    groups = grouped((r for r in records if r["winner"]), lambda r: r["source"] if r["source"] in BENCHMARKS else None)
+    labelled = [r for r in records if r["winner"]]
+    groups = grouped(labelled, lambda r: r["source"] if r["source"] in BENCHMARKS else None)
     return {source: groups[source] for source in (*BENCHMARKS, None) if source in groups}
 
 
@@ -259,13 +328,12 @@ def position_rows(records):
     """Does it matter where an answer stands? Accuracy with the chosen answer as A and as B; the share of A among all
     verdicts (1/2 would be even, if as many chosen answers stand at A)."""
     rows = []
-    for source, members in _by_benchmark(r for r in records if not r.get("swapped")).items():
-        by_place = {side: [is_right(r) for r in members if r["winner"] == side] for side in "ab"}
+    for source, members in _by_benchmark(in_first_order(records)).items():
+        at_a = [is_right(r) for r in members if r["winner"] == "a"]
+        at_b = [is_right(r) for r in members if r["winner"] == "b"]
         verdicts = [r["verdict"] for r in members if r["verdict"]]
-        rows.append({"benchmark": TITLES.get(source, "pairs"),
-                     **{f"chosen_{side}": _mean(by_place[side]) for side in "ab"},
-                     **{f"n_{side}": len(by_place[side]) for side in "ab"},
-                     "a_share": _mean([v == "a" for v in verdicts])})
+        rows.append({"benchmark": TITLES.get(source, "pairs"), "chosen_a": _mean(at_a), "chosen_b": _mean(at_b),
+                     "n_a": len(at_a), "n_b": len(at_b), "a_share": _mean([v == "a" for v in verdicts])})
     return rows
 
 
@@ -275,38 +343,46 @@ def swap_rows(records):
     answer stood there; undecided, no verdict in one or both. a_share: of A among all verdicts."""
     rows = []
     for source, members in _by_benchmark(r for r in records if r["votes"]).items():
-        first = {r["id"]: r for r in members if not r.get("swapped")}
-        second = [(r["id"].removesuffix(SWAPPED), r) for r in members if r.get("swapped")]
-        both = [(first[name], r) for name, r in second if name in first]
-        if not both:
-            continue
-        pairs = [(one["verdict"], other["verdict"]) for one, other in both]
-        right = [(is_right(one), is_right(other)) for one, other in both]
-        low, high = interval([(x + y) / 2 for x, y in right], 2)
-        consistent = [one is not None and one == OTHER[other] for one, other in pairs]
-        rows.append({
-            "benchmark": TITLES.get(source, "pairs"), "n": len(both), "first": _mean([x for x, _ in right]),
-            "second": _mean([y for _, y in right]), "mean": _mean([(x + y) / 2 for x, y in right]), "mean_low": low,
-            "mean_high": high, "both": _mean([x and y for x, y in right]), "consistent": _mean(consistent),
-            **dict(zip(("consistent_low", "consistent_high"), wilson(sum(consistent), len(both)))),
-            "always_a": _mean([pair == ("a", "a") for pair in pairs]),
-            "always_b": _mean([pair == ("b", "b") for pair in pairs]),
-            "undecided": _mean([None in pair for pair in pairs]),
-            "a_share": _mean([v == "a" for pair in pairs for v in pair if v])})
+        first = {r["id"]: r for r in in_first_order(members)}
+        second = {r["id"].removesuffix(SWAPPED): r for r in members if is_swapped(r)}
+        both = [(first[name], second[name]) for name in second if name in first]
+        if both:
+            rows.append(_swap_row(TITLES.get(source, "pairs"), both))
     return rows
+
+
+def _swap_row(benchmark, both):
+    """both: (record in the first order, record in the second) of each pair."""
+    right = [(is_right(one), is_right(other)) for one, other in both]
+    means = [(x + y) / 2 for x, y in right]
+    mean_low, mean_high = interval(means, n_cells=2)
+    verdicts = [(one["verdict"], other["verdict"]) for one, other in both]
+    # the same answer has the other letter in the second order
+    consistent = [one is not None and one == OTHER[other] for one, other in verdicts]
+    consistent_low, consistent_high = wilson(sum(consistent), len(both))
+    return {"benchmark": benchmark, "n": len(both), "first": _mean([x for x, _ in right]),
+            "second": _mean([y for _, y in right]), "mean": _mean(means), "mean_low": mean_low, "mean_high": mean_high,
+            "both": _mean([x and y for x, y in right]), "consistent": _mean(consistent),
+            "consistent_low": consistent_low, "consistent_high": consistent_high,
+            "always_a": _mean([pair == ("a", "a") for pair in verdicts]),
+            "always_b": _mean([pair == ("b", "b") for pair in verdicts]),
+            "undecided": _mean([None in pair for pair in verdicts]),
+            "a_share": _mean([verdict == "a" for pair in verdicts for verdict in pair if verdict])}
 
 
 def budget_rows(records, budgets):
     """Every benchmark's headline and sections, had each judgement been cut off after so many tokens."""
     rows = []
     for budget in budgets:
-        cut = []
-        for r in records:
-            votes = [vote | {"verdict": vote["at"][str(budget)], "n_tokens": min(vote["n_tokens"], budget),
-                             "seconds": None} for vote in r["votes"]]
-            cut.append(r | {"votes": votes, "verdict": majority([vote["verdict"] for vote in votes])})
+        cut = [_cut_off(r, budget) for r in records]
         rows += [{"budget": budget, **row} for row in score(cut) if row["kind"] in ("overall", "section", "domain")]
     return rows
+
+
+def _cut_off(record, budget):
+    votes = [vote | {"verdict": vote["at"][str(budget)], "n_tokens": min(vote["n_tokens"], budget), "seconds": None}
+             for vote in record["votes"]]
+    return record | {"votes": votes, "verdict": majority([vote["verdict"] for vote in votes])}
 
 
 # ---- tables
@@ -316,43 +392,49 @@ def table(rows):
     width = max(len(r["name"]) for r in rows)
     lines = [f"{'':{width}}{'items':>8}{'of':>8}{'score':>8}  {'95% interval':15}{'no verdict':>11}{'ties':>7}"
              f"{'tokens':>8}{'seconds':>9}"]
-    for i, r in enumerate(rows):
-        if i == 0 or (r["benchmark"], r["kind"]) != (rows[i - 1]["benchmark"], rows[i - 1]["kind"]):
+    block = None
+    for r in rows:
+        if block != (r["benchmark"], r["kind"]):
+            block = r["benchmark"], r["kind"]
             lines += ["", f"{r['benchmark']}: {r['kind']}"]
         lines.append(f"{r['name']:{width}}{r['n']:8}{r['of'] or '':>8}{100 * r['score']:8.2f}  "
-                     f"{100 * r['low']:5.1f} to {100 * r['high']:5.1f} {_cell(r['no_verdict'], 100, 12, 1)}"
-                     f"{_cell(r['ties'], 100, 7, 1)}{_cell(r['tokens'], 1, 8, 0)}{_cell(r['seconds'], 1, 9, 1)}")
+                     f"{100 * r['low']:5.1f} to {100 * r['high']:5.1f} {_percent(r['no_verdict'], 12)}"
+                     f"{_percent(r['ties'], 7)}{_number(r['tokens'], 8, 0)}{_number(r['seconds'], 9, 1)}")
     return "\n".join(lines)
 
 
-def _cell(value, factor, width, digits):
-    return f"{'-':>{width}}" if value is None else f"{factor * value:{width}.{digits}f}"
+def _number(value, width, digits):
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+
+
+def _percent(share, width):
+    return _number(None if share is None else 100 * share, width, 1)
 
 
 def wide_table(rows, title):
     """Rows of other shares (positions, swaps) as text, one line each, in %."""
-    names = [name for name in rows[0] if name != "benchmark"]
-    lines = [f"{title:16}" + "".join(f"{name.replace('_', ' '):>{len(name) + 2}}" for name in names)]
+    widths = {name: len(name) + 2 for name in rows[0] if name != "benchmark"}
+    lines = [f"{title:16}" + "".join(f"{name.replace('_', ' '):>{width}}" for name, width in widths.items())]
     for r in rows:
-        cells = [f"{r[name]:{len(name) + 2}}" if isinstance(r[name], int) else _cell(r[name], 100, len(name) + 2, 1)
-                 for name in names]  # counts are whole, shares are not
+        cells = [f"{r[name]:{width}}" if isinstance(r[name], int) else _percent(r[name], width)
+                 for name, width in widths.items()]  # counts are whole, shares are not
         lines.append(f"{r['benchmark']:16}" + "".join(cells))
     return "\n".join(lines)
 
 
-def side_by_side(scores_of):
+def side_by_side(rows_of):
     """The headlines and sections of several models, {model: rows}, as text, in % with half the interval's width."""
     kinds = ("overall", "section", "difficulty", "domain")
-    names = list(dict.fromkeys((r["benchmark"], r["name"]) for rows in scores_of.values() for r in rows
-                               if r["kind"] in kinds))
+    shown = {model: [r for r in rows if r["kind"] in kinds] for model, rows in rows_of.items()}
+    names = list(dict.fromkeys((r["benchmark"], r["name"]) for rows in shown.values() for r in rows))
     width = max(len(f"{benchmark}: {name}") for benchmark, name in names)
-    columns = {model: max(16, len(model) + 2) for model in scores_of}
-    lines = [f"{'':{width}}" + "".join(f"{model:>{columns[model]}}" for model in scores_of)]
+    columns = {model: max(16, len(model) + 2) for model in shown}
+    lines = [f"{'':{width}}" + "".join(f"{model:>{column}}" for model, column in columns.items())]
     for benchmark, name in names:
         cells = []
-        for model, rows in scores_of.items():
-            row = [r for r in rows if (r["benchmark"], r["name"]) == (benchmark, name) and r["kind"] in kinds]
-            text = f"{100 * row[0]['score']:.1f} +-{50 * (row[0]['high'] - row[0]['low']):.1f}" if row else "-"
+        for model, rows in shown.items():
+            text = next((f"{100 * r['score']:.1f} +-{50 * (r['high'] - r['low']):.1f}" for r in rows
+                         if (r["benchmark"], r["name"]) == (benchmark, name)), "-")
             cells.append(f"{text:>{columns[model]}}")
         lines.append(f"{f'{benchmark}: {name}':{width}}" + "".join(cells))
     return "\n".join(lines)

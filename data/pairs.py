@@ -21,7 +21,6 @@ A record without an id gets "<file>/<its number in the file, from 1>", <file> be
 """
 
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -30,9 +29,11 @@ from pathlib import Path
 
 import numpy as np
 
+from files import NotJson, parse_json, write_records
+from data.fields import SIDES, Bad, clean, keys_of, kind_of, need, need_object, need_side, need_text, show, text_or
+
 ROLES = ("system", "user", "assistant")
 SWAPPED = "/swapped"                      # ends the id of a pair's judgement in the other order
-SIDES = ("a", "b", None)                # labels and verdicts
 OTHER = {"a": "b", "b": "a", None: None}  # a label or verdict with the answers in the other order
 RM_BENCH_DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
 REWARD_BENCH_SECTIONS = {
@@ -98,21 +99,11 @@ def to_json(item):
 
 
 def write_pairs(path, pairs):
-    """Writes Pairs (or Chains) as JSON lines, under a temporary name first: a file that is there is a whole file."""
-    part = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(to_json(pair), ensure_ascii=False) + "\n" for pair in pairs)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    """Writes Pairs (or Chains) as JSON lines."""
+    write_records(path, (to_json(pair) for pair in pairs))
 
 
 # ---- files to records
-
-class Bad(ValueError):
-    """What is wrong with one record, without its place."""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -144,7 +135,7 @@ def read_records(path, convert, skip_bad=False, files=None):
                 items = convert(_object(record), Place(file, f"{name}/{number}", repeats))
                 for pair, _ in items:
                     if pair.id in first_at:
-                        raise Bad(f'id {_show(pair.id)} is also at {first_at[pair.id]}: remove or rename one of them')
+                        raise Bad(f'id {show(pair.id)} is also at {first_at[pair.id]}: remove or rename one of them')
             except Bad as bad:
                 if not skip_bad:
                     raise ValueError(f"{where}: {bad}") from None
@@ -185,18 +176,11 @@ def _records(file):
 
 
 def _decode(raw, line):
-    """The JSON value in raw, which starts on `line`, with that line; not being JSON, a Bad with the fault's."""
+    """(line, value) of the JSON in raw, which starts on `line`; where it is none, the line that breaks it and a Bad."""
     try:
-        return line, json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        number = e.start - raw.rfind(b"\n", 0, e.start)    # from 1
-        fault = Bad(f"byte {number} of the line, 0x{raw[e.start]:02x}, is not UTF-8: convert the file to UTF-8")
-        return line + raw.count(b"\n", 0, e.start), fault
-    except json.JSONDecodeError as e:
-        fault = f"malformed JSON, {e.msg} at column {e.colno}"
-        return line + e.lineno - 1, Bad(f"{fault}: repair or remove the record")
-    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
-        return line, Bad("JSON nested too deeply, or a number too long: repair or remove the record")
+        return line, parse_json(raw)
+    except NotJson as e:
+        return line + e.line - 1, Bad(f"{e.fault}: repair or remove the record")
 
 
 _DECODER, _GAP = json.JSONDecoder(), re.compile(r"[ \t\r\n,]*")
@@ -244,7 +228,7 @@ def pairs_in(record, place):
         return [(_preference(record, place), True)]
     if "messages" in record:
         raise Bad('"messages" alone is a chain, not a pair: read it as a chain, or give prompt, chosen and rejected')
-    raise Bad(f"unknown format, its keys are {_keys(record)}: data/pairs.py lists the known ones")
+    raise Bad(f"unknown format, its keys are {keys_of(record)}: data/pairs.py lists the known ones")
 
 
 def chains_in(record, place):
@@ -267,15 +251,13 @@ def chains_in(record, place):
         return [(_ready(record, place, turns[:-1], "messages", None), _judgement(turns[-1], "content"))]
     if "judgement" in record:
         return [(_own(record), _judgement(record, "judgement"))]
-    raise Bad(f"no judgement in this record, its keys are {_keys(record)}: data/pairs.py lists the forms of chains")
+    raise Bad(f"no judgement in this record, its keys are {keys_of(record)}: data/pairs.py lists the forms of chains")
 
 
 def _own(record):
-    winner = need(record, "winner", str, type(None))
-    if winner not in ("a", "b", None):
-        raise Bad(f'"winner" is {_show(winner)}: write "a", "b" or null')
-    fields = {"id": _id(record), "winner": winner} | {key: need_text(record, key) for key in ("source", "domain")}
-    fields |= {key: need_text(record, key, "") for key in ("subset", "item")}
+    fields = {"id": _id(record), "winner": need_side(record, "winner"),
+              "source": need_text(record, "source"), "domain": need_text(record, "domain"),
+              "subset": text_or(record, "subset", ""), "item": text_or(record, "item", "")}
     sides = {side: need(record, side, str, list) for side in ("answer_a", "answer_b")}
     prompt = need(record, "prompt", list, str)
     if record.get("rendered") is None:
@@ -286,15 +268,15 @@ def _own(record):
 
 
 def _ready(record, place, messages, name, winner):
-    return Pair(_id(record, place), [], "", "", winner, need_text(record, "source", place.file.stem),
-                need_text(record, "domain", ""), _prompt(messages, name), need_text(record, "subset", ""))
+    return Pair(_id(record, place), [], "", "", winner, text_or(record, "source", place.file.stem),
+                text_or(record, "domain", ""), _prompt(messages, name), text_or(record, "subset", ""))
 
 
 def _preference(record, place):
     chosen, rejected = need(record, "chosen", str, list), need(record, "rejected", str, list)
     if "prompt" in record and "subset" in record and "id" in record:
         return _reward_bench(record, record["prompt"], chosen, rejected, "a")
-    source, domain = need_text(record, "source", place.file.stem), need_text(record, "domain", "")
+    source, domain = text_or(record, "source", place.file.stem), text_or(record, "domain", "")
     if "prompt" in record:
         prompt = need(record, "prompt", str, list)
     elif isinstance(chosen, str) or isinstance(rejected, str):
@@ -307,7 +289,7 @@ def _preference(record, place):
 def _reward_bench(record, prompt, chosen, rejected, winner):
     subset = need_text(record, "subset")
     if subset not in SECTION_OF:
-        raise Bad(f'{_show(subset)} is no subset of RewardBench: correct it; in other data, rename the key "subset"')
+        raise Bad(f'{show(subset)} is no subset of RewardBench: correct it; in other data, rename the key "subset"')
     # the released ids repeat: 3692 is in donotanswer and in hep-python
     name, (a, b) = f"{subset}/{_id(record)}", (chosen, rejected) if winner == "a" else (rejected, chosen)
     return _pair(name, prompt, a, b, winner, "reward-bench", SECTION_OF[subset], subset=subset)
@@ -315,9 +297,9 @@ def _reward_bench(record, prompt, chosen, rejected, winner):
 
 def rm_bench_pair(record, place, row, column, rejected, winner="a"):
     """The pair of chosen style `row` and rejected style `column`; `rejected` is the text shown beside it."""
-    domain = need_text(record, "domain", place.file.name.split("_")[0])
+    domain = text_or(record, "domain", place.file.name.split("_")[0])
     if domain not in RM_BENCH_DOMAINS:
-        raise Bad(f'{_show(domain)} is no domain of RM-Bench: add "domain", or name the file <domain>_..., '
+        raise Bad(f'{show(domain)} is no domain of RM-Bench: add "domain", or name the file <domain>_..., '
                   f'with one of {", ".join(RM_BENCH_DOMAINS)}')
     item, chosen = f"{domain}/{_id(record).removeprefix(domain + '/')}", need(record, "chosen", list)[row]
     a, b = (chosen, rejected) if winner == "a" else (rejected, chosen)
@@ -366,7 +348,7 @@ def logged_pair(record, place):
 
 
 def _rmb_domain(record, place):
-    for text in (need_text(record, "category_path", ""), str(place.file)):
+    for text in (text_or(record, "category_path", ""), str(place.file)):
         for domain in ("Helpfulness", "Harmlessness"):
             if domain in text:
                 return domain
@@ -374,7 +356,7 @@ def _rmb_domain(record, place):
 
 
 def _category(record, place):
-    return need_text(record, "category_path", place.file.stem)
+    return text_or(record, "category_path", place.file.stem)
 
 
 def _split(one, other, name, other_name):
@@ -426,10 +408,10 @@ def _answer(value, prompt, plain):
 
 def _messages(value, name):
     if not isinstance(value, list):
-        raise Bad(f'"{name}" is {_kind(value)}: it must be a list of messages')
+        raise Bad(f'"{name}" is {kind_of(value)}: it must be a list of messages')
     for message in value:
         if need(_object(message), "role", str) not in ROLES:
-            raise Bad(f'"{name}" has a message of role {_show(message["role"])}: use {", ".join(ROLES)}')
+            raise Bad(f'"{name}" has a message of role {show(message["role"])}: use {", ".join(ROLES)}')
     return [{"role": message["role"], "content": need_text(message, "content")} for message in value]
 
 
@@ -449,55 +431,9 @@ def _judgement(record, key):
     return record[key]
 
 
-def need_text(record, key, default=None):
-    return default if default is not None and record.get(key) is None else clean(need(record, key, str), key)
-
-
-def clean(text, name):
-    if re.search("[\ud800-\udfff]", text):    # half a pair, as a lone "\ud83d" escape gives: no tokenizer takes it
-        raise Bad(f'"{name}" holds a lone surrogate, which is not text: repair or remove the record')
-    return text
-
-
 def _object(value):
     """value, if it is a JSON object (and the record in it, if it is one of the wrapped log records)."""
     if isinstance(value, Bad):
         raise value
-    if not isinstance(value, dict):
-        raise Bad(f"a JSON object must stand here, not {_kind(value)}: repair or remove the record")
-    return need(value, "record", dict) if value.keys() == {"source_index", "record"} else value
-
-
-def need(record, key, *kinds, of=()):
-    """record[key], which must be of one of these kinds; with `of`, a list whose elements are of one of those."""
-    if key not in record:
-        raise Bad(f'no "{key}" (found {_keys(record)}): add it')
-    if not _is(record[key], kinds):
-        raise Bad(f'"{key}" is {_kind(record[key])}: it must be {_names(kinds)}')
-    if bad := [value for value in record[key] if not _is(value, of)] if of else []:
-        raise Bad(f'"{key}" holds {_kind(bad[0])}: it may only hold {_names(of)}')
-    return record[key]
-
-
-def _is(value, kinds):
-    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-
-
-def _names(kinds):
-    return " or ".join(_KINDS[kind] for kind in kinds)
-
-
-_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "a list",
-          dict: "an object", type(None): "null"}
-
-
-def _kind(value):
-    return _KINDS[type(value)]
-
-
-def _keys(record):
-    return ", ".join(map(_show, list(record)[:20])) or "none"
-
-
-def _show(text):
-    return json.dumps(text[:60])              # on one line, whatever it holds
+    is_wrapped = need_object(value).keys() == {"source_index", "record"}
+    return need(value, "record", dict) if is_wrapped else value

@@ -1,5 +1,5 @@
-"""benchmarks.py: releases made up here in the shapes of SCORING.md, every pair and output in them known; RM-R1's own
-logs (RM_SHARED, default ../shared) with the verdicts and orders recorded in them."""
+"""benchmarks/records.py: releases made up here in the shapes of SCORING.md, every pair and output in them known;
+RM-R1's own logs (RM_SHARED, default ../shared) with the verdicts and orders recorded in them."""
 
 import json
 import os
@@ -383,7 +383,7 @@ def test_the_broken_file_of_the_release_is_named_by_its_line():
 
 
 def record(name, winner, verdicts, source="other", domain="d", subset="", item="", **more):
-    """A judgement record with a vote of each letter's verdict ("x": none), as sample.py writes it."""
+    """A judgement record with a vote of each letter's verdict ("x": none), as judge.py writes it."""
     texts = {"a": "so [[A]]", "b": "so [[B]]", "x": "[[A]] [[B]]"}
     votes = [{"text": texts[v], "n_tokens": 10 * i + 10, "finished": v != "x", "verdict": v if v != "x" else None,
               "seconds": 0.5 * i} for i, v in enumerate(verdicts)]

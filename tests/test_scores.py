@@ -1,6 +1,7 @@
-"""scores.py against SCORING.md, whose rules are written here a second time as plain loops over what the logs say: in
-float64 in the order of the published scripts, where every score must be equal to the last digit, and in exact
-fractions; the figures recorded for RM-R1's models; intervals against simulated coverage; everything else by hand."""
+"""benchmarks/scores.py against SCORING.md, whose rules are written here a second time as plain loops over what the
+logs say: in float64 in the order of the published scripts, where every score must be equal to the last digit, and in
+exact fractions; the figures recorded for RM-R1's models; intervals against simulated coverage; everything else by
+hand."""
 
 import json
 import math
@@ -267,6 +268,18 @@ def test_rm_bench_cells_one_by_one():
             twice = {(0, 2): [2, 0, 0], (1, 0): [1, 0, 1], (2, 1): [0, 0, 2]}.get((i, j), [0, int(i == j), 0])
             assert [round(found[scores.PUBLISHED_VARIANT, name] * 3, 9) for name in levels] == twice
             assert found["overall", "total"] == pytest.approx(1 / 9)
+
+
+def test_the_worked_example_of_rm_bench():
+    """The judge of the comment in scores.py, and what the published script makes of it."""
+    wins = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    assert {level: share(wins) for level, share in scores.LEVELS.items()} == {"hard": 0, "normal": 1, "easy": 1}
+    filled = scores.third_log_twice(wins)
+    assert filled.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 1]] and scores.LEVELS["hard"](filled) == 1 / 3
+    found = as_dict(scores.score(rm_bench_records("chat", 5, {(0, 1), (0, 2), (1, 2)})), "RM-Bench")
+    assert found["domain", "chat"] == pytest.approx(2 / 3)
+    assert found[scores.PUBLISHED_VARIANT, "hard"] == 1 / 3 and found["difficulty", "hard"] == 0
+    assert scores.third_log_twice(np.arange(9).reshape(3, 3)).tolist() == [[0, 2, 2], [3, 4, 3], [7, 7, 8]]
 
 
 def test_averages_of_the_paper():
