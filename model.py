@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files import whole, write_whole
+from files import NotJson, parse_json, whole, write_whole
 from kernels import add_rms_norm, attention, linear, linear_logp, logits, rms_norm, rope, swiglu, wide
 
 # --------------------------------------------------------------------------------------------------------------- config
@@ -424,13 +424,13 @@ def _on_device(values, device):
 def read_json(path):
     """The JSON object in a file; ValueError names a file that is not there, not readable or not an object."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file; a model folder has config.json, weights and tokenizer") from None
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not valid JSON ({e})") from None
+    except NotJson as e:
+        raise ValueError(f"{path}:{e.line}: not valid JSON: {e.fault}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, need an object")
     return value
