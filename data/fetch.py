@@ -42,7 +42,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
-from files import fail, json_line, one_line_errors, whole, write_whole  # noqa: E402
+from files import NotJson, fail, json_line, one_line_errors, parse_json, whole, write_whole  # noqa: E402
 from data import pairs  # noqa: E402
 
 GITHUB_API, GITHUB_RAW = "https://api.github.com", "https://raw.githubusercontent.com"
@@ -170,7 +170,9 @@ def _advice(code, url):
                 "HF_TOKEN to a token of your account")
     if code in (403, 429):
         return "refused, perhaps after too many requests: wait an hour and start again"
-    return "not found: check the name and --revision" if code == 404 else "the server failed: start again later"
+    if code == 404:
+        return "not found: check the name and --revision"
+    return "the server failed: start again later"
 
 
 def patiently(action, progress=lambda: None):
@@ -200,8 +202,8 @@ def get_json(url):
         return body, re.search(r'<([^>]+)>; *rel="next"', links)
     body, following = patiently(attempt)
     try:
-        return json.loads(body), following and following[1]
-    except ValueError:
+        return parse_json(body), following and following[1]
+    except NotJson:
         raise ValueError(f"{url}: the answer is not JSON: is a proxy or HF_ENDPOINT in the way?") from None
 
 
