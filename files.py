@@ -93,7 +93,8 @@ def parse_json(data):
     except UnicodeDecodeError as e:
         line = 1 + e.object.count(b"\n", 0, e.start)
         number = e.start - e.object.rfind(b"\n", 0, e.start)  # from 1
-        raise NotJson(line, f"byte {number} of the line, 0x{e.object[e.start]:02x}, is not UTF-8 (is it in another encoding?)") from None
+        byte = f"byte {number} of the line, 0x{e.object[e.start]:02x}"
+        raise NotJson(line, f"{byte}, is not UTF-8 (is it in another encoding?)") from None
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:

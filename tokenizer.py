@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import tokenizers
 
+from files import NotJson, parse_json, write_whole
+
 
 class Control(str):
     """A piece of a prompt that is one control token. Any operation on it (+, a slice, an f-string) gives plain text."""
@@ -86,7 +88,10 @@ class Tokenizer:
         if opened and rest != text:
             rest = rest.removeprefix("\n")
         thought, close, answer = rest.partition(END_THINK)
-        return self._ids(([] if opened else [THINK]) + [thought] + ([END_THINK, answer] if close else []))
+        pieces = [thought] if opened else [THINK, thought]
+        if close:
+            pieces += [END_THINK, answer]
+        return self._ids(pieces)
 
     def decode(self, ids, skip_control=True):
         """Text of ids; bytes that are no UTF-8 become U+FFFD.
@@ -108,16 +113,15 @@ class Tokenizer:
             pieces = _chatml(turns, self._template.default_system)
         if generate:
             pieces += [ASSISTANT] if self._template.kind == "deepseek" else [IM_START, "assistant\n"]
-            pieces += [THINK, "\n"] if self._template.opens_think else []
+            if self._template.opens_think:
+                pieces += [THINK, "\n"]
         return self._ids(pieces)
 
     def save(self, path):
         """Writes the tokenizer's files, as they were when loaded, into a folder."""
         os.makedirs(path, exist_ok=True)
         for name, data in self._files.items():
-            with open(os.path.join(path, name + ".tmp"), "wb") as file:
-                file.write(data)
-            os.replace(os.path.join(path, name + ".tmp"), os.path.join(path, name))
+            write_whole(os.path.join(path, name), data)
 
     def _ids(self, pieces):
         """Encodes all text between two control tokens at once: "user\\n" + "\\nhi" holds the one token "\\n\\n"."""
@@ -159,17 +163,19 @@ class Tokenizer:
             raise ValueError(f"{where}: its decoder is {decoder}, need ByteLevel; only byte-level BPE is supported")
         # A truncation or padding that somebody saved would be applied silently.
         model = spec["model"] | {"vocab": vocab}
-        spec = spec | {"added_tokens": [], "truncation": None, "padding": None, "model": model}
+        plain = json.dumps(spec | {"added_tokens": [], "truncation": None, "padding": None, "model": model})
         try:
-            self._plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except Exception as error:  # the library raises nothing narrower
+            self._plain = tokenizers.Tokenizer.from_str(plain)
+        except Exception as error:  # what is wrong with a spec the library raises as a bare Exception, nothing narrower
             raise ValueError(f"{where}: {error}") from None
         self.n_vocab = 1 + max([*vocab.values(), *self._added])  # the embedding may have more rows: not to be sampled
 
     def _find_template(self, config):
-        where, text = os.path.join(self.path, "tokenizer_config.json"), config.get("chat_template")
+        where = os.path.join(self.path, "tokenizer_config.json")
+        text = config.get("chat_template")
         if "chat_template.jinja" in self._files:  # where both are there, transformers reads this one
-            where, text = os.path.join(self.path, "chat_template.jinja"), self._files["chat_template.jinja"].decode()
+            where = os.path.join(self.path, "chat_template.jinja")
+            text = self._files["chat_template.jinja"].decode()
         if isinstance(text, list):  # several named templates
             text = next((entry["template"] for entry in text if entry["name"] == "default"), None)
         if not text or not isinstance(text, str):
@@ -191,15 +197,19 @@ class Tokenizer:
             path = os.path.join(self.path, name)
             ids = _parse(_read(path), path).get("eos_token_id") if os.path.isfile(path) else None
             if ids is not None:
-                ids = ids if isinstance(ids, list) else [ids]
+                if not isinstance(ids, list):
+                    ids = [ids]
                 for i in ids:
                     if type(i) is not int or not 0 <= i < self.n_vocab:
                         raise ValueError(f"{path}: eos_token_id {i!r} is not in tokenizer.json (0..{self.n_vocab - 1})")
                 return frozenset(turn_end.union(ids))
-        eos, where = _token_text(config.get("eos_token")), os.path.join(self.path, "tokenizer_config.json")
-        if eos is not None and eos not in self._id_of:
+        eos = _token_text(config.get("eos_token"))
+        if eos is None:
+            return frozenset(turn_end)
+        if eos not in self._id_of:
+            where = os.path.join(self.path, "tokenizer_config.json")
             raise ValueError(f"{where}: eos_token {eos!r} is no added token of tokenizer.json")
-        return frozenset(turn_end | ({self._id_of[eos]} if eos is not None else set()))
+        return frozenset(turn_end | {self._id_of[eos]})
 
 
 class StreamDecoder:
@@ -229,7 +239,8 @@ def _chatml(turns, default_system):
 
 def _qwen3(turns):
     """As ChatML, but thoughts stay only after the last question, and the last turn has a block even if empty."""
-    pieces, last_question = [], len(turns) - 1
+    pieces = []
+    last_question = len(turns) - 1
     for n, (role, content) in enumerate(turns):
         is_tool_response = content.startswith("<tool_response>") and content.endswith("</tool_response>")
         if role == "user" and not is_tool_response:
@@ -316,9 +327,11 @@ def read_template(text, where):
     splits_thoughts = "split('</think>')" in text.replace('"', "'")
     default = re.search(r"<\|im_start\|>system\n([^⟨⟩]*?)<\|im_end\|>\n", printed)
     systems = re.findall(r"<\|im_start\|>system\n(?!⟨(?:messages\[0\]\.)?content⟩)", printed)  # not from a message
-    kind, opening = None, "<|im_start|>assistant\n"
+    kind = None
+    opening = "<|im_start|>assistant\n"  # of the generation prompt
     if DEEPSEEK_START in printed and DEEPSEEK_TURN in printed and splits_thoughts:
-        kind, opening = "deepseek", ASSISTANT
+        kind = "deepseek"
+        opening = ASSISTANT
     elif CHATML_TURN in printed and not any(word in text for word in FOREIGN):
         if QWEN3_TURN in printed and "last_query_index" in text and splits_thoughts and not systems:
             kind = "qwen3"
@@ -365,8 +378,8 @@ def _read(path):
 
 def _parse(data, where):
     try:
-        parsed = json.loads(data)
-    except ValueError as error:
+        parsed = parse_json(data)
+    except NotJson as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"{where}: need a JSON object, got {type(parsed).__name__}")

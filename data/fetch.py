@@ -23,6 +23,7 @@ HF_ENDPOINT names a mirror of the Hub. Tested against servers that play the two 
 ones yet.
 """
 
+import argparse
 import hashlib
 import http.client
 import json
@@ -41,8 +42,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
-from common import parse_config  # noqa: E402
-from files import one_line_errors, write_whole  # noqa: E402
+from files import NotJson, fail, json_line, one_line_errors, parse_json, whole, write_whole  # noqa: E402
 from data import pairs  # noqa: E402
 
 GITHUB_API, GITHUB_RAW = "https://api.github.com", "https://raw.githubusercontent.com"
@@ -92,22 +92,31 @@ def source_of(name):
     return Source("models", name, MODEL_FILES)
 
 
-@dataclass(frozen=True)
-class Config:
-    what: tuple[str, ...]  # names from the table above, or models as ORG/MODEL
-    out: str = "runs/data"  # folder for what is fetched and converted
-    revision: str | None = None  # commit, tag or branch of the one thing named; default: as in SOURCES
-    files: str | None = None  # a parquet file, or a folder of them, to convert instead of downloading the one set named
-    skip_bad: bool = False  # skip unusable rows and count them, instead of stopping at the first
-
-    def __post_init__(self):
-        sources = [source_of(name) for name in self.what]
-        if len(sources) > 1 and (self.revision or self.files):
-            raise ValueError("--revision and --files are about one thing: name only that")
-        if self.files and self.revision:
-            raise ValueError("--files converts what is here; --revision is about what to download")
-        if self.files and not sources[0].keys:
-            raise ValueError(f"--files: {self.what[0]} is not converted, its files are used as they are")
+def parse_options(argv=None):
+    """The options of the command line; what makes no sense ends the program with one line and status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{Path(sys.argv[0]).name}: {message} (--help lists the options)")
+    parser.add_argument("what", nargs="+", metavar="WHAT", help="names from the table above, or models as ORG/MODEL")
+    parser.add_argument("--out", default="runs/data", help="folder for what is fetched and converted "
+                        "(default: %(default)s)")
+    parser.add_argument("--revision", help="commit, tag or branch of the one thing named; default: as in SOURCES")
+    parser.add_argument("--files", help="a parquet file, or a folder of them, to convert instead of downloading the "
+                        "one set named")
+    parser.add_argument("--skip-bad", action="store_true", help="skip unusable rows and count them, instead of "
+                        "stopping at the first")
+    options = parser.parse_args(argv)
+    try:
+        sources = [source_of(name) for name in options.what]
+    except ValueError as e:
+        parser.error(str(e))
+    if len(sources) > 1 and (options.revision or options.files):
+        parser.error("--revision and --files are about one thing: name only that")
+    if options.files and options.revision:
+        parser.error("--files converts what is here; --revision is about what to download")
+    if options.files and not sources[0].keys:
+        parser.error(f"--files: {options.what[0]} is not converted, its files are used as they are")
+    return options
 
 
 # ---- network
@@ -161,17 +170,22 @@ def _advice(code, url):
                 "HF_TOKEN to a token of your account")
     if code in (403, 429):
         return "refused, perhaps after too many requests: wait an hour and start again"
-    return "not found: check the name and --revision" if code == 404 else "the server failed: start again later"
+    if code == 404:
+        return "not found: check the name and --revision"
+    return "the server failed: start again later"
 
 
 def patiently(action, progress=lambda: None):
     """action(), tried again after each of PAUSES_S while it fails in passing; from the first, if progress() moved."""
-    failures, before = 0, progress()
+    failures = 0
+    reached = progress()
     while True:
         try:
             return action()
         except _Passing:
-            failures, before = (failures if progress() == before else 0), progress()
+            if progress() != reached:
+                failures = 0
+                reached = progress()
             if failures == len(PAUSES_S):
                 raise
         time.sleep(PAUSES_S[failures])
@@ -181,15 +195,15 @@ def patiently(action, progress=lambda: None):
 def get_json(url):
     """(value, address of the next page or None)"""
     def attempt():
-        body, response = b"", None
+        body, links = b"", ""
         for response, _, chunk in chunks(url):
             body += chunk
-        link = re.search(r'<([^>]+)>; *rel="next"', response.headers.get("Link", "") if response else "")
-        return body, link and link[1]
+            links = response.headers.get("Link", "")
+        return body, re.search(r'<([^>]+)>; *rel="next"', links)
     body, following = patiently(attempt)
     try:
-        return json.loads(body), following
-    except ValueError:
+        return parse_json(body), following and following[1]
+    except NotJson:
         raise ValueError(f"{url}: the answer is not JSON: is a proxy or HF_ENDPOINT in the way?") from None
 
 
@@ -205,32 +219,55 @@ class Remote:
 
 def listing(source, revision):
     """(commit, [Remote]) of the source's files at a revision."""
-    github, commit = source.host == "github", revision
-    api = f"{GITHUB_API}/repos/{source.repo}" if github else f"{hub()}/api/{source.host}/{source.repo}"
-    if not re.fullmatch("[0-9a-f]{40}", commit):
-        answer, _ = get_json(f"{api}/{'commits' if github else 'revision'}/{quote(revision, safe='')}")
-        commit = answer["sha"]
-    if github:
-        tree, _ = get_json(f"{api}/git/trees/{commit}?recursive=1")
-        if tree["truncated"]:
-            raise ValueError(f"{source.repo} at {commit}: too many files for one answer of GitHub's: clone it instead")
-        entries = [(e["path"], e["size"], e["sha"]) for e in tree["tree"] if e["type"] == "blob"]
-        base = f"{GITHUB_RAW}/{source.repo}/{commit}"
-    else:
-        deep = source.host == "datasets"   # a model is what lies at the top: other formats may lie below
-        entries, page = [], f"{api}/tree/{commit}{'?recursive=1' if deep else ''}"
-        while page:
-            answer, page = get_json(page)
-            entries += [(e["path"], e["size"], (e.get("lfs") or e)["oid"]) for e in answer if e["type"] == "file"]
-        base = f"{hub()}/{'datasets/' if deep else ''}{source.repo}/resolve/{commit}"
-    entries = [e for e in entries if any(fnmatchcase(e[0], pattern) for pattern in source.patterns)]
-    if not any(fnmatchcase(path, source.patterns[0]) for path, _, _ in entries):
+    commit, remotes = github_listing(source, revision) if source.host == "github" else hub_listing(source, revision)
+    remotes = [remote for remote in remotes if any(fnmatchcase(remote.path, pattern) for pattern in source.patterns)]
+    if not any(fnmatchcase(remote.path, source.patterns[0]) for remote in remotes):
         raise ValueError(f"{source.repo} at {commit}: it has no {source.patterns[0]}: check the name and --revision"
                          + (" (pickled weights are never fetched)" if source.host == "models" else ""))
-    for path, _, _ in entries:
-        if path.startswith("/") or ".." in path.split("/"):
-            raise ValueError(f"{source.repo} at {commit}: the path {path!r} leads out of its folder: do not use it")
-    return commit, [Remote(path, f"{base}/{quote(path)}", size, checksum) for path, size, checksum in sorted(entries)]
+    for remote in remotes:
+        if remote.path.startswith("/") or ".." in remote.path.split("/"):
+            raise ValueError(f"{source.repo} at {commit}: the path {remote.path!r} leads out of its folder: do not "
+                             "use it")
+    return commit, sorted(remotes, key=lambda remote: remote.path)
+
+
+def github_listing(source, revision):
+    """(commit, [Remote]) of all files in a repository of GitHub's."""
+    api = f"{GITHUB_API}/repos/{source.repo}"
+    commit = commit_of(f"{api}/commits", revision)
+    tree, _ = get_json(f"{api}/git/trees/{commit}?recursive=1")
+    if tree["truncated"]:
+        raise ValueError(f"{source.repo} at {commit}: too many files for one answer of GitHub's: clone it instead")
+    base = f"{GITHUB_RAW}/{source.repo}/{commit}"
+    return commit, [Remote(entry["path"], f"{base}/{quote(entry['path'])}", entry["size"], entry["sha"])
+                    for entry in tree["tree"] if entry["type"] == "blob"]
+
+
+def hub_listing(source, revision):
+    """(commit, [Remote]) of all files of a data set of the Hub's, or of those at the top of a model: other formats of
+    it may lie below."""
+    api = f"{hub()}/api/{source.host}/{source.repo}"
+    commit = commit_of(f"{api}/revision", revision)
+    if source.host == "datasets":
+        page, base = f"{api}/tree/{commit}?recursive=1", f"{hub()}/datasets/{source.repo}/resolve/{commit}"
+    else:
+        page, base = f"{api}/tree/{commit}", f"{hub()}/{source.repo}/resolve/{commit}"
+    remotes = []
+    while page:
+        answer, page = get_json(page)
+        for entry in answer:
+            if entry["type"] == "file":
+                checksum = entry["lfs"]["oid"] if "lfs" in entry and entry["lfs"] else entry["oid"]
+                remotes.append(Remote(entry["path"], f"{base}/{quote(entry['path'])}", entry["size"], checksum))
+    return commit, remotes
+
+
+def commit_of(url, revision):
+    """The commit that a revision is, by what the host says at url/REVISION; a whole commit is itself."""
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    answer, _ = get_json(f"{url}/{quote(revision, safe='')}")
+    return answer["sha"]
 
 
 def checksum_of(path, like):
@@ -255,7 +292,9 @@ def download(remote, path, bar):
     def attempt():
         with open(part, "r+b") as file:
             have = file.seek(0, os.SEEK_END)
-            for _, offset, chunk in chunks(remote.url, have) if have < remote.size else ():
+            if have >= remote.size:
+                return
+            for _, offset, chunk in chunks(remote.url, have):
                 if offset != file.tell():  # the server began anew
                     bar.update(offset - file.tell())
                     file.seek(offset)
@@ -295,9 +334,10 @@ def import_pyarrow():
 
 
 def local_files(source, path):
-    names, root = [PurePosixPath(pattern).name for pattern in source.patterns], Path(path)
-    found = [root] if root.is_file() else sorted(
-        file for file in root.rglob("*.parquet") if any(fnmatchcase(file.name, name) for name in names))
+    names = [PurePosixPath(pattern).name for pattern in source.patterns]
+    if Path(path).is_file():
+        return [Path(path)]
+    found = sorted(file for file in Path(path).rglob("*.parquet") if any(fnmatchcase(file.name, n) for n in names))
     if not found:
         raise ValueError(f"{path}: no file, and no folder with {' or '.join(names)} in it: check the path")
     return found
@@ -318,33 +358,36 @@ def rows(file, columns):
         raise ValueError(f"{file}: cannot be read as parquet ({e}): download it again") from None
 
 
-def json_line(name, source, row, number):
+def line_of(name, source, row, number):
     """A row as a line that data/pairs.py will read; ValueError or TypeError if it would not."""
-    if null := [column for column, value in row.items() if value is None]:
-        raise ValueError(f'"{null[0]}" is null')
-    record = {"id": f"{name}/{number}", "source": name} | ({"domain": source.domain} if source.domain else {})
+    for column, value in row.items():
+        if value is None:
+            raise ValueError(f'"{column}" is null')
+    record = {"id": f"{name}/{number}", "source": name}
+    if source.domain:
+        record["domain"] = source.domain
     for key, text in source.keys.items():
-        values = [row[column] for column in text.split(" + ")]
-        record[key] = "".join(values) if len(values) > 1 else values[0]
-    line = json.dumps(record, ensure_ascii=False) + "\n"
-    place = pairs.Place(Path(f"{name}.jsonl"), "", Counter())
-    (pairs.chains_in if source.chains else pairs.pairs_in)(record, place)
+        columns = text.split(" + ")
+        record[key] = "".join(row[column] for column in columns) if len(columns) > 1 else row[text]
+    line = json_line(record)
+    read = pairs.chains_in if source.chains else pairs.pairs_in
+    read(record, pairs.Place(Path(f"{name}.jsonl"), "", Counter()))
     return line
 
 
 def convert(name, files, path, skip_bad=False):
-    """Writes the rows of parquet files as JSON lines, whole or not at all; returns their number. A row is named by its
-    file and its number in it, from 1; its id by its number in all files, whatever is skipped."""
-    source, part, number, n_bad = SOURCES[name], Path(f"{path}.{os.getpid()}.part"), 0, 0
+    """Writes the rows of parquet files as JSON lines; returns their number. A row is named by its file and its number
+    in it, from 1; its id by its number in all files, whatever is skipped."""
+    source, number, n_bad = SOURCES[name], 0, 0
     columns = sorted({column for text in source.keys.values() for column in text.split(" + ")})
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as lines:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as lines:
             for file in files:
                 for row_number, row in enumerate(tqdm(rows(file, columns), desc=name, unit="row"), 1):
                     number += 1
                     try:
-                        lines.write(json_line(name, source, row, number))
+                        lines.write(line_of(name, source, row, number))
                     except (ValueError, TypeError) as bad:    # TypeError: bytes where texts belong
                         if not skip_bad:
                             raise ValueError(f"{file}, row {row_number}: {bad}; --skip-bad leaves it out") from None
@@ -352,29 +395,27 @@ def convert(name, files, path, skip_bad=False):
                         tqdm.write(f"{file}, row {row_number}: skipped: {bad}", file=sys.stderr)
         if n_bad == number:
             raise ValueError(f"{files[0]}: no usable rows among {number}")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     if n_bad:
         print(f"{path}: skipped {n_bad} bad rows of {number}", file=sys.stderr)
     return number - n_bad
 
 
-def main(cfg):
-    for name in cfg.what:
-        source, folder = source_of(name), Path(cfg.out, name)
+def main(what, out, revision=None, files=None, skip_bad=False):
+    for name in what:
+        source = source_of(name)
+        folder, path = Path(out, name), Path(out, f"{name}.jsonl")
         if source.keys:
             import_pyarrow()               # before hours of downloading
-        if cfg.files:
-            files = local_files(source, cfg.files)
+        if files:
+            found = local_files(source, files)
         else:
-            commit, files = fetch(source, cfg.revision or source.revision, folder)
-            print(f"{folder}: {len(files)} files of {source.repo} at {commit}")
+            commit, found = fetch(source, revision or source.revision, folder)
+            print(f"{folder}: {len(found)} files of {source.repo} at {commit}")
         if source.keys:
-            path = Path(cfg.out, f"{name}.jsonl")
-            print(f"{path}: {convert(name, files, path, cfg.skip_bad)} {'chains' if source.chains else 'pairs'}")
+            n = convert(name, found, path, skip_bad)
+            print(f"{path}: {n} {'chains' if source.chains else 'pairs'}")
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_config(Config))
+        main(**vars(parse_options()))

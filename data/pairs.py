@@ -33,7 +33,7 @@ from files import NotJson, parse_json, write_records
 from data.fields import SIDES, Bad, clean, keys_of, kind_of, need, need_object, need_side, need_text, show, text_or
 
 ROLES = ("system", "user", "assistant")
-SWAPPED = "/swapped"                      # ends the id of a pair's judgement in the other order
+SWAPPED = "/swapped"  # ends the id of a pair's judgement in the other order
 OTHER = {"a": "b", "b": "a", None: None}  # a label or verdict with the answers in the other order
 RM_BENCH_DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
 REWARD_BENCH_SECTIONS = {
@@ -92,10 +92,9 @@ def read_chains(path, skip_bad=False):
 
 def to_json(item):
     """The dict that stands for a Pair or a Chain on disk; reading it gives an equal Pair or Chain."""
-    pair = item.pair if isinstance(item, Chain) else item
-    record = {key: value for key, value in asdict(pair).items()
-              if value or key not in ("rendered", "subset", "item")}
-    return {**record, "judgement": item.judgement} if isinstance(item, Chain) else record
+    if isinstance(item, Chain):
+        return {**to_json(item.pair), "judgement": item.judgement}
+    return {key: value for key, value in asdict(item).items() if value or key not in ("rendered", "subset", "item")}
 
 
 def write_pairs(path, pairs):
@@ -119,18 +118,22 @@ def json_files(path):
         raise ValueError(f"{path}: no such file or folder: check the path")
     if root.is_file() and root.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: not a .json or .jsonl file: convert it, or rename it if it is one")
-    return [root] if root.is_file() else sorted(
-        f for f in root.rglob("*") if f.suffix in (".json", ".jsonl") and f.is_file())
+    if root.is_file():
+        return [root]
+    return sorted(file for file in root.rglob("*") if file.suffix in (".json", ".jsonl") and file.is_file())
 
 
 def read_records(path, convert, skip_bad=False, files=None):
     """[(pair, ...)] of all records under path (or of these files under it): `convert(record, place)` makes a list of
     such tuples of one record, or raises Bad."""
-    root, found, first_at, n_records, n_bad = Path(path), [], {}, 0, 0
+    root, found, first_at = Path(path), [], {}
+    n_records = n_bad = 0
     for file in json_files(path) if files is None else files:
-        repeats, name = Counter(), file.name if file == root else file.relative_to(root).as_posix()
+        name = file.name if file == root else file.relative_to(root).as_posix()
+        repeats = Counter()
         for number, (line, record) in enumerate(_records(file), 1):
-            where, n_records = f"{file}:{line}", n_records + 1
+            n_records += 1
+            where = f"{file}:{line}"
             try:
                 items = convert(_object(record), Place(file, f"{name}/{number}", repeats))
                 for pair, _ in items:
@@ -141,9 +144,10 @@ def read_records(path, convert, skip_bad=False, files=None):
                     raise ValueError(f"{where}: {bad}") from None
                 n_bad += 1
                 print(f"{where}: skipped: {bad}", file=sys.stderr)
-            else:
-                first_at |= {pair.id: where for pair, _ in items}
-                found += items
+                continue
+            for pair, _ in items:  # only now: a bad record leaves no id behind
+                first_at[pair.id] = where
+            found += items
     if n_bad:
         print(f"{path}: skipped {n_bad} bad records of {n_records}", file=sys.stderr)
     if not found:
@@ -163,15 +167,16 @@ def _records(file):
             yield _decode(raw, line) if raw.strip() else (line, Bad("blank line: delete it"))
         return
     line, value = _decode(data, 1)
-    groups = value.items() if isinstance(value, dict) else ()
-    numbered = groups and all(key.isdigit() and isinstance(group, list) for key, group in groups)
+    numbered = isinstance(value, dict) and value and all(
+        key.isdigit() and isinstance(group, list) for key, group in value.items())
     if not isinstance(value, list) and not numbered:
         yield line, value
         return
-    del value, groups                     # only now is the text known to be JSON; it is decoded again for the places
-    text, last = data.decode("utf-8"), 0
+    del value  # only now is the text known to be JSON; it is decoded again for the places
+    text, before = data.decode("utf-8-sig"), 0
     for start, record in _elements(text):
-        line, last = line + text.count("\n", last, start), start
+        line += text.count("\n", before, start)
+        before = start
         yield line, record
 
 
@@ -183,28 +188,36 @@ def _decode(raw, line):
         return line + e.line - 1, Bad(f"{e.fault}: repair or remove the record")
 
 
-_DECODER, _GAP = json.JSONDecoder(), re.compile(r"[ \t\r\n,]*")
+_DECODER = json.JSONDecoder()
+_GAP = re.compile(r"[ \t\r\n,]*")
 
 
 def _elements(text):
     """(position, value) of every element of a JSON list, or of the lists in a JSON object; text must be valid."""
-    pos = _GAP.match(text).end()
+    pos = _skip(text, 0)
     if text[pos] == "[":
         yield from _array(text, pos)
         return
-    pos += 1
-    while text[pos := _GAP.match(text, pos).end()] != "}":
-        pos = yield from _array(text, text.index("[", _DECODER.raw_decode(text, pos)[1]))
+    pos = _skip(text, pos + 1)
+    while text[pos] != "}":
+        _, end_of_key = _DECODER.raw_decode(text, pos)
+        end = yield from _array(text, text.index("[", end_of_key))
+        pos = _skip(text, end)
 
 
 def _array(text, pos):
     """The same for the one list that opens at pos; returns the position behind it."""
-    pos += 1
-    while text[pos := _GAP.match(text, pos).end()] != "]":
+    pos = _skip(text, pos + 1)
+    while text[pos] != "]":
         value, end = _DECODER.raw_decode(text, pos)
         yield pos, value
-        pos = end
+        pos = _skip(text, end)
     return pos + 1
+
+
+def _skip(text, pos):
+    """The position of what follows the spaces and commas at pos."""
+    return _GAP.match(text, pos).end()
 
 
 # ---- records to pairs
@@ -217,13 +230,15 @@ def pairs_in(record, place):
         label = need(record, "winner", str, list)
         if label not in ("model_a", "model_b"):
             raise Bad('"winner" is neither "model_a" nor "model_b": correct it, or read a file of chains as chains')
-        return [(_ready(record, place, record["context_messages"], "context_messages", label[-1]), False)]
+        winner = label.removeprefix("model_")
+        return [(_ready(record, place, record["context_messages"], "context_messages", winner), False)]
     if "answer_a" in record or "answer_b" in record:
         return [(_own(record), False)]
     if "conversation_input" in record:
         return [(pair, True) for pair in _rmb(record, place)]
     if "chosen" in record or "rejected" in record:
-        if isinstance(record.get("chosen"), list) and any(isinstance(answer, str) for answer in record["chosen"]):
+        chosen = record.get("chosen")
+        if isinstance(chosen, list) and any(isinstance(answer, str) for answer in chosen):
             return [(pair, True) for pair in _rm_bench(record, place)]
         return [(_preference(record, place), True)]
     if "messages" in record:
@@ -239,7 +254,9 @@ def chains_in(record, place):
         target = need(record, "winner", str, list)
         if target in ("model_a", "model_b"):
             raise Bad(f'"winner" is the label "{target}", not a judgement: read this file as pairs')
-        turns = _messages(target if isinstance(target, list) else [{"role": "assistant", "content": target}], "winner")
+        if isinstance(target, str):
+            target = [{"role": "assistant", "content": target}]
+        turns = _messages(target, "winner")
         if [turn["role"] for turn in turns] != ["assistant"]:
             raise Bad('"winner" as a list must be one assistant message: correct it')
         pair = _ready(record, place, record["context_messages"], "context_messages", None)
@@ -255,21 +272,23 @@ def chains_in(record, place):
 
 
 def _own(record):
-    fields = {"id": _id(record), "winner": need_side(record, "winner"),
+    fields = {"winner": need_side(record, "winner"), "id": _id(record),
               "source": need_text(record, "source"), "domain": need_text(record, "domain"),
               "subset": text_or(record, "subset", ""), "item": text_or(record, "item", "")}
-    sides = {side: need(record, side, str, list) for side in ("answer_a", "answer_b")}
+    a, b = need(record, "answer_a", str, list), need(record, "answer_b", str, list)
     prompt = need(record, "prompt", list, str)
     if record.get("rendered") is None:
-        return _pair(**fields, **sides, prompt=prompt, plain=False)
-    if (prompt, *sides.values()) != ([], "", ""):
+        return _pair(**fields, answer_a=a, answer_b=b, prompt=prompt, plain=False)
+    if (prompt, a, b) != ([], "", ""):
         raise Bad('with "rendered", the prompt must be [] and the answers "": empty them, or remove "rendered"')
-    return Pair(**fields, **sides, prompt=[], rendered=_prompt(record["rendered"], "rendered"))
+    return Pair(**fields, answer_a="", answer_b="", prompt=[], rendered=_prompt(record["rendered"], "rendered"))
 
 
 def _ready(record, place, messages, name, winner):
-    return Pair(_id(record, place), [], "", "", winner, text_or(record, "source", place.file.stem),
-                text_or(record, "domain", ""), _prompt(messages, name), text_or(record, "subset", ""))
+    """A pair that is known only as the judge was shown it, in messages that came under this name."""
+    return Pair(_id(record, place), prompt=[], answer_a="", answer_b="", winner=winner,
+                source=text_or(record, "source", place.file.stem), domain=text_or(record, "domain", ""),
+                rendered=_prompt(messages, name), subset=text_or(record, "subset", ""))
 
 
 def _preference(record, place):
@@ -290,8 +309,8 @@ def _reward_bench(record, prompt, chosen, rejected, winner):
     subset = need_text(record, "subset")
     if subset not in SECTION_OF:
         raise Bad(f'{show(subset)} is no subset of RewardBench: correct it; in other data, rename the key "subset"')
-    # the released ids repeat: 3692 is in donotanswer and in hep-python
-    name, (a, b) = f"{subset}/{_id(record)}", (chosen, rejected) if winner == "a" else (rejected, chosen)
+    name = f"{subset}/{_id(record)}"  # the released ids repeat: 3692 is in donotanswer and in hep-python
+    a, b = _in_order(chosen, rejected, winner)
     return _pair(name, prompt, a, b, winner, "reward-bench", SECTION_OF[subset], subset=subset)
 
 
@@ -301,9 +320,12 @@ def rm_bench_pair(record, place, row, column, rejected, winner="a"):
     if domain not in RM_BENCH_DOMAINS:
         raise Bad(f'{show(domain)} is no domain of RM-Bench: add "domain", or name the file <domain>_..., '
                   f'with one of {", ".join(RM_BENCH_DOMAINS)}')
-    item, chosen = f"{domain}/{_id(record).removeprefix(domain + '/')}", need(record, "chosen", list)[row]
-    a, b = (chosen, rejected) if winner == "a" else (rejected, chosen)
-    subset = "hard" if row < column else "normal" if row == column else "easy"  # is the chosen one plainer?
+    item = f"{domain}/{_id(record).removeprefix(domain + '/')}"
+    a, b = _in_order(need(record, "chosen", list)[row], rejected, winner)
+    if row == column:
+        subset = "normal"
+    else:
+        subset = "hard" if row < column else "easy"  # hard: the chosen answer is the plainer one
     return _pair(f"{item}/{row}{column}", need(record, "prompt", str), a, b, winner, "rm-bench", domain,
                  subset=subset, item=item)
 
@@ -316,15 +338,20 @@ def _rm_bench(record, place):
 
 
 def _rmb(record, place):
-    best_of_n, domain = "bon_uid" in record, _rmb_domain(record, place)
-    uid = _id(record, key="bon_uid" if best_of_n else "pair_uid")
-    best = need(need(record, "bon_best" if best_of_n else "chosen", dict), "answer", str)
-    losers = need(record, "loser_list", list) if best_of_n else [need(record, "reject", dict)]
+    domain = _rmb_domain(record, place)
+    if "bon_uid" not in record:
+        uid = _id(record, key="pair_uid")
+        chosen, rejected = (need(need(record, key, dict), "answer", str) for key in ("chosen", "reject"))
+        prompt = need(record, "conversation_input", list)
+        return [_pair(uid, prompt, chosen, rejected, "a", "rmb", domain, subset=_category(record, place))]
+    uid = _id(record, key="bon_uid")
+    best = need(need(record, "bon_best", dict), "answer", str)
+    losers = [need(_object(loser), "answer", str) for loser in need(record, "loser_list", list)]
     if not losers:
         raise Bad('"loser_list" is empty: remove the record')
-    return [_pair(f"{uid}/{k}" if best_of_n else uid, need(record, "conversation_input", list), best,
-                  need(_object(loser), "answer", str), "a", "rmb", domain, subset=_category(record, place),
-                  item=uid if best_of_n else "") for k, loser in enumerate(losers)]
+    prompt = need(record, "conversation_input", list)
+    return [_pair(f"{uid}/{number}", prompt, best, loser, "a", "rmb", domain, subset=_category(record, place), item=uid)
+            for number, loser in enumerate(losers)]
 
 
 def logged_pair(record, place):
@@ -342,9 +369,13 @@ def logged_pair(record, place):
     winner = "b" if need(record, "Is_Chosen_Answer_Shuffled_toPositionB", bool) else "a"
     if not name:
         return _reward_bench(record, prompt, chosen, rejected, winner)
-    a, b = (chosen, rejected) if winner == "a" else (rejected, chosen)
+    a, b = _in_order(chosen, rejected, winner)
     return _pair(name, prompt, a, b, winner, "rmb", _rmb_domain(record, place), subset=_category(record, place),
                  item=item)
+
+
+def _in_order(chosen, rejected, winner):
+    return (chosen, rejected) if winner == "a" else (rejected, chosen)
 
 
 def _rmb_domain(record, place):

@@ -32,10 +32,14 @@ import argparse
 import hashlib
 import json
 import random
+import sys
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
+from files import one_line_errors, whole, write_records, write_whole  # noqa: E402
 
 OPEN = "Dear Hello Ahoy Greetings Welcome Hi Salute Hey".split()
 SAY = "silver amber garden river candle winter copper meadow lantern harbor violet thunder".split()
@@ -43,7 +47,6 @@ CLOSE = "Peace Yours Cheers Farewell Regards Thanks Adieu Blessings".split()
 WEIGHT = {"Must": 4, "Should": 2, "May": 1}
 SPLITS = {"distill": range(0, 60), "rl": range(60, 80), "heldout": range(80, 100)}  # percent of all questions
 CAREFUL = {"sort": 0.3, "flip": 0.3, "step": 0.6, "chat, Must opens": 0.6, "chat": 0.3}  # share of careful chains
-
 FLAT = 0.75  # share of flat rubrics, before those that would not find the winner are written anew
 
 MODEL = {  # a Qwen3: 0.86M parameters
@@ -66,7 +69,8 @@ def question(rng):
     """A random question's text."""
     if rng.random() < 0.5:
         return f"{rng.choice(['sort', 'step', 'flip'])} {join(rng.sample(range(10), 5))}"
-    names, words = rng.sample(list(WEIGHT), 3), (rng.choice(OPEN), rng.choice(SAY), rng.choice(CLOSE))
+    names = rng.sample(list(WEIGHT), 3)
+    words = rng.choice(OPEN), rng.choice(SAY), rng.choice(CLOSE)
     return " ".join(f"{name} {verb} {word}" for name, verb, word in zip(names, ("open", "say", "close"), words))
 
 
@@ -86,14 +90,21 @@ def answers(domain, facts, rng):
         while wrong == list(right):
             for place in rng.sample(range(5), rng.randint(1, 4)):
                 wrong[place] = rng.choice([d for d in range(10) if kind != "sort" or d not in wrong])
-            wrong = sorted(wrong) if kind == "sort" else wrong
+            if kind == "sort":
+                wrong = sorted(wrong)
         return join(right), join(wrong)
     while True:
-        replies = [[word if rng.random() < 0.5 else rng.choice(pool)
-                    for (_, word), pool in zip(facts, (OPEN, SAY, CLOSE))] for _ in range(2)]
-        better, worse = sorted((" ".join(reply) for reply in replies), key=lambda reply: -total(facts, reply))
+        better, worse = reply(facts, rng), reply(facts, rng)
+        if total(facts, better) < total(facts, worse):
+            better, worse = worse, better
         if total(facts, better) > total(facts, worse):
             return better, worse
+
+
+def reply(facts, rng):
+    """A greeting in which every word is the wanted one or, at even odds, any of its kind."""
+    words = [word if rng.random() < 0.5 else rng.choice(pool) for (_, word), pool in zip(facts, (OPEN, SAY, CLOSE))]
+    return " ".join(words)
 
 
 def total(facts, answer):
@@ -122,11 +133,15 @@ def make(split, n, seed, careful=None):
         better, worse = answers(domain, facts, rng)
         winner = rng.choice("ab")
         a, b = (better, worse) if winner == "a" else (worse, better)
-        mix = facts[0] if domain == "reasoning" else "chat, Must opens" if facts[0][0] == 4 else "chat"
+        if domain == "reasoning":
+            source = mix = facts[0]
+        else:
+            source = "chat"
+            mix = "chat, Must opens" if facts[0][0] == WEIGHT["Must"] else "chat"
         checks = rng.random() < (CAREFUL[mix] if careful is None else careful)
         flat = rng.random() < FLAT and careful != 1
         rows.append({"id": f"{split}/{len(rows)}", "prompt": [{"role": "user", "content": text}],
-                     "answer_a": a, "answer_b": b, "winner": winner, "source": mix.split(",")[0], "domain": domain,
+                     "answer_a": a, "answer_b": b, "winner": winner, "source": source, "domain": domain,
                      "judgement": chain(domain, facts, a, b, winner, checks, flat)})
     return rows
 
@@ -140,29 +155,34 @@ def chain(domain, facts, a, b, winner, careful, flat):
         equal = [(1, word) for _, word in facts]
         better, worse = (a, b) if winner == "a" else (b, a)
         facts = equal if total(equal, better) > total(equal, worse) else facts
-    check = check_digits if domain == "reasoning" else check_words
-    evaluation = f"A: {check(facts, a)} B: {check(facts, b)}" if careful else f" Overall {winner.upper()} looks better."
+    if careful:
+        check = check_digits if domain == "reasoning" else check_words
+        evaluation = f"A: {check(facts, a)} B: {check(facts, b)}"
+    else:
+        evaluation = f" Overall {winner.upper()} looks better."
     return f"{head(domain, facts)}<eval>{evaluation}</eval><answer>[[{winner.upper()}]]</answer>"
 
 
 def head(domain, facts):
     """What a chain begins with: its type, and the solution or the rubric."""
     if domain == "reasoning":
-        return f"<type>Reasoning</type><solution>{join(facts[1])}</solution>"
-    return f"<type>Chat</type><rubric> {' '.join(f'{word} {weight}' for weight, word in facts)}</rubric>"
+        _, solution = facts
+        return f"<type>Reasoning</type><solution>{join(solution)}</solution>"
+    rubric = " ".join(f"{word} {weight}" for weight, word in facts)
+    return f"<type>Chat</type><rubric> {rubric}</rubric>"
 
 
 def check_digits(facts, answer):
     """Solution digit, answer digit, mark: '11=55=66=77=99= right.'"""
-    marks = "".join(f"{want}{got}{'=' if str(want) == got else '#'}" for want, got in zip(facts[1], answer))
+    _, solution = facts
+    marks = "".join(f"{want}{got}{'=' if str(want) == got else '#'}" for want, got in zip(solution, answer))
     return f"{marks} {'wrong.' if '#' in marks else 'right.'}"
 
 
 def check_words(facts, answer):
     """Wanted word, found word, mark, points: 'Dear Ahoy#0 silver silver=4 Peace Peace=2 total 6'"""
-    found = answer.split()
-    points = [weight if word == got else 0 for (weight, word), got in zip(facts, found)]
-    slots = [f"{word} {got}{'=' if p else '#'}{p}" for (_, word), got, p in zip(facts, found, points)]
+    slots = [f"{word} {got}={weight}" if word == got else f"{word} {got}#0"
+             for (weight, word), got in zip(facts, answer.split())]
     return f"{' '.join(slots)} total {total(facts, answer)}"
 
 
@@ -200,13 +220,14 @@ def write_tokenizer(folder):
     tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with whole(folder / "tokenizer.json") as temporary:
+        tokenizer.save(str(temporary))
     template = ("{% for message in messages %}"
                 "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
                 "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "model_max_length": 1024, "chat_template": template}, indent=2))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+              "model_max_length": MODEL["max_position_embeddings"], "chat_template": template}
+    write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2))
     return tokenizer.get_vocab_size()
 
 
@@ -218,9 +239,7 @@ def write_data(folder, seed=0, careful=None, n_distill=19_200, n_rl=3_200, n_hel
         rows = make(split, n, seed, careful)
         if split != "distill":
             rows = [{key: value for key, value in row.items() if key != "judgement"} for row in rows]
-        temporary = folder / f"{split}.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(folder / f"{split}.jsonl")
+        write_records(folder / f"{split}.jsonl", rows)
 
 
 if __name__ == "__main__":
@@ -229,4 +248,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the pairs; the split does not depend on it")
     parser.add_argument("--careful", type=float, help="share of careful chains; 1 also weights every rubric")
     args = parser.parse_args()
-    write_data(args.out, args.seed, args.careful)
+    with one_line_errors():
+        write_data(args.out, args.seed, args.careful)

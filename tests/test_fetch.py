@@ -16,9 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from common import parse_config  # noqa: E402
 from data import fetch  # noqa: E402
-from data.fetch import Config, main  # noqa: E402
+from data.fetch import main, parse_options  # noqa: E402
 from data.pairs import Pair, read_chains, read_pairs  # noqa: E402
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -131,7 +130,7 @@ def host(monkeypatch):
 
 
 def run(tmp_path, *what, **options):
-    main(Config(what, out=str(tmp_path), **options))
+    main(what, out=str(tmp_path), **options)
 
 
 def files_in(folder):
@@ -560,16 +559,28 @@ def test_help_lists_every_name_and_repository():
     for name, source in fetch.SOURCES.items():
         assert re.search(rf"^    {name} +\S", out, re.M)
         assert name == "rmb" or source.repo in out
+    for option in ("WHAT", "--out OUT", "--revision REVISION", "--files FILES", "--skip-bad", "default: runs/data"):
+        assert option in " ".join(out.split())
+
+
+def test_options_and_what_they_are_without_being_given():
+    assert vars(parse_options(["rmb", "org/model"])) == {
+        "what": ["rmb", "org/model"], "out": "runs/data", "revision": None, "files": None, "skip_bad": False}
+    given = parse_options(["--files", "f", "--skip-bad", "--out", "x", "skywork-80k"])
+    assert (given.what, given.out, given.files, given.skip_bad) == (["skywork-80k"], "x", "f", True)
+    assert parse_options(["rmb", "--revision", "v1"]).revision == "v1"
 
 
 @pytest.mark.parametrize("arguments, fault", [
     (["rewardbench"], "'rewardbench' is neither ORG/MODEL nor one of rm-r1-distill-sft"),
     (["../up"], "'../up' is neither"), (["org/.."], "'org/..' is neither"), (["a/b/c"], "'a/b/c' is neither"),
-    ([], "WHAT"), (["org/model", "--files", "x"], "org/model is not converted"),
+    ([], "WHAT"), (["org/model", "--rev", "x"], "unrecognized arguments: --rev"), (["--help-me", "rmb"], "--help-me"),
+    (["org/model", "--files", "x"], "org/model is not converted"),
+    (["rmb", "--files", "x", "--revision", "y"], "--revision is about what to download"),
     (["rmb", "rm-bench", "--revision", "x"], "name only that"), (["rmb", "--files", "x"], "rmb is not converted")])
 def test_options_that_make_no_sense(capsys, arguments, fault):
     with pytest.raises(SystemExit) as e:
-        parse_config(Config, argv=arguments)
+        parse_options(arguments)
     err = capsys.readouterr().err
     assert e.value.code == 2 and fault in err and err.count("\n") == 1
 
@@ -579,3 +590,12 @@ def test_without_pyarrow_nothing_is_downloaded(host, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install pyarrow"):
         run(tmp_path, "reward-bench")
     assert host.asked == []
+
+
+def test_the_data_need_no_torch():
+    """What data/ reads, writes and downloads needs nothing of ours but files.py."""
+    code = ("import sys; before = set(sys.modules); import data.pairs, data.fields, data.toy, data.fetch; "
+            "print('torch' in sys.modules, *sorted(name for name in set(sys.modules) - before "
+            "if str(getattr(sys.modules[name], '__file__', None)).startswith(sys.argv[1])))")
+    out = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.split() == ["False", "data", "data.fetch", "data.fields", "data.pairs", "data.toy", "files"]

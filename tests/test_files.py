@@ -1,5 +1,5 @@
-"""files.py: what is written whole, what is left behind when it is not, and broken JSON, whose line and words must be the
-same under every Python. Oracles: positions counted by hand; the folder's content after a failure, an exception, a kill."""
+"""files.py: what is written whole, what a failure or a killed process leaves behind, and broken JSON, whose line and
+words must be the same under every Python. Oracles: positions counted by hand; what then lies in the folder."""
 
 import json
 import subprocess

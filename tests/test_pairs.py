@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from data import fields  # noqa: E402
 from data.pairs import Chain, Pair, read_chains, read_pairs, to_json, write_pairs  # noqa: E402
 
 BENCHMARKS = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared")) / "benchmarks"
@@ -420,3 +421,30 @@ def test_benchmark_pairs_survive_a_round_trip(tmp_path):
     pairs = read_pairs(BENCHMARKS / "rmb") + read_pairs(BENCHMARKS / "rm_bench")
     write_pairs(tmp_path / "p.jsonl", pairs)
     assert read_pairs(tmp_path / "p.jsonl") == pairs
+
+
+# ---- fields, oracle: by hand
+
+def test_fields_are_taken_or_said_to_be_bad():
+    record = {"a": "x", "n": 0, "f": 1.5, "t": True, "null": None, "texts": ["x", "y"], "mixed": ["x", 1],
+              "half": "\ud83d", "nan": float("nan"), "long": "z" * 100, "b": "b"}
+    assert fields.need(record, "texts", list, of=(str,)) == ["x", "y"]
+    assert fields.need(record, "n", int, float) == 0 and fields.need(record, "t", bool) is True
+    assert (fields.need_text(record, "a"), fields.text_or(record, "null", "d"), fields.text_or(record, "no", "d"),
+            fields.text_or(record, "a", "d")) == ("x", "d", "d", "x")
+    assert (fields.need_side(record, "b"), fields.need_side(record, "null")) == ("b", None)
+    assert [fields.count_or_none(record, key) for key in ("n", "f", "null", "no")] == [0, 1.5, None, None]
+    for take, message in (
+            (lambda: fields.need(record, "no", str), 'no "no" (found "a", "n", '),
+            (lambda: fields.need(record, "t", int, float), '"t" is true or false: it must be an integer or a number'),
+            (lambda: fields.need(record, "mixed", list, of=(str,)), '"mixed" holds an integer: it may only hold a str'),
+            (lambda: fields.need_text(record, "half"), '"half" holds a lone surrogate'),
+            (lambda: fields.text_or(record, "n", ""), '"n" is an integer: it must be a string'),
+            (lambda: fields.need_side(record, "long"), f'"long" is "{"z" * 60}": write "a", "b" or null'),
+            (lambda: fields.need_side(record, "no"), 'no "no"'), (lambda: fields.need_object([]), "not a list"),
+            (lambda: fields.count_or_none(record, "t"), "\"t\" is 'True': it must be a number or null"),
+            (lambda: fields.count_or_none(record, "nan"), "\"nan\" is 'nan': it must be a number or null"),
+            (lambda: fields.count_or_none({"n": -1}, "n"), "\"n\" is '-1'")):
+        with pytest.raises(ValueError) as error, fields.at("file:7"):
+            take()
+        assert str(error.value).startswith("file:7: ") and message in str(error.value)
