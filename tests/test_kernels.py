@@ -459,7 +459,7 @@ def check_logp(impl, dtype, problem, temperature=1.0, cut=lambda weight: weight)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_linear_logp_is_log_softmax(monkeypatch, chunk, temperature):
     """Oracle: log_softmax of the whole logits in float64: values, entropy, gradients of hidden and weight."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", chunk)
     check_logp("torch", F64, logp_problem(), temperature)
 
 
@@ -468,7 +468,7 @@ def test_linear_logp_is_log_softmax(monkeypatch, chunk, temperature):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=shown)
 def test_linear_logp_in_low_precision(monkeypatch, dtype, temperature, peak):
     """Oracle: log_softmax in float64; at most twice the error of torch's own log_softmax in the same dtype."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 100 * 120)  # blocks of 120 columns, the last of 61
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 100 * 120)  # blocks of 120 columns, the last of 61
     check_logp("torch", dtype, logp_problem(N=100, D=64, V=301, peak=peak), temperature)
 
 
@@ -479,20 +479,20 @@ def test_linear_logp_in_low_precision(monkeypatch, dtype, temperature, peak):
 def test_linear_logp_kernels(monkeypatch, N, D, V, temperature, peak, chunk, impl, dtype):
     """Oracle: log_softmax in float64. Vocabularies of tiles and a rest, of whole tiles, of less than a tile; all
     columns' gradients at once, in chunks of whole tiles with a rest, and a tile at a time."""
-    monkeypatch.setattr(kernels, "GRADIENT_CHUNK", chunk)
+    monkeypatch.setattr(kernels.logp, "GRADIENT_CHUNK", chunk)
     check_logp(impl, dtype, logp_problem(N * LONGER, D * LONGER, V, peak), temperature)
 
 
 def test_linear_logp_adds_many_blocks_in_float32(monkeypatch):
     """Oracle: log_softmax in float64. 2,000 blocks of one column in bfloat16: the gradient of the hidden states must
     not be summed there."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 1)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 1)
     check_logp("torch", BF16, logp_problem(N=5, D=8, V=2000))
 
 
 def test_linear_logp_gradcheck(monkeypatch):
     """Oracle: finite differences in float64, over several blocks."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 2 * 7)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 2 * 7)
     hidden, weight, target, _ = logp_problem(N=5, D=4, V=7)
     inputs = hidden.requires_grad_(), weight.requires_grad_()
     assert torch.autograd.gradcheck(lambda h, w: linear_logp(h, w, target, 0.8)[0], inputs)
@@ -502,7 +502,7 @@ def test_linear_logp_gradcheck(monkeypatch):
 def test_linear_logp_of_a_sliced_head(monkeypatch, impl, dtype):
     """Oracle: log_softmax over the slice. As Model.head_vd gives it (the first rows), and with strides that are not
     contiguous; one gradient arrives in the whole weight, zero outside the slice; a frozen side gets none."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 100)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 100)
     hidden, weight, target, grad = logp_problem()
     for cut in (lambda w: torch.cat([w, w + 9])[:50], lambda w: w.t().contiguous().t(),
                 lambda w: w.repeat_interleave(2, 0)[::2]):
@@ -558,8 +558,8 @@ def test_linear_logp_never_holds_all_logits(monkeypatch, impl):
     """N x V logits would be 48,000 elements; the largest tensor of forward and backward is the weight, 8,000, or three
     numbers for each row and tile. That the recorder sees what it should is checked on the dense oracle."""
     N, D, V = 120, 20, 400
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 4000)  # two blocks in one tensor
-    monkeypatch.setattr(kernels, "GRADIENT_CHUNK", 6000)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 4000)  # two blocks in one tensor
+    monkeypatch.setattr(kernels.logp, "GRADIENT_CHUNK", 6000)
     *inputs, target, grad = logp_problem(N, D, V)
     target = target.to(DEVICE)
     numel = []
@@ -602,7 +602,7 @@ def test_norm_kernels(N, D, impl, dtype):
 
 def test_norms_of_more_rows_than_programs(monkeypatch):
     """Oracle: the references in float64. Backward, 1024 programs share the rows; here 4 programs share 11."""
-    monkeypatch.setattr(kernels, "min", lambda *x: min(*x, 4), raising=False)  # `min(N, 1024)`
+    monkeypatch.setattr(kernels.pointwise, "min", lambda *x: min(*x, 4), raising=False)  # `min(N, 1024)`
     check_norm("triton", F32, 11, 40)
     check_rope("triton", F32, 11, 3, 24, normed=True)
     check_rope("triton", F32, 11, 3, 24, normed=False)
@@ -651,7 +651,7 @@ def test_logits(impl, dtype):
 def test_linear_logp_of_a_large_vocabulary(monkeypatch, impl, dtype):
     """Oracle: log_softmax in float64 over Qwen2.5's 151,665 tokens, which end within a tile of the kernel."""
     for op in ("logp", "linear_invariant"):
-        monkeypatch.setitem(kernels.INTERPRETER_TILES, op, (16, 4096))
+        monkeypatch.setitem(kernels.tiles.INTERPRETER_TILES, op, (16, 4096))
     V = 151_665
     hidden, weight = randn(5, 24).to(DEVICE, dtype), randn(V, 24, seed=1).to(DEVICE, dtype)
     target = torch.tensor([0, V - 1, V - 2, 77_777, 4096], device=DEVICE)
@@ -772,8 +772,8 @@ def test_kernels_refuse_what_they_cannot_multiply(monkeypatch, name):
         with pytest.raises(AssertionError, match="float16"):
             op(*[x.to(DEVICE, F32 if i else F16) for i, x in enumerate(inputs)])
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "runs_triton", inspect.unwrap(kernels.runs_triton))  # not what it remembers
-        monkeypatch.setattr(kernels, "INTERPRETED", False)
+        monkeypatch.setattr(kernels.tiles, "runs_triton", inspect.unwrap(kernels.runs_triton))  # not what it remembers
+        monkeypatch.setattr(kernels.tiles, "INTERPRETED", False)
         with pytest.raises(AssertionError, match="on cpu"):
             op(*[x.float() for x in inputs])
 
