@@ -124,10 +124,10 @@ def run_everything(dtype, geometries):
             backward(kernels.attention(new(200, H, C), new(200, K, C), new(200, K, C), segments, impl))
             for members in (1, 7):
                 prompts = kernels.Prompts(new(8, K, 512, C), new(8, K, 512, C), length,
-                                          torch.empty(8, members, dtype=torch.int64, device="meta"))
+                                          torch.empty(8, members, dtype=torch.int64, device="meta"), length)
                 kernels.decode_attention(new(8, H, C), new(8, K, 512, C), new(8, K, 512, C), length, prompts, impl)
         alone = torch.empty(1, 1, dtype=torch.int64, device="meta")
-        long = kernels.Prompts(*[new(1, K, 32768, C)] * 2, length[:1], alone)
+        long = kernels.Prompts(*[new(1, K, 32768, C)] * 2, length[:1], alone, length[:1])
         kernels.decode_attention(new(1, H, C), *[new(1, K, 32768, C)] * 2, length[:1], long, "triton")  # many splits
     target, table = torch.empty(208, dtype=torch.int64, device="meta"), torch.empty(208, 64, device="meta")
     for impl in ("triton", "invariant"):

@@ -4,33 +4,38 @@
     decode_attention    one new token per slot against its own cache and its shared prompt    sampling
     linear_logp         log-probability and entropy of a token, straight from hidden states   SFT, policy, reference
     rms_norm, add_rms_norm, rope, swiglu    what stands between the matrix products           every layer
-    linear              the matrix product itself, in an order that no batch changes          batch invariance
+    linear, logits      the matrix product itself, in an order that no batch changes          batch invariance
+
+Here are all names and the choice between the two; attention.py, decode.py, logp.py and pointwise.py hold, for each
+operation, first the plain PyTorch, NAME_ref, then its kernels; tiles.py is what the kernels share.
 
 `impl` chooses: None (Triton for CUDA tensors, else PyTorch), "torch", "triton", or "invariant": Triton with tiles,
 splits and rounding that depend on nothing but a row's own sequence, so that a token's numbers are the same bits alone,
 in any batch, in a forest and when decoded. Softmax statistics and sums are float32 (float64 for float64 inputs, which
-PyTorch computes). Nothing here ever holds [tokens, tokens] scores of a whole batch or [tokens, vocabulary] logits, and
-nothing uses atomics: every sum has one order.
+PyTorch computes). No operation but `logits` holds [tokens, tokens] scores of a whole batch or [tokens, vocabulary]
+logits: they are made in blocks, reduced and forgotten. Nothing uses atomics: every sum has one order.
 
-Letters: N packed tokens, S segments, B decode slots with T positions, P prompts with U positions and M slots, H query
-heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads key/value
-head h // (H / K). Inside the attention kernels m counts query rows and n keys. A query row is a (token, head) pair:
-the H / K heads that share a key/value head are rows of one tile, so that keys are loaded once for all of them and their
-gradients need no sum over heads afterwards.
+Letters: N packed tokens, S segments, B decode slots with T positions, P prompts with U positions and G slots each, H
+query heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads
+key/value head h // (H / K). In the attention kernels, as usual, m counts query rows and n keys; a query row is a
+(token, head) pair: the H / K heads that share a key/value head are rows of one tile, so that keys are loaded once for
+all of them and their gradients need no sum over heads afterwards.
 """
 
 import torch
 import torch.nn.functional as F
 
+# `kernels.attention` is the function below; `from kernels.attention import ...` still finds the module
 from kernels.attention import AttentionTriton, attention_ref
 from kernels.decode import Prompts, decode_attention_ref, decode_invariant, decode_triton  # noqa: F401
-from kernels.logp import LinearInvariant, LinearLogpChunked, LinearLogpTriton, launch_linear, logits_ref
+from kernels.logp import (LinearInvariant, LinearLogpChunked, LinearLogpTriton, launch_linear, linear_logp_ref,  # noqa: F401
+                          logits_ref)
 from kernels.pointwise import AddRmsNormTriton, RopeTriton, SwigluTriton, add_rms_norm_ref, rope_ref, swiglu_ref
 from kernels.tiles import INTERPRETED, runs_triton, wide  # noqa: F401
 
 
 def use_triton(x, impl):
-    """The dispatch of every operation here."""
+    """Whether an operation on x runs as Triton kernels: the choice of all of them."""
     assert impl in (None, "torch", "triton", "invariant"), f"impl is None, torch, triton or invariant, got {impl!r}"
     if impl is None:
         return x.is_cuda and runs_triton(x.device, x.dtype)
@@ -48,14 +53,14 @@ def attention(q_nhc, k_nkc, v_nkc, segments_s3, impl=None):
         token      0  1  2 | 3  4 | 5  6
         sees       0  01 012 | 0123  01234 | 0125  01256
     """
-    N, H, C = q_nhc.shape
+    N, H = q_nhc.shape[:2]
     assert k_nkc.shape == v_nkc.shape and k_nkc.shape[0] == N and H % k_nkc.shape[1] == 0, (q_nhc.shape, k_nkc.shape)
-    if use_triton(q_nhc, impl):
-        return AttentionTriton.apply(q_nhc, k_nkc, v_nkc, segments_s3, impl == "invariant")
-    return attention_ref(q_nhc, k_nkc, v_nkc, segments_s3)
+    if not use_triton(q_nhc, impl):
+        return attention_ref(q_nhc, k_nkc, v_nkc, segments_s3)
+    return AttentionTriton.apply(q_nhc, k_nkc, v_nkc, segments_s3, impl == "invariant")
 
 
-def decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts=None, impl=None):
+def decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts, impl=None):
     """Attention of one token per slot over its prompt and the first length_b entries of its cache; returns out_bhc.
 
     The slot's own new token is in its cache already: length_b is at least 1. In the Triton path a program takes one
@@ -68,22 +73,20 @@ def decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts=None, impl=None):
     return decode(q_bhc, k_bktc, v_bktc, length_b, prompts)
 
 
-def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None, return_lse=False):
+def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None):
     """log softmax(hidden weight^T / temperature)[target] and that distribution's entropy, in nats: logp_n, entropy_n.
 
-    With return_lse also lse_n = log sum exp(hidden weight^T / temperature). float32 (float64 for float64 inputs); only
-    logp carries a gradient. Peak extra memory: in PyTorch two blocks of LOGIT_CHUNK elements, whatever N and V are; in
-    Triton 12 bytes per row and column tile forward (0.12 GB at N = 16384, V = 151936), GRADIENT_CHUNK elements and a
-    float32 gradient of hidden backward; and the gradients themselves.
+    float32 (float64 for float64 inputs); only logp carries a gradient. linear_logp_ref says it in three lines, with all
+    logits at once: 4 bytes 16384 151936 = 10 GB. Peak extra memory here: in PyTorch two blocks of LOGIT_CHUNK elements,
+    whatever N and V are; in Triton 12 bytes per row and column tile forward (0.12 GB at N = 16384, V = 151936),
+    GRADIENT_CHUNK elements and a float32 gradient of hidden backward; and the gradients themselves.
     """
     assert temperature > 0, f"temperature must be positive, got {temperature}"
     assert hidden_nd.shape[0] == target_n.shape[0] and hidden_nd.shape[1] == weight_vd.shape[1], \
         (hidden_nd.shape, weight_vd.shape, target_n.shape)
-    if use_triton(hidden_nd, impl):
-        out = LinearLogpTriton.apply(hidden_nd, weight_vd, target_n, temperature, impl == "invariant")
-    else:
-        out = LinearLogpChunked.apply(hidden_nd, weight_vd, target_n, temperature)
-    return out if return_lse else out[:2]
+    if not use_triton(hidden_nd, impl):
+        return LinearLogpChunked.apply(hidden_nd, weight_vd, target_n, temperature)
+    return LinearLogpTriton.apply(hidden_nd, weight_vd, target_n, temperature, impl == "invariant")
 
 
 def linear(x_nd, weight_vd, bias_v=None, impl=None):
@@ -100,8 +103,8 @@ def linear(x_nd, weight_vd, bias_v=None, impl=None):
 def logits(hidden_nd, weight_vd, impl=None):
     """hidden weight^T without gradient, float32 (float64 for float64 inputs): what the sampler draws from.
 
-    On a GPU bfloat16 products are not rounded to bfloat16 on the way, like linear_logp's: rounded logits would put
-    the sampler's log-probabilities 2e-2 off the trainer's.
+    On a GPU bfloat16 products are not rounded to bfloat16 on the way, like linear_logp's: rounded logits would put the
+    sampler's log-probabilities 2e-2 off the trainer's.
     """
     if impl == "invariant":
         return launch_linear(hidden_nd, weight_vd, None, torch.float32)

@@ -3,89 +3,108 @@
 import torch
 import torch.nn.functional as F
 
-from kernels.tiles import POINTWISE, check_launch, jit, tiling_of, tl, triton, wide
+from kernels.tiles import POINTWISE, check_launch, jit, product_tiling, tl, triton, wide
 
 LOGIT_CHUNK = 2**24  # elements of the [N, columns] float32 blocks that linear_logp holds at once, two of 64 MB
 GRADIENT_CHUNK = 2**27  # elements of the [N, columns] logit gradients, in the inputs' dtype, that the Triton path holds
 
 
-class LinearLogpChunked(torch.autograd.Function):
-    """z = hidden weight^T / temperature, a block of columns after the other. With M = max z, S = sum exp(z - M) and
-    E = sum exp(z - M) (z - M) so far: logp = (z[target] - M) - log S, entropy = log S - E / S in the end. (Sums of one
-    sign: lse - sum p z or z[target] - lse cancel in float32 where one token is nearly certain.)
+def linear_logp_ref(hidden_nd, weight_vd, target_n, temperature=1.0):
+    """logp = log softmax(hidden weight^T / temperature)[target];  entropy = -sum_v p_v log p_v, without gradient."""
+    logp_nv = torch.log_softmax((hidden_nd @ weight_vd.t()).to(wide(hidden_nd.dtype)) / temperature, 1)
+    entropy_n = -(logp_nv.exp() * logp_nv).sum(1).detach()
+    return logp_nv.gather(1, target_n[:, None])[:, 0], entropy_n
 
-    The backward pass recomputes each block's z: dz = grad (onehot(target) - softmax(z)) / temperature, dhidden = sum
-    over blocks of dz weight, dweight = dz^T hidden: one whole product for the rows of a block. Blocks of rows instead
-    would add up dweight, the largest array here, again and again.
+
+class LinearLogpChunked(torch.autograd.Function):
+    """linear_logp_ref without its [N, V] arrays, in PyTorch: the logits z are made in blocks of columns, twice.
+
+    Forward, an online softmax over the blocks keeps max = max z, sum = sum exp(z - max) and moment = sum exp(z - max)
+    (z - max). In the end logp = (z[target] - max) - log sum and entropy = log sum - moment / sum: sums of one sign,
+    where lse - sum p z or z[target] - lse would cancel in float32 if one token is nearly certain.
+
+    Two logits, ln 3 and 0: max ln 3, sum 4/3, moment -ln 3 / 3; logp of the first ln 3/4, entropy ln 4/3 + ln 3 / 4.
+
+    Backward, dz = grad (onehot(target) - softmax(z)) / temperature, dhidden = sum over blocks of dz weight, dweight =
+    dz^T hidden: one whole product for the rows of a block. Blocks of rows instead would add up dweight, the largest
+    array here, again and again.
     """
 
     @staticmethod
     def forward(ctx, hidden_nd, weight_vd, target_n, temperature):
-        dtype, N = wide(hidden_nd.dtype), len(hidden_nd)
+        N, dtype = len(hidden_nd), wide(hidden_nd.dtype)
         max_n = hidden_nd.new_full((N,), torch.finfo(dtype).min, dtype=dtype)
-        sum_n, moment_n, logit_n = (torch.zeros_like(max_n) for _ in range(3))
-        for first, z_nv, other_nv in _column_blocks(hidden_nd, weight_vd, temperature, 2):
+        sum_n = torch.zeros_like(max_n)
+        moment_n = torch.zeros_like(max_n)
+        logit_n = torch.zeros_like(max_n)
+        for first, z_nb, spare_nb in _logit_blocks(hidden_nd, weight_vd, temperature):
             within_n = target_n - first
-            inside_n = (within_n >= 0) & (within_n < z_nv.shape[1])
-            here_n = z_nv.gather(1, within_n.clamp(0, z_nv.shape[1] - 1)[:, None])[:, 0]
-            logit_n = torch.where(inside_n, here_n, logit_n)
-            new_max_n = torch.maximum(max_n, z_nv.amax(1))
-            down_n, below_nv = max_n - new_max_n, z_nv.sub_(new_max_n[:, None])
-            weight_nv = torch.exp(below_nv, out=other_nv)
-            moment_n = down_n.exp() * (moment_n + sum_n * down_n)  # before sum_n: it is the old sum that moves down
-            sum_n = down_n.exp() * sum_n + weight_nv.sum(1)
-            moment_n += weight_nv.mul_(below_nv).sum(1)
+            inside_n = (within_n >= 0) & (within_n < z_nb.shape[1])
+            target_z_n = z_nb.gather(1, within_n.clamp(0, z_nb.shape[1] - 1)[:, None])[:, 0]
+            logit_n = torch.where(inside_n, target_z_n, logit_n)
+            new_max_n = torch.maximum(max_n, z_nb.amax(1))
+            down_n = max_n - new_max_n  # what the maximum's growth takes off every z - max so far
+            keep_n = down_n.exp()
+            below_nb = z_nb.sub_(new_max_n[:, None])
+            weight_nb = torch.exp(below_nb, out=spare_nb)
+            # sum exp(z - max + down) (z - max + down) = exp(down) (moment + sum down), of the old sum: before sum_n
+            moment_n = keep_n * (moment_n + sum_n * down_n)
+            sum_n = keep_n * sum_n + weight_nb.sum(1)
+            moment_n += weight_nb.mul_(below_nb).sum(1)
             max_n = new_max_n
         log_sum_n = sum_n.log()
-        entropy_n, lse_n = log_sum_n - moment_n / sum_n, max_n + log_sum_n
+        entropy_n = log_sum_n - moment_n / sum_n
         ctx.save_for_backward(hidden_nd, weight_vd, target_n, max_n, log_sum_n)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_n, lse_n)
-        return (logit_n - max_n) - log_sum_n, entropy_n, lse_n
+        ctx.mark_non_differentiable(entropy_n)
+        return (logit_n - max_n) - log_sum_n, entropy_n
 
     @staticmethod
-    def backward(ctx, grad_n, *_):
+    def backward(ctx, grad_n, _grad_entropy_n):
         hidden_nd, weight_vd, target_n, max_n, log_sum_n = ctx.saved_tensors
+        # grad_n's dtype is wide: thousands of blocks are not added up in bfloat16
         grad_hidden_nd = torch.zeros_like(hidden_nd, dtype=grad_n.dtype) if ctx.needs_input_grad[0] else None
         grad_weight_vd = torch.empty_like(weight_vd) if ctx.needs_input_grad[1] else None
         scale_n1 = -(grad_n / ctx.temperature)[:, None]
-        for first, z_nv in _column_blocks(hidden_nd, weight_vd, ctx.temperature, 1):
-            last = first + z_nv.shape[1]
-            dz_nv = z_nv.sub_(max_n[:, None]).sub_(log_sum_n[:, None]).exp_().mul_(scale_n1)
+        for first, z_nb, _ in _logit_blocks(hidden_nd, weight_vd, ctx.temperature):
+            last = first + z_nb.shape[1]
+            dz_nb = z_nb.sub_(max_n[:, None]).sub_(log_sum_n[:, None]).exp_().mul_(scale_n1)
             rows = ((target_n >= first) & (target_n < last)).nonzero()[:, 0]
-            dz_nv[rows, target_n[rows] - first] -= scale_n1[rows, 0]
-            dz_nv = dz_nv.to(hidden_nd.dtype)
-            if grad_hidden_nd is not None and grad_hidden_nd.dtype == dz_nv.dtype:
-                grad_hidden_nd.addmm_(dz_nv, weight_vd[first:last])
+            dz_nb[rows, target_n[rows] - first] -= scale_n1[rows, 0]
+            dz_nb = dz_nb.to(hidden_nd.dtype)
+            if grad_hidden_nd is not None and grad_hidden_nd.dtype == dz_nb.dtype:
+                grad_hidden_nd.addmm_(dz_nb, weight_vd[first:last])
             elif grad_hidden_nd is not None:
-                grad_hidden_nd += dz_nv @ weight_vd[first:last]
+                grad_hidden_nd += dz_nb @ weight_vd[first:last]
             if grad_weight_vd is not None:
-                torch.mm(dz_nv.t(), hidden_nd, out=grad_weight_vd[first:last])
+                torch.mm(dz_nb.t(), hidden_nd, out=grad_weight_vd[first:last])
         grad_hidden_nd = grad_hidden_nd.to(hidden_nd.dtype) if grad_hidden_nd is not None else None
         return grad_hidden_nd, grad_weight_vd, None, None
 
 
-def _column_blocks(hidden_nd, weight_vd, temperature, n_blocks):
-    """(first column, its block of logits z at the temperature, n_blocks - 1 empty ones like it), LOGIT_CHUNK elements.
+def _logit_blocks(hidden_nd, weight_vd, temperature):
+    """(first column, its block of logits z at the temperature, a spare block like it), of LOGIT_CHUNK elements.
 
     The blocks are allocated once: on a CPU fresh memory of this size costs more (page faults) than the softmax in it.
     """
     N, V = len(hidden_nd), len(weight_vd)
     step = max(1, min(V, LOGIT_CHUNK // max(N, 1)))
-    memory = hidden_nd.new_empty(n_blocks, N * step, dtype=wide(hidden_nd.dtype))
+    z, spare = hidden_nd.new_empty(2, N * step, dtype=wide(hidden_nd.dtype))
     for first in range(0, V, step):
         weight_bd = weight_vd[first:first + step]
-        z_nb, *others = (x[:N * len(weight_bd)].view(N, len(weight_bd)) for x in memory)
+        size = N * len(weight_bd)  # the last block is narrower
+        z_nb = z[:size].view(N, len(weight_bd))
+        spare_nb = spare[:size].view(N, len(weight_bd))
         if z_nb.dtype == hidden_nd.dtype:
             torch.mm(hidden_nd, weight_bd.t(), out=z_nb)
         else:
             z_nb.copy_(logits_ref(hidden_nd, weight_bd))
-        yield first, z_nb.div_(temperature), *others
+        yield first, z_nb.div_(temperature), spare_nb
 
 
 def logits_ref(hidden_nd, weight_vd):
-    """hidden weight^T, float32 or wider: on a GPU bfloat16 products are not rounded to bfloat16 on the way."""
-    if hidden_nd.is_cuda and wide(hidden_nd.dtype) != hidden_nd.dtype:
+    """hidden weight^T, float32 or wider."""
+    if hidden_nd.is_cuda and wide(hidden_nd.dtype) != hidden_nd.dtype:  # not rounded to bfloat16 on the way
         return torch.mm(hidden_nd, weight_vd.t(), out_dtype=torch.float32)
     return F.linear(hidden_nd, weight_vd).to(wide(hidden_nd.dtype))
 
@@ -113,7 +132,10 @@ def _product_tile(x_ptr, w_ptr, row_n, col_v, N, V, D, stride_xn, stride_wv, BLO
 
 @jit
 def _tile_of(pid, n_row_tiles, n_col_tiles, GROUP: tl.constexpr):
-    """Program -> (row tile, column tile): GROUP row tiles walk together through all columns, so both stay in L2."""
+    """Program -> (row tile, column tile): GROUP row tiles walk together through all columns, so both stay in L2.
+
+    3 row tiles and 2 column tiles at GROUP 2: (0, 0) (1, 0) (0, 1) (1, 1), then the row tile left over, (2, 0) (2, 1).
+    """
     first = pid // (GROUP * n_col_tiles) * GROUP
     n_rows = tl.minimum(n_row_tiles - first, GROUP)
     within = pid % (GROUP * n_col_tiles)
@@ -132,6 +154,7 @@ def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, momen
     z_nv = _product_tile(hidden_ptr, weight_ptr, row_n, col_v, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D)
     z_nv *= inverse_temperature
     target_n = tl.load(target_ptr + row_n, mask=row_n < N, other=-1)
+    # of all tiles of a row one has the target's column, and writes
     logit_n = tl.sum(tl.where(col_v[None, :] == target_n[:, None], z_nv, 0.0), 1)
     tl.store(logit_ptr + row_n, logit_n, mask=(target_n >= col_tile * BLOCK_V) & (target_n < (col_tile + 1) * BLOCK_V))
     z_nv = tl.where((col_v < V)[None, :], z_nv, float("-inf"))
@@ -147,10 +170,10 @@ def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, momen
 @jit
 def _logp_merge_kernel(max_ptr, sum_ptr, moment_ptr, logit_ptr, logp_ptr, entropy_ptr, N, n_tiles,
                        BLOCK_N: tl.constexpr):
-    """The tiles of a row, first to last, under their common maximum M: S = sum exp(z - M), E = sum exp(z - M) (z - M),
+    """max, sum and moment of a row's tiles, first to last, under their common maximum; then as in LinearLogpChunked
 
-    logp = (z[target] - M) - log S,  entropy = log S - E / S: sums of one sign, so that nothing cancels where one token
-    is nearly certain. M and log S are left in the first tile's place, for the backward pass.
+    logp = (z[target] - max) - log sum,  entropy = log sum - moment / sum. max and log sum are left in the first tile's
+    place, for the backward pass.
     """
     row_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     real_n = row_n < N
@@ -210,45 +233,50 @@ class LinearLogpTriton(torch.autograd.Function):
         target_n = target_n.contiguous()
         check_launch(hidden_nd, weight_vd)
         (N, D), V = hidden_nd.shape, len(weight_vd)
-        tiling, options = tiling_of("linear_invariant" if invariant else "logp", 0, hidden_nd)
-        n_tiles = triton.cdiv(V, tiling["BLOCK_V"])
-        part_xtn = hidden_nd.new_empty(3, n_tiles, N, dtype=torch.float32)
-        logit_n, logp_n, entropy_n = (torch.empty_like(part_xtn[0, 0]) for _ in range(3))
+        blocks, options = product_tiling("linear_invariant" if invariant else "logp", hidden_nd)
+        n_col_tiles = triton.cdiv(V, blocks["BLOCK_V"])
+        max_tn, sum_tn, moment_tn = hidden_nd.new_empty(3, n_col_tiles, N, dtype=torch.float32)
+        logit_n = torch.empty_like(max_tn[0])
+        logp_n = torch.empty_like(max_tn[0])
+        entropy_n = torch.empty_like(max_tn[0])
         if N:
-            _logp_fwd_kernel[triton.cdiv(N, tiling["BLOCK_N"]) * n_tiles,](
-                hidden_nd, weight_vd, target_n, *part_xtn, logit_n, N, V, D, hidden_nd.stride(0), weight_vd.stride(0),
-                1 / temperature, **tiling, **options)
-            _logp_merge_kernel[triton.cdiv(N, 64),](*part_xtn, logit_n, logp_n, entropy_n, N, n_tiles, 64, num_warps=2,
-                                                    **POINTWISE)
-        max_n, log_sum_n = part_xtn[:2, 0].clone()
+            _logp_fwd_kernel[triton.cdiv(N, blocks["BLOCK_N"]) * n_col_tiles,](
+                hidden_nd, weight_vd, target_n, max_tn, sum_tn, moment_tn, logit_n, N, V, D, hidden_nd.stride(0),
+                weight_vd.stride(0), 1 / temperature, **blocks, **options)
+            _logp_merge_kernel[triton.cdiv(N, 64),](max_tn, sum_tn, moment_tn, logit_n, logp_n, entropy_n, N,
+                                                    n_col_tiles, 64, num_warps=2, **POINTWISE)
+        # where the merge left the whole row's; copies, so that the other tiles' memory is freed
+        max_n, log_sum_n = max_tn[0].clone(), sum_tn[0].clone()
         ctx.save_for_backward(hidden_nd, weight_vd, target_n, max_n, log_sum_n)
         ctx.temperature = temperature
-        lse_n = max_n + log_sum_n
-        ctx.mark_non_differentiable(entropy_n, lse_n)
-        return logp_n, entropy_n, lse_n
+        ctx.mark_non_differentiable(entropy_n)
+        return logp_n, entropy_n
 
     @staticmethod
-    def backward(ctx, grad_n, *_):
+    def backward(ctx, grad_n, _grad_entropy_n):
         hidden_nd, weight_vd, target_n, max_n, log_sum_n = ctx.saved_tensors
         (N, D), V = hidden_nd.shape, len(weight_vd)
-        tiling, options = tiling_of("logp", 0, hidden_nd)
-        step = max(tiling["BLOCK_V"], min(V, GRADIENT_CHUNK // max(N, 1) // tiling["BLOCK_V"] * tiling["BLOCK_V"]))
-        grad_n, block = grad_n.contiguous(), hidden_nd.new_empty(N * step)
+        grad_n = grad_n.contiguous()
+        blocks, options = product_tiling("logp", hidden_nd)
+        BLOCK_N, BLOCK_V = blocks["BLOCK_N"], blocks["BLOCK_V"]
+        step = GRADIENT_CHUNK // max(N, 1) // BLOCK_V * BLOCK_V  # whole tiles, and one at least
+        step = max(BLOCK_V, min(V, step))
+        chunk = hidden_nd.new_empty(N * step)
         grad_hidden_nd = torch.zeros_like(hidden_nd, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         new = torch.empty_like if N else torch.zeros_like  # without rows the loop writes nothing
         grad_weight_vd = new(weight_vd) if ctx.needs_input_grad[1] else None
         for first in range(0, V if N else 0, step):
             n_cols = min(step, V - first)
-            grad_nv = block[:N * n_cols].view(N, n_cols)
-            n_programs = triton.cdiv(N, tiling["BLOCK_N"]) * triton.cdiv(n_cols, tiling["BLOCK_V"])
-            _logp_bwd_kernel[n_programs,](
-                hidden_nd, weight_vd, target_n, max_n, log_sum_n, grad_n, grad_nv, N, V, D, first, n_cols,
-                hidden_nd.stride(0), weight_vd.stride(0), 1 / ctx.temperature, **tiling, **options)
+            dz_nb = chunk[:N * n_cols].view(N, n_cols)
+            _logp_bwd_kernel[triton.cdiv(N, BLOCK_N) * triton.cdiv(n_cols, BLOCK_V),](
+                hidden_nd, weight_vd, target_n, max_n, log_sum_n, grad_n, dz_nb, N, V, D, first, n_cols,
+                hidden_nd.stride(0), weight_vd.stride(0), 1 / ctx.temperature, **blocks, **options)
             if grad_hidden_nd is not None:
-                grad_hidden_nd += grad_nv @ weight_vd[first:first + n_cols]
+                grad_hidden_nd += dz_nb @ weight_vd[first:first + n_cols]
             if grad_weight_vd is not None:
-                torch.mm(grad_nv.t(), hidden_nd, out=grad_weight_vd[first:first + n_cols])
-        return None if grad_hidden_nd is None else grad_hidden_nd.to(hidden_nd.dtype), grad_weight_vd, None, None, None
+                torch.mm(dz_nb.t(), hidden_nd, out=grad_weight_vd[first:first + n_cols])
+        grad_hidden_nd = grad_hidden_nd.to(hidden_nd.dtype) if grad_hidden_nd is not None else None
+        return grad_hidden_nd, grad_weight_vd, None, None, None
 
 
 @jit
@@ -266,18 +294,21 @@ def _linear_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, N, V, D, stride_xn, str
 
 
 def launch_linear(x_nd, weight_vd, bias_v, dtype):
-    check_launch(x_nd, weight_vd, *([] if bias_v is None else [bias_v]))
+    """x weight^T + bias, D summed first to last, in dtype."""
+    check_launch(x_nd, weight_vd, bias_v)
     (N, D), V = x_nd.shape, len(weight_vd)
-    tiling, options = tiling_of("linear_invariant", 0, x_nd)
+    blocks, options = product_tiling("linear_invariant", x_nd)
     out_nv = x_nd.new_empty(N, V, dtype=dtype)
     if N:
-        _linear_kernel[triton.cdiv(N, tiling["BLOCK_N"]) * triton.cdiv(V, tiling["BLOCK_V"]),](
+        _linear_kernel[triton.cdiv(N, blocks["BLOCK_N"]) * triton.cdiv(V, blocks["BLOCK_V"]),](
             x_nd, weight_vd, bias_v, out_nv, N, V, D, x_nd.stride(0), weight_vd.stride(0), BIAS=bias_v is not None,
-            **tiling, **options)
+            **blocks, **options)
     return out_nv
 
 
 class LinearInvariant(torch.autograd.Function):
+    """Gradients are PyTorch's: only the forward pass must agree between sampler and trainer."""
+
     @staticmethod
     def forward(ctx, x_nd, weight_vd, bias_v):
         x_nd = x_nd if x_nd.stride(1) == 1 else x_nd.contiguous()

@@ -1,4 +1,4 @@
-"""What all kernels share: how they are cut into tiles, and which devices run them."""
+"""What all kernels share: which devices run them, and how they are cut into tiles."""
 
 import functools
 import math
@@ -10,13 +10,13 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton for this platform: the kernels below stay plain functions that nobody calls
+except ImportError:  # no Triton for this platform: the kernels stay plain functions that nobody calls
     triton, tl = None, SimpleNamespace(constexpr=lambda x: x)
 jit = triton.jit if triton else lambda f=None, **options: f or (lambda g: g)
 
 POINTWISE = {"enable_fp_fusion": False}  # bound by memory: one rounding per operation costs nothing
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LOG2E = tl.constexpr(math.log2(math.e))
+LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x log2 e): a GPU has an instruction for exp2 alone
 
 
 def wide(dtype):
@@ -27,15 +27,18 @@ def wide(dtype):
 @functools.lru_cache
 def runs_triton(device, dtype):
     """Whether the kernels can run there: on an NVIDIA GPU of 2020 or later, or in the interpreter if TRITON_INTERPRET=1
-    was set before Python started; which multiplies the bit patterns of bfloat16, without an error."""
+    was set before Python started."""
     if torch.device(device).type == "cuda":
         new_enough = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
         return bool(triton) and new_enough and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    # no bfloat16: the interpreter multiplies its bit patterns as if they were integers, without an error
     return INTERPRETED and bool(triton) and dtype in (torch.float32, torch.float16)
 
 
 def check_launch(*tensors):
-    """What every launcher assumes: a device that runs Triton, one dtype, dense rows."""
+    """What every launcher assumes: a device that runs Triton, one dtype, dense rows. None stands for a tensor left out.
+    """
+    tensors = [x for x in tensors if x is not None]
     x = tensors[0]
     assert runs_triton(x.device, x.dtype), f"Triton does not run {x.dtype} on {x.device}, see runs_triton"
     assert not x.is_cuda or x.device.index == torch.cuda.current_device(), f"{x.device} is not the current device"
@@ -44,13 +47,15 @@ def check_launch(*tensors):
         assert y.device == x.device and y.stride(-1) == 1, (y.device, x.device, y.stride())
 
 
-# How a kernel is cut: two block sizes, warps, pipeline stages; by operation and padded head size. Chosen so that
-# nothing spills, the shared memory fits and every product is made of the generation's widest tensor-core instructions:
-# bench/compile.py prints what each costs. 80, 90 and 100 are A100, H100 and B200; "small" are the cards of any of these
-# generations with 99 KB of shared memory (RTX 30, 40, 50). The sizes are BLOCK_M and BLOCK_N (queries and keys), but
-# BLOCK_N and BLOCK_V without a head size. An "invariant" tile serves training, prefill and decoding: they must agree.
+# How attention kernels are cut, by operation and padded head size: BLOCK_M (query rows), BLOCK_N (keys), warps and
+# pipeline stages. A column for each generation: 80, 90 and 100 are A100, H100 and B200; "small" are the cards of any of
+# these with 99 KB of shared memory (RTX 30, 40, 50). So on an H100 attention_fwd takes heads of 128 channels in tiles
+# of 128 rows by 128 keys, with 8 warps and 2 stages. Chosen with bench/compile.py, which compiles every tile: registers
+# do not spill, shared memory suffices, products use the generation's widest tensor-core instructions (LOG.md names
+# exceptions). An "invariant" tile serves training, prefill and decoding, which must agree; "decode_group" serves slots
+# that share a prompt.
 GENERATIONS = (80, 90, 100, "small")
-TILES = {
+ATTENTION_TILES = {
     ("attention_fwd", 32): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
     ("attention_fwd", 64): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
     ("attention_fwd", 128): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
@@ -75,41 +80,61 @@ TILES = {
     ("decode_group", 64): ((64, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
     ("decode_group", 128): ((64, 64, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3), (32, 64, 4, 2)),
     ("decode_group", 256): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
-    ("logp", 0): ((128, 256, 8, 3), (128, 256, 16, 4), (128, 128, 8, 4), (128, 128, 8, 3)),
-    ("linear_invariant", 0): ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3)),
 }
-# "ieee" products have no tensor core: whole rows of both factors lie in registers
-FLOAT32_TILES = {0: (32, 32, 4, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
+# The same for products of [rows, D] with [columns, D]: BLOCK_N (rows), BLOCK_V (columns), warps, stages
+PRODUCT_TILES = {
+    "logp": ((128, 256, 8, 3), (128, 256, 16, 4), (128, 128, 8, 4), (128, 128, 8, 3)),
+    "linear_invariant": ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3)),
+}
+# float32 on any GPU, by padded head size: "ieee" products have no tensor core, and hold whole rows in registers
+FLOAT32_ATTENTION_TILES = {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
+FLOAT32_PRODUCT_TILE = (32, 32, 4, 1)
+# In the interpreter: small, so that the tests' small problems cross tiles; other operations take (32, 16)
 INTERPRETER_TILES = {"decode": (16, 16), "attention_bwd_kv": (16, 32), "attention_invariant": (16, 32),
-                     "linear_invariant": (16, 32)}  # else (32, 16): small, so that tests cross them
+                     "linear_invariant": (16, 32)}
+# Compiled without fused multiply-adds: what gets fused depends on the code around it, and training, prefill and
+# decoding must round alike
+UNFUSED = ("attention_invariant", "linear_invariant")
 
 
 @functools.lru_cache
 def _generation(device):
-    """The column of TILES for a device; None in the interpreter."""
+    """The column of the tables for a device; None in the interpreter."""
     if device.type != "cuda":
         return None
     card = torch.cuda.get_device_properties(device)
-    small = card.shared_memory_per_block_optin < 160 * 1024
-    return "small" if small else max(g for g in (80, 90, 100) if g <= 10 * card.major)
+    if card.shared_memory_per_block_optin < 160 * 1024:
+        return "small"
+    return max(g for g in (80, 90, 100) if g <= 10 * card.major)
 
 
-def tiling_of(op, C, x, n_rows=16):
-    """The launch of an operation on x: its block sizes, as keyword arguments, and the compiler's options. n_rows are
-    the query rows of decode: those of a group of slots have a tile of their own."""
-    op = "decode_group" if op == "decode" and n_rows > 16 else op
-    generation, BLOCK_C = _generation(x.device), C and max(32, triton.next_power_of_2(C))
-    assert C <= 256, f"heads of {C} channels: the kernels have tiles for up to 256"
+def _tile(op, x, by_generation, in_float32):
+    """Two block sizes, warps and stages of an operation on x."""
+    generation = _generation(x.device)
     if generation is None:
-        first, second, warps, stages = *INTERPRETER_TILES.get(op, (32, 16)), 4, 1
-    elif x.dtype == torch.float32:
-        first, second, warps, stages = FLOAT32_TILES[BLOCK_C]
-    else:
-        first, second, warps, stages = TILES[op, BLOCK_C][GENERATIONS.index(generation)]
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": "invariant" not in op}
-    if C == 0:
-        return dict(BLOCK_N=first, BLOCK_V=second, BLOCK_D=32 if x.dtype == torch.float32 else 64, GROUP=16), options
-    return dict(BLOCK_M=first, BLOCK_N=second, BLOCK_C=BLOCK_C), options
+        return *INTERPRETER_TILES.get(op, (32, 16)), 4, 1
+    if x.dtype == torch.float32:
+        return in_float32
+    return by_generation[GENERATIONS.index(generation)]
+
+
+def _options(op, warps, stages):
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": op not in UNFUSED}
+
+
+def attention_tiling(op, x, C):
+    """Block sizes and compiler options, both keyword arguments, of an attention kernel on x with C channels a head."""
+    assert C <= 256, f"heads of {C} channels: the kernels have tiles for up to 256"
+    BLOCK_C = max(32, triton.next_power_of_2(C))  # Triton's blocks are powers of two: channels from C on are zeros
+    rows, keys, warps, stages = _tile(op, x, ATTENTION_TILES[op, BLOCK_C], FLOAT32_ATTENTION_TILES[BLOCK_C])
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "BLOCK_C": BLOCK_C}, _options(op, warps, stages)
+
+
+def product_tiling(op, x):
+    """The same of a product of x; D is summed in steps of BLOCK_D, and GROUP is explained at tile_of in logp.py."""
+    rows, columns, warps, stages = _tile(op, x, PRODUCT_TILES[op], FLOAT32_PRODUCT_TILE)
+    BLOCK_D = 32 if x.dtype == torch.float32 else 64
+    return {"BLOCK_N": rows, "BLOCK_V": columns, "BLOCK_D": BLOCK_D, "GROUP": 16}, _options(op, warps, stages)
 
 
 @jit
