@@ -27,11 +27,13 @@ import torch.nn.functional as F
 
 # `kernels.attention` is the function below; `from kernels.attention import ...` still finds the module
 from kernels.attention import AttentionTriton, attention_ref
-from kernels.decode import Prompts, decode_attention_ref, decode_invariant, decode_triton  # noqa: F401
-from kernels.logp import (LinearInvariant, LinearLogpChunked, LinearLogpTriton, launch_linear, linear_logp_ref,  # noqa: F401
-                          logits_ref)
+from kernels.decode import Prompts  # noqa: F401
+from kernels.decode import decode_attention_ref, decode_invariant, decode_triton
+from kernels.logp import LinearInvariant, LinearLogpChunked, LinearLogpTriton, launch_linear, logits_ref
+from kernels.logp import linear_logp_ref  # noqa: F401
 from kernels.pointwise import AddRmsNormTriton, RopeTriton, SwigluTriton, add_rms_norm_ref, rope_ref, swiglu_ref
-from kernels.tiles import INTERPRETED, runs_triton, wide  # noqa: F401
+from kernels.tiles import INTERPRETED, wide  # noqa: F401
+from kernels.tiles import runs_triton
 
 
 def use_triton(x, impl):

@@ -96,14 +96,14 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
     """
     # 1. Which tile: BLOCK_M / SHARE tokens of a segment, and the heads that share key/value head kv. With 3 heads each,
     #    rows 0 1 2 3 .. are token 0's heads 0 1 2, token 1's head 0 ..
-    tile_ptr += tl.program_id(0) // n_kv * 6
+    tile_ptr += tl.program_id(0) // n_kv * 6  # a row of _query_tiles
     kv = tl.program_id(0) % n_kv
     first, n_tokens, position = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     own_row, prefix_row, n_prefix = tl.load(tile_ptr + 3), tl.load(tile_ptr + 4), tl.load(tile_ptr + 5)
     r, j, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
     real_m = token_m < n_tokens
-    row_m = (first + token_m).to(tl.int64)
+    row_m = (first + token_m).to(tl.int64)  # 600,000 tokens of 28 heads of 128 channels are 2^31 elements
     q_m = q_ptr + row_m * stride_qn + head_m * stride_qh
     q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C, True)
     k_ptr, v_ptr = k_ptr + kv * stride_kh.to(tl.int64), v_ptr + kv * stride_kh.to(tl.int64)
@@ -118,13 +118,14 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
     acc_mc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     n_keys = position + n_tokens
     n_clear = (position + 1) // BLOCK_N * BLOCK_N
-    for MASKED in tl.static_range(2):
+    for MASKED in tl.static_range(2):  # unrolled by the compiler: two loops, of which the first has no masks at all
         for start in range(n_clear if MASKED else 0, n_keys if MASKED else n_clear, BLOCK_N):
             key_n = start + j
             real_n = key_n < n_keys
             k_n = _keys_at(k_ptr, prefix_k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
             v_n = _keys_at(v_ptr, prefix_v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
             k_nc = load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
+            # "ieee": float32 inputs are multiplied in float32; Triton's default would be TF32, of 10 bits
             score_mn = tl.dot(q_mc, k_nc.T, input_precision="ieee") * (scale * LOG2E)
             if MASKED:
                 score_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], score_mn, float("-inf"))
@@ -184,7 +185,7 @@ def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr,
             k_nc = load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
             v_nc = load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
             score_mn = tl.dot(q_mc, k_nc.T, input_precision="ieee") * (scale * LOG2E)
-            weight_mn = tl.exp2(score_mn - lse_m[:, None])
+            weight_mn = tl.exp2(score_mn - lse_m[:, None])  # the forward pass's softmax: its scores were not kept
             if MASKED:
                 weight_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], weight_mn, 0.0)
             grad_weight_mn = tl.dot(grad_out_mc, v_nc.T, input_precision="ieee")
@@ -207,7 +208,7 @@ def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_p
     directly, of all its children: one range of packed tokens, first to `until`. One program gathers it in one order, so
     there are no atomics. Pointers start at the tile's first token, and offsets from there fit 32 bits.
     """
-    tile_ptr += tl.program_id(0) // n_kv * 3
+    tile_ptr += tl.program_id(0) // n_kv * 3  # a row of _key_tiles
     kv = tl.program_id(0) % n_kv
     first, n_tile_keys, until = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
     j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
@@ -231,13 +232,14 @@ def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_p
         for start in range(n_diagonal if CLEAR else 0, n_rows if CLEAR else n_diagonal, BLOCK_M):
             r = start + tl.arange(0, BLOCK_M)
             token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
-            real_m = r < n_rows  # rows beyond are zeros: they add nothing
+            real_m = r < n_rows  # q and grad_out of rows beyond are zeros: they add nothing
             q_m = q_ptr + (token_m * stride_qn + head_m * stride_qh)
             q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C, True)
             row_m = token_m * (n_kv * SHARE) + head_m
             grad_out_mc = load_rows(grad_out_ptr + (row_m[:, None] * C + c[None, :]), real_m, c, C, BLOCK_C, True)
             lse_m = tl.load(lse_ptr + row_m, mask=real_m, other=0.0)
             delta_m = tl.load(delta_ptr + row_m, mask=real_m, other=0.0)
+            # transposed, keys by query rows: so both gradients are products of it as it is
             score_nm = tl.dot(k_nc, q_mc.T, input_precision="ieee") * (scale * LOG2E)
             weight_nm = tl.exp2(score_nm - lse_m[None, :])
             if not CLEAR:  # key j is token first + j
@@ -308,7 +310,7 @@ def _cut(length, size):
 
 
 def _upload(table, device):
-    table = torch.from_numpy(table.astype(np.int32))
+    table = torch.from_numpy(table.astype(np.int32))  # pinned, the copy does not wait for the GPU to catch up
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
@@ -348,8 +350,7 @@ class AttentionTriton(torch.autograd.Function):
         assert N * max(q_nhc.stride(0), H * C) < 2**31, f"{N} tokens: the kernel of the keys counts in 32 bits"
         grad_out_nhc = grad_out_nhc.contiguous()
         grad_q_nhc = torch.empty_like(out_nhc)
-        grad_k_nkc = q_nhc.new_empty(N, K, C)
-        grad_v_nkc = q_nhc.new_empty(N, K, C)
+        grad_k_nkc, grad_v_nkc = q_nhc.new_empty(N, K, C), q_nhc.new_empty(N, K, C)
         delta_nh = torch.empty_like(lse_nh)
         strides = q_nhc.stride(0), q_nhc.stride(1), k_nkc.stride(0), k_nkc.stride(1)
         blocks, options = tiling = attention_tiling("attention_bwd_q", q_nhc, C)

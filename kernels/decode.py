@@ -96,6 +96,7 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
         r = tl.program_id(0) % n_row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
         member_m, head_m = r // SHARE, kv * SHARE + r % SHARE
+        # -1 where nobody took the place, or the tile has more rows than the item: loaded as zeros, and not stored
         slot_m = tl.load(slot_ptr + item * n_members + member_m, mask=member_m < n_members, other=-1).to(tl.int64)
         real_m = slot_m >= 0
         q_m = q_ptr + slot_m * stride_qb + head_m * stride_qh
@@ -105,7 +106,7 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
         max_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sum_m = tl.zeros([BLOCK_M], tl.float32)
         acc_cm = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
-        for start in range(begin, end, BLOCK_N):
+        for start in range(begin, end, BLOCK_N):  # the online softmax of _attention_fwd_kernel
             real_n = start + j < end
             offset_nc = ((start + j).to(tl.int64) * stride_kt)[:, None] + c[None, :]
             k_nc = load_rows(k_ptr + offset_nc, real_n, c, C, BLOCK_C, True)

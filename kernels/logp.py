@@ -34,23 +34,21 @@ class LinearLogpChunked(torch.autograd.Function):
     def forward(ctx, hidden_nd, weight_vd, target_n, temperature):
         N, dtype = len(hidden_nd), wide(hidden_nd.dtype)
         max_n = hidden_nd.new_full((N,), torch.finfo(dtype).min, dtype=dtype)
-        sum_n = torch.zeros_like(max_n)
-        moment_n = torch.zeros_like(max_n)
-        logit_n = torch.zeros_like(max_n)
-        for first, z_nb, spare_nb in _logit_blocks(hidden_nd, weight_vd, temperature):
-            within_n = target_n - first
-            inside_n = (within_n >= 0) & (within_n < z_nb.shape[1])
-            target_z_n = z_nb.gather(1, within_n.clamp(0, z_nb.shape[1] - 1)[:, None])[:, 0]
+        sum_n, moment_n, logit_n = (torch.zeros_like(max_n) for _ in range(3))
+        for first, z_nv, spare_nv in _logit_blocks(hidden_nd, weight_vd, temperature):
+            within_n = target_n - first  # z[target] is in one block; clamped for the others, whose find is not used
+            inside_n = (within_n >= 0) & (within_n < z_nv.shape[1])
+            target_z_n = z_nv.gather(1, within_n.clamp(0, z_nv.shape[1] - 1)[:, None])[:, 0]
             logit_n = torch.where(inside_n, target_z_n, logit_n)
-            new_max_n = torch.maximum(max_n, z_nb.amax(1))
+            new_max_n = torch.maximum(max_n, z_nv.amax(1))
             down_n = max_n - new_max_n  # what the maximum's growth takes off every z - max so far
             keep_n = down_n.exp()
-            below_nb = z_nb.sub_(new_max_n[:, None])
-            weight_nb = torch.exp(below_nb, out=spare_nb)
+            below_nv = z_nv.sub_(new_max_n[:, None])  # in place, from here on: z is not needed any more
+            weight_nv = torch.exp(below_nv, out=spare_nv)
             # sum exp(z - max + down) (z - max + down) = exp(down) (moment + sum down), of the old sum: before sum_n
             moment_n = keep_n * (moment_n + sum_n * down_n)
-            sum_n = keep_n * sum_n + weight_nb.sum(1)
-            moment_n += weight_nb.mul_(below_nb).sum(1)
+            sum_n = keep_n * sum_n + weight_nv.sum(1)
+            moment_n += weight_nv.mul_(below_nv).sum(1)
             max_n = new_max_n
         log_sum_n = sum_n.log()
         entropy_n = log_sum_n - moment_n / sum_n
@@ -65,19 +63,19 @@ class LinearLogpChunked(torch.autograd.Function):
         # grad_n's dtype is wide: thousands of blocks are not added up in bfloat16
         grad_hidden_nd = torch.zeros_like(hidden_nd, dtype=grad_n.dtype) if ctx.needs_input_grad[0] else None
         grad_weight_vd = torch.empty_like(weight_vd) if ctx.needs_input_grad[1] else None
-        scale_n1 = -(grad_n / ctx.temperature)[:, None]
-        for first, z_nb, _ in _logit_blocks(hidden_nd, weight_vd, ctx.temperature):
-            last = first + z_nb.shape[1]
-            dz_nb = z_nb.sub_(max_n[:, None]).sub_(log_sum_n[:, None]).exp_().mul_(scale_n1)
+        scale_n1 = -(grad_n / ctx.temperature)[:, None]  # dz = scale (softmax(z) - onehot(target))
+        for first, z_nv, _ in _logit_blocks(hidden_nd, weight_vd, ctx.temperature):
+            last = first + z_nv.shape[1]
+            dz_nv = z_nv.sub_(max_n[:, None]).sub_(log_sum_n[:, None]).exp_().mul_(scale_n1)
             rows = ((target_n >= first) & (target_n < last)).nonzero()[:, 0]
-            dz_nb[rows, target_n[rows] - first] -= scale_n1[rows, 0]
-            dz_nb = dz_nb.to(hidden_nd.dtype)
-            if grad_hidden_nd is not None and grad_hidden_nd.dtype == dz_nb.dtype:
-                grad_hidden_nd.addmm_(dz_nb, weight_vd[first:last])
+            dz_nv[rows, target_n[rows] - first] -= scale_n1[rows, 0]
+            dz_nv = dz_nv.to(hidden_nd.dtype)
+            if grad_hidden_nd is not None and grad_hidden_nd.dtype == dz_nv.dtype:
+                grad_hidden_nd.addmm_(dz_nv, weight_vd[first:last])
             elif grad_hidden_nd is not None:
-                grad_hidden_nd += dz_nb @ weight_vd[first:last]
+                grad_hidden_nd += dz_nv @ weight_vd[first:last]
             if grad_weight_vd is not None:
-                torch.mm(dz_nb.t(), hidden_nd, out=grad_weight_vd[first:last])
+                torch.mm(dz_nv.t(), hidden_nd, out=grad_weight_vd[first:last])
         grad_hidden_nd = grad_hidden_nd.to(hidden_nd.dtype) if grad_hidden_nd is not None else None
         return grad_hidden_nd, grad_weight_vd, None, None
 
@@ -89,17 +87,15 @@ def _logit_blocks(hidden_nd, weight_vd, temperature):
     """
     N, V = len(hidden_nd), len(weight_vd)
     step = max(1, min(V, LOGIT_CHUNK // max(N, 1)))
-    z, spare = hidden_nd.new_empty(2, N * step, dtype=wide(hidden_nd.dtype))
+    memory = hidden_nd.new_empty(2, N * step, dtype=wide(hidden_nd.dtype))
     for first in range(0, V, step):
-        weight_bd = weight_vd[first:first + step]
-        size = N * len(weight_bd)  # the last block is narrower
-        z_nb = z[:size].view(N, len(weight_bd))
-        spare_nb = spare[:size].view(N, len(weight_bd))
-        if z_nb.dtype == hidden_nd.dtype:
-            torch.mm(hidden_nd, weight_bd.t(), out=z_nb)
-        else:
-            z_nb.copy_(logits_ref(hidden_nd, weight_bd))
-        yield first, z_nb.div_(temperature), spare_nb
+        block_vd = weight_vd[first:first + step]
+        z_nv, spare_nv = (x[:N * len(block_vd)].view(N, len(block_vd)) for x in memory)  # the last one is narrower
+        if z_nv.dtype == hidden_nd.dtype:
+            torch.mm(hidden_nd, block_vd.t(), out=z_nv)
+        else:  # half precision: the product arrives in memory of its own
+            z_nv.copy_(logits_ref(hidden_nd, block_vd))
+        yield first, z_nv.div_(temperature), spare_nv
 
 
 def logits_ref(hidden_nd, weight_vd):
@@ -136,8 +132,8 @@ def _tile_of(pid, n_row_tiles, n_col_tiles, GROUP: tl.constexpr):
 
     3 row tiles and 2 column tiles at GROUP 2: (0, 0) (1, 0) (0, 1) (1, 1), then the row tile left over, (2, 0) (2, 1).
     """
-    first = pid // (GROUP * n_col_tiles) * GROUP
-    n_rows = tl.minimum(n_row_tiles - first, GROUP)
+    first = pid // (GROUP * n_col_tiles) * GROUP  # the group's first row tile
+    n_rows = tl.minimum(n_row_tiles - first, GROUP)  # the last group may be smaller
     within = pid % (GROUP * n_col_tiles)
     return first + within % n_rows, within // n_rows
 
@@ -154,14 +150,14 @@ def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, momen
     z_nv = _product_tile(hidden_ptr, weight_ptr, row_n, col_v, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D)
     z_nv *= inverse_temperature
     target_n = tl.load(target_ptr + row_n, mask=row_n < N, other=-1)
-    # of all tiles of a row one has the target's column, and writes
+    # every tile sums z at the target's column, which one alone of a row's tiles has: that one writes
     logit_n = tl.sum(tl.where(col_v[None, :] == target_n[:, None], z_nv, 0.0), 1)
     tl.store(logit_ptr + row_n, logit_n, mask=(target_n >= col_tile * BLOCK_V) & (target_n < (col_tile + 1) * BLOCK_V))
-    z_nv = tl.where((col_v < V)[None, :], z_nv, float("-inf"))
+    z_nv = tl.where((col_v < V)[None, :], z_nv, float("-inf"))  # the product repeats the last column there
     max_n = tl.max(z_nv, 1)
     below_nv = tl.maximum(z_nv - max_n[:, None], -1e4)  # exp of it is zero already, and zero times it is not NaN
     weight_nv = tl.exp(below_nv)
-    part_n = col_tile.to(tl.int64) * N + row_n
+    part_n = col_tile.to(tl.int64) * N + row_n  # [tiles, N], so that the merge reads rows side by side
     tl.store(max_ptr + part_n, max_n, mask=row_n < N)
     tl.store(sum_ptr + part_n, tl.sum(weight_nv, 1), mask=row_n < N)
     tl.store(moment_ptr + part_n, tl.sum(weight_nv * below_nv, 1), mask=row_n < N)
@@ -180,7 +176,7 @@ def _logp_merge_kernel(max_ptr, sum_ptr, moment_ptr, logit_ptr, logp_ptr, entrop
     max_n = tl.load(max_ptr + row_n, mask=real_n, other=0.0)
     sum_n = tl.load(sum_ptr + row_n, mask=real_n, other=1.0)
     moment_n = tl.load(moment_ptr + row_n, mask=real_n, other=0.0)
-    for tile in range(1, n_tiles):
+    for tile in range(1, n_tiles):  # as in LinearLogpChunked, but both sides may have to come down
         part_n = tl.full([BLOCK_N], tile, tl.int64) * N + row_n
         tile_max_n = tl.load(max_ptr + part_n, mask=real_n, other=0.0)
         tile_sum_n = tl.load(sum_ptr + part_n, mask=real_n, other=1.0)
@@ -236,9 +232,7 @@ class LinearLogpTriton(torch.autograd.Function):
         blocks, options = product_tiling("linear_invariant" if invariant else "logp", hidden_nd)
         n_col_tiles = triton.cdiv(V, blocks["BLOCK_V"])
         max_tn, sum_tn, moment_tn = hidden_nd.new_empty(3, n_col_tiles, N, dtype=torch.float32)
-        logit_n = torch.empty_like(max_tn[0])
-        logp_n = torch.empty_like(max_tn[0])
-        entropy_n = torch.empty_like(max_tn[0])
+        logit_n, logp_n, entropy_n = (torch.empty_like(max_tn[0]) for _ in range(3))
         if N:
             _logp_fwd_kernel[triton.cdiv(N, blocks["BLOCK_N"]) * n_col_tiles,](
                 hidden_nd, weight_vd, target_n, max_tn, sum_tn, moment_tn, logit_n, N, V, D, hidden_nd.stride(0),
@@ -257,7 +251,7 @@ class LinearLogpTriton(torch.autograd.Function):
         hidden_nd, weight_vd, target_n, max_n, log_sum_n = ctx.saved_tensors
         (N, D), V = hidden_nd.shape, len(weight_vd)
         grad_n = grad_n.contiguous()
-        blocks, options = product_tiling("logp", hidden_nd)
+        blocks, options = product_tiling("logp", hidden_nd)  # the faster one: gradients need not agree with a sampler
         BLOCK_N, BLOCK_V = blocks["BLOCK_N"], blocks["BLOCK_V"]
         step = GRADIENT_CHUNK // max(N, 1) // BLOCK_V * BLOCK_V  # whole tiles, and one at least
         step = max(BLOCK_V, min(V, step))
@@ -267,14 +261,14 @@ class LinearLogpTriton(torch.autograd.Function):
         grad_weight_vd = new(weight_vd) if ctx.needs_input_grad[1] else None
         for first in range(0, V if N else 0, step):
             n_cols = min(step, V - first)
-            dz_nb = chunk[:N * n_cols].view(N, n_cols)
+            dz_nv = chunk[:N * n_cols].view(N, n_cols)
             _logp_bwd_kernel[triton.cdiv(N, BLOCK_N) * triton.cdiv(n_cols, BLOCK_V),](
-                hidden_nd, weight_vd, target_n, max_n, log_sum_n, grad_n, dz_nb, N, V, D, first, n_cols,
+                hidden_nd, weight_vd, target_n, max_n, log_sum_n, grad_n, dz_nv, N, V, D, first, n_cols,
                 hidden_nd.stride(0), weight_vd.stride(0), 1 / ctx.temperature, **blocks, **options)
             if grad_hidden_nd is not None:
-                grad_hidden_nd += dz_nb @ weight_vd[first:first + n_cols]
+                grad_hidden_nd += dz_nv @ weight_vd[first:first + n_cols]
             if grad_weight_vd is not None:
-                torch.mm(dz_nb.t(), hidden_nd, out=grad_weight_vd[first:first + n_cols])
+                torch.mm(dz_nv.t(), hidden_nd, out=grad_weight_vd[first:first + n_cols])
         grad_hidden_nd = grad_hidden_nd.to(hidden_nd.dtype) if grad_hidden_nd is not None else None
         return grad_hidden_nd, grad_weight_vd, None, None, None
 

@@ -18,16 +18,17 @@ def add_rms_norm_ref(x_nd, delta_nd, weight_d, eps):
 def _rms_norm_fwd_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, rstd_ptr, D, eps, ADD: tl.constexpr,
                          BLOCK_D: tl.constexpr):
     """rstd = 1 / sqrt(mean(x^2) + eps);  out = weight x rstd, one row; with ADD, x + delta takes x's place."""
+    # a program holds a row: it is read once, for the mean and for what the mean divides
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     x_d = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0)
     if ADD:
         x_d = (x_d.to(tl.float32) + tl.load(delta_ptr + row * D + d, mask=d < D, other=0.0)).to(x_d.dtype)
         tl.store(sum_ptr + row * D + d, x_d, mask=d < D)
-    x_d = x_d.to(tl.float32)
+    x_d = x_d.to(tl.float32)  # after the sum was rounded: the norm is of the residual stream as it is stored
     rstd = tl.rsqrt(tl.sum(x_d * x_d, 0) / D + eps)
     out_d = tl.load(weight_ptr + d, mask=d < D, other=0.0) * (x_d * rstd)
     tl.store(out_ptr + row * D + d, out_d.to(out_ptr.dtype.element_ty), mask=d < D)
-    tl.store(rstd_ptr + row, rstd)
+    tl.store(rstd_ptr + row, rstd)  # 4 bytes a row spare the backward pass a sum
 
 
 @jit
@@ -80,12 +81,13 @@ class AddRmsNormTriton(torch.autograd.Function):
         grad_out_nd = grads[-1].contiguous()
         grad_sum_nd = grads[0].contiguous() if ctx.add else None
         grad_x_nd = torch.empty_like(sum_nd)
-        n_programs = min(N, 1024)
+        n_programs = min(N, 1024)  # enough for any GPU; more would leave more parts to sum
         part_pd = rstd_n.new_empty(n_programs, D)
         if N:
             _rms_norm_bwd_kernel[n_programs,](sum_nd, weight_d, rstd_n, grad_out_nd, grad_sum_nd, grad_x_nd, part_pd, N,
                                               D, ctx.add, triton.next_power_of_2(D), num_warps=_row_warps(D),
                                               **POINTWISE)
+        # x and delta enter as a sum: their gradients are the same tensor
         return grad_x_nd, grad_x_nd if ctx.add else None, part_pd.sum(0).to(weight_d.dtype), None
 
 
@@ -110,7 +112,7 @@ def _rope_fwd_kernel(x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, eps, stride_x
     """(a, b) -> (a cos - b sin, b cos + a sin) for the two halves of the channels of a token's heads."""
     row = tl.program_id(0).to(tl.int64)
     h, c = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_C)
-    real_hc = (h < H)[:, None] & (c < HALF)[None, :]
+    real_hc = (h < H)[:, None] & (c < HALF)[None, :]  # blocks are powers of two: 28 heads are 32 rows
     x_hc = x_ptr + row * stride_xn + h[:, None] * stride_xh + c[None, :]
     a_hc = tl.load(x_hc, mask=real_hc, other=0.0).to(tl.float32)
     b_hc = tl.load(x_hc + HALF, mask=real_hc, other=0.0).to(tl.float32)
@@ -149,7 +151,7 @@ def _rope_bwd_kernel(x_ptr, cos_ptr, sin_ptr, weight_ptr, grad_ptr, grad_x_ptr, 
             rstd_h = tl.rsqrt((tl.sum(a_hc * a_hc, 1) + tl.sum(b_hc * b_hc, 1)) / (2 * HALF) + eps)
             a_hc *= rstd_h[:, None]
             b_hc *= rstd_h[:, None]
-            part_a_c += tl.sum(grad_a_hc * a_hc, 0)
+            part_a_c += tl.sum(grad_a_hc * a_hc, 0)  # the weight's gradient, before the weight multiplies
             part_b_c += tl.sum(grad_b_hc * b_hc, 0)
             grad_a_hc *= tl.load(weight_ptr + c, mask=c < HALF, other=0.0).to(tl.float32)[None, :]
             grad_b_hc *= tl.load(weight_ptr + HALF + c, mask=c < HALF, other=0.0).to(tl.float32)[None, :]
@@ -220,7 +222,7 @@ def _swiglu_bwd_kernel(gate_ptr, up_ptr, grad_ptr, grad_gate_ptr, grad_up_ptr, n
     gate = tl.load(gate_ptr + i, mask=real, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + i, mask=real, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + i, mask=real, other=0.0).to(tl.float32)
-    s = tl.sigmoid(gate)
+    s = tl.sigmoid(gate)  # silu = gate s, and s' = s (1 - s): silu' = s + gate s (1 - s)
     tl.store(grad_up_ptr + i, (grad * gate * s).to(grad_up_ptr.dtype.element_ty), mask=real)
     tl.store(grad_gate_ptr + i, (grad * up * s * (1 + gate * (1 - s))).to(grad_gate_ptr.dtype.element_ty), mask=real)
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels import (Prompts, add_rms_norm, attention, decode_attention, linear, linear_logp, linear_logp_ref, logits,
                      rms_norm, rope, swiglu, wide)
+from kernels.attention import _key_tiles, _query_tiles
 
 torch.set_num_threads(1)
 
@@ -241,6 +242,17 @@ def test_attention_docstring_example(impl):
         columns = [int(d) for d in digits]
         assert row.nonzero()[:, 0].tolist() == columns
         assert torch.allclose(row[columns], torch.tensor(1 / len(columns)))
+
+
+def test_tables_of_the_docstrings():
+    """Oracle: the examples in the docstrings of _query_tiles, _key_tiles and Prompts."""
+    segments = torch.tensor([(0, 3, -1), (3, 2, 0), (5, 2, 0)]).numpy().tobytes()
+    for tiles in (_query_tiles, _key_tiles):
+        rows = [list(eval(row)) for row in re.findall(r"\(\d[\d, ]+\)", tiles.__doc__)]
+        assert len(rows) == 4 and tiles(segments, 2, torch.device("cpu")).tolist() == rows
+    slot_pg, place_b = (torch.tensor(eval(re.search(rf"{name} (\[[^a-z]*\])", Prompts.__doc__)[1]))
+                        for name in ("slot_pg", "place_b"))
+    assert places(slot_pg, 4).tolist() == place_b.tolist()
 
 
 def test_attention_refuses_grandparents():
