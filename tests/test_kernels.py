@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels import (Prompts, add_rms_norm, attention, decode_attention, linear, linear_logp, linear_logp_ref, logits,
                      rms_norm, rope, swiglu, wide)
-from kernels.attention import _key_tiles, _query_tiles
+from kernels.attention import _key_tiles, _padded_segments, _query_tiles
 
 torch.set_num_threads(1)
 
@@ -245,11 +245,14 @@ def test_attention_docstring_example(impl):
 
 
 def test_tables_of_the_docstrings():
-    """Oracle: the examples in the docstrings of _query_tiles, _key_tiles and Prompts."""
+    """Oracle: the examples in the docstrings of _query_tiles, _key_tiles, _padded_segments and Prompts."""
     segments = torch.tensor([(0, 3, -1), (3, 2, 0), (5, 2, 0)]).numpy().tobytes()
     for tiles in (_query_tiles, _key_tiles):
         rows = [list(eval(row)) for row in re.findall(r"\(\d[\d, ]+\)", tiles.__doc__)]
         assert len(rows) == 4 and tiles(segments, 2, torch.device("cpu")).tolist() == rows
+    *_, (query_st, key_su, _, _) = _padded_segments(torch.tensor([(0, 2, -1), (2, 3, 0), (5, 2, 0)]), "cpu")
+    examples = re.findall(r"_s[tu] is (\[\[.*?\]\])", _padded_segments.__doc__)
+    assert [query_st.tolist(), key_su.tolist()] == [eval(x) for x in examples]
     slot_pg, place_b = (torch.tensor(eval(re.search(rf"{name} (\[[^a-z]*\])", Prompts.__doc__)[1]))
                         for name in ("slot_pg", "place_b"))
     assert places(slot_pg, 4).tolist() == place_b.tolist()
@@ -452,8 +455,8 @@ def logp_problem(N=11, D=24, V=50, peak=1.0, seed=0):
 
 
 def check_logp(impl, dtype, problem, temperature=1.0, cut=lambda weight: weight):
-    """logp, entropy, and the gradients of hidden and weight; the oracle is linear_logp_ref. In low precision PyTorch may
-    round the logits, as torch does; the kernels are measured by logits in float32."""
+    """logp, entropy, and the gradients of hidden and weight against linear_logp_ref. In low precision PyTorch may round
+    the logits, as torch does; the kernels are measured by logits in float32."""
     hidden, weight, target, grad = problem
     target = target.to(DEVICE)
 
