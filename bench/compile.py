@@ -10,14 +10,17 @@ sm_100. Prints a table and the faults; the exit status is 1 if there are any.
 """
 
 import argparse
+import importlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
 
@@ -27,7 +30,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import kernels  # noqa: E402
+from kernels import tiles  # noqa: E402
 
+MODULES = "kernels.attention", "kernels.decode", "kernels.logp", "kernels.pointwise"
+# name -> (module, function) of every kernel. Not kernels.attention: that is the operation, and hides the module
+KERNELS = {name: (module, function) for module in map(importlib.import_module, MODULES)
+           for name, function in vars(module).items() if name.endswith("_kernel")}
 SHARED_KB = {80: 163, 90: 227, 100: 227, 89: 99, 120: 99}  # per block, NVIDIA's CUDA programming guide
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 TUNED = tuple((C, 7) for C in (32, 64, 128, 256))  # head size, query heads per key/value head: one for each tile
@@ -116,10 +124,10 @@ def run_everything(dtype, geometries):
             backward(kernels.attention(new(200, H, C), new(200, K, C), new(200, K, C), segments, impl))
             for members in (1, 7):
                 prompts = kernels.Prompts(new(8, K, 512, C), new(8, K, 512, C), length,
-                                          torch.empty(8, members, dtype=torch.int64, device="meta"))
+                                          torch.empty(8, members, dtype=torch.int64, device="meta"), length)
                 kernels.decode_attention(new(8, H, C), new(8, K, 512, C), new(8, K, 512, C), length, prompts, impl)
         alone = torch.empty(1, 1, dtype=torch.int64, device="meta")
-        long = kernels.Prompts(*[new(1, K, 32768, C)] * 2, length[:1], alone)
+        long = kernels.Prompts(*[new(1, K, 32768, C)] * 2, length[:1], alone, length[:1])
         kernels.decode_attention(new(1, H, C), *[new(1, K, 32768, C)] * 2, length[:1], long, "triton")  # many splits
     target, table = torch.empty(208, dtype=torch.int64, device="meta"), torch.empty(208, 64, device="meta")
     for impl in ("triton", "invariant"):
@@ -135,23 +143,21 @@ def run_everything(dtype, geometries):
 
 def launches(generation, dtype, geometries=GEOMETRIES):
     """The distinct launches of run_everything on a GPU of this generation."""
-    found, names = [], [name for name in vars(kernels) if name.endswith("_kernel")]
-    saved = {name: getattr(kernels, name) for name in names + ["_generation", "_check"]}
-    try:
-        for name in names:
-            setattr(kernels, name, Recorder(name, saved[name], found))
-        kernels._generation, kernels._check = (lambda device: generation), (lambda *tensors: None)
+    found = []
+    with ExitStack() as patches:
+        for name, (module, function) in KERNELS.items():
+            patches.enter_context(mock.patch.object(module, name, Recorder(name, function, found)))
+        patches.enter_context(mock.patch.object(tiles, "_generation", lambda device: generation))
+        patches.enter_context(mock.patch.object(tiles, "runs_triton", lambda device, dtype: True))
         run_everything(dtype, geometries)
-    finally:
-        for name, value in saved.items():
-            setattr(kernels, name, value)
-    assert {x.kernel for x in found} == set(names), f"never launched: {set(names) - {x.kernel for x in found}}"
+    never = set(KERNELS) - {launch.kernel for launch in found}
+    assert not never, f"never launched: {never}"
     return list(dict.fromkeys(found))
 
 
 def compiled(launch, capability):
     """(registers, bytes of stack and local memory, bytes of shared memory, tensor-core instructions, products)."""
-    function = getattr(kernels, launch.kernel)
+    _, function = KERNELS[launch.kernel]
     source = ASTSource(function, dict(zip(function.arg_names, launch.types)), constexprs=dict(launch.constants),
                        attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible})
     options = {"enable_fp_fusion": True} | dict(launch.options)  # Triton's default, with a warning if unnamed
@@ -170,7 +176,7 @@ def compiled(launch, capability):
 def compile_all(capabilities, dtype, geometries=GEOMETRIES, workers=2):
     """{(launch, capability): what `compiled` found}."""
     jobs = [(launch, cc) for cc in capabilities
-            for launch in launches(cc if cc in kernels.GENERATIONS else "small", dtype, geometries)]
+            for launch in launches(cc if cc in tiles.GENERATIONS else "small", dtype, geometries)]
     with ProcessPoolExecutor(workers) as pool:
         return dict(zip(jobs, pool.map(compiled, *zip(*jobs))))
 

@@ -1,4 +1,4 @@
-"""The operations of kernels.py against PyTorch, Liger-Kernel where it is installed, and the machine's own limits.
+"""The operations of kernels/ against PyTorch, Liger-Kernel where it is installed, and the machine's own limits.
 
     python -m bench.kernels --only attention --shape 7b   a GPU: bfloat16; all operations at 0.5b, 7b, 32b by default
     python -m bench.kernels --threads 2                   a CPU: the PyTorch paths in float32, time and peak memory
@@ -174,9 +174,15 @@ def decode(setting, shape):
     _, H, K, C, _ = SHAPES[shape]
     size = torch.finfo(setting.dtype).bits / 8 * 2 * K * C / 1e9  # GB of a position: key and value
 
-    def ours(q, k, v, *prompts):
+    def ours(q, k, v, prompts):
         length_b = torch.full((len(q),), k.shape[2], device=setting.device)
-        return Side(lambda q_bhc: kernels.decode_attention(q_bhc, k, v, length_b, *prompts, impl=setting.impl), [q])
+        return Side(lambda q_bhc: kernels.decode_attention(q_bhc, k, v, length_b, prompts, setting.impl), [q])
+
+    def nobodys(B):  # a prompt of one position that none of the B slots continues
+        k_pkuc = setting.random(1, K, 1, C).detach()
+        one, nowhere = torch.ones(1, dtype=torch.int64), torch.full((B,), -1)
+        length_p, slot_pg, place_b = (x.to(setting.device) for x in (one, nowhere[:1, None], nowhere))
+        return kernels.Prompts(k_pkuc, k_pkuc, length_p, slot_pg, place_b)
 
     def theirs(q, k, v):
         return sdpa_sides(setting, [q[:, :, None], k, v], None, lambda out, backward: [out[0][:, :, 0]], False)
@@ -184,16 +190,19 @@ def decode(setting, shape):
     for B, T in setting.caches:
         q, k, v = setting.random(B, H, C), setting.random(B, K, T, C), setting.random(B, K, T, C)
         amounts = B * T * size, None
-        yield Case("decode", f"{B} x {T}", "GB/s", amounts, ours(q, k, v), theirs(q, k, v), ({"share": .8}, {}))
-    for P, M, T, R in setting.groups:  # the peers hold a copy of the prompt for each slot
-        q = setting.random(P * M, H, C)
+        yield Case("decode", f"{B} x {T}", "GB/s", amounts, ours(q, k, v, nobodys(B)), theirs(q, k, v),
+                   ({"share": .8}, {}))
+    for P, G, T, R in setting.groups:  # the peers hold a copy of the prompt for each slot
+        q = setting.random(P * G, H, C)
         (k, v), (prompt_k, prompt_v) = (
-            [setting.random(n, K, t, C).detach() for _ in "kv"] for n, t in ((P * M, R), (P, T)))
-        copied = [torch.cat([p.repeat_interleave(M, 0), x], 2) for p, x in ((prompt_k, k), (prompt_v, v))]
-        prompts = kernels.Prompts(prompt_k, prompt_v, torch.full((P,), T, device=setting.device),
-                                  torch.arange(P * M, device=setting.device).view(P, M))
-        work, amounts = f"{P} x ({T} + {M} x {R})", (P * (T + M * R) * size, None)
-        yield Case("decode", work, "GB/s", amounts, ours(q, k, v, prompts), {"ours one by one": ours(q, *copied)},
+            [setting.random(n, K, t, C).detach() for _ in "kv"] for n, t in ((P * G, R), (P, T)))
+        copied = [torch.cat([p.repeat_interleave(G, 0), x], 2) for p, x in ((prompt_k, k), (prompt_v, v))]
+        place_b = torch.arange(P * G, device=setting.device)
+        length_p = torch.full((P,), T, device=setting.device)
+        prompts = kernels.Prompts(prompt_k, prompt_v, length_p, place_b.view(P, G), place_b)
+        work, amounts = f"{P} x ({T} + {G} x {R})", (P * (T + G * R) * size, None)
+        one_by_one = ours(q, *copied, nobodys(P * G))
+        yield Case("decode", work, "GB/s", amounts, ours(q, k, v, prompts), {"ours one by one": one_by_one},
                    ({} if setting.apart else {"ratio": 3}, {}))
         yield Case("decode", work, "GB/s", amounts, ours(q, k, v, prompts), theirs(q, *copied))
 

@@ -1,10 +1,10 @@
-"""Mistakes that the tests of kernels.py must notice: each is made in a copy of it, and a test that names it must fail.
+"""Mistakes that the tests of kernels/ must notice: each is made in a copy of it, and a test that names it must fail.
 
     python tests/mutants.py [part of a name]    one line each; exit code 1 if any survives
 
 A mistake is caught if every failure of its tests is an AssertionError, or an expected exception that did not come: one
 that merely does not run is an error of this list. Torch, Triton and pytest are imported once; a forked process per
-mistake imports its kernels.py.
+mistake imports its kernels.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ MUTANTS = [
      "<= (position + token_m)[:, None] + 1", [GROUP]),
     ("no parent", "_query_tiles", "length[above], 0)", "0 * above, 0)", [GROUP]),
     ("the first segment is everyone's parent", "_query_tiles", "start[above], 0)", "0 * above, 0)", [OTHER]),
-    ("positions start after the prompt", "_query_tiles", "n_prefix + first", "first", [GROUP]),
+    ("positions start after the prompt", "_query_tiles", "n_prefix + offset", "offset", [GROUP]),
     ("sum keeps its old maximum", "_attention_fwd_kernel", "sum_m * keep_m +", "sum_m +", [GROUP]),
     ("output keeps its old maximum", "_attention_fwd_kernel", "acc_mc * keep_m[:, None]", "acc_mc", [GROUP]),
     ("no scale", "_attention_fwd_kernel", "(scale * LOG2E)", "LOG2E", [GROUP]),
@@ -68,7 +68,7 @@ MUTANTS = [
     ("log-sum-exp without its sum", "_attention_fwd_kernel", "max_m + tl.log2(sum_m)", "max_m", [GROUP]),
     ("padded channels are stored", "_attention_fwd_kernel", "real_m[:, None] & (c < C)[None, :]", "real_m[:, None]",
      [GQA]),
-    ("padded channels are loaded", "_load_rows", "real_r[:, None] & (c < C)[None, :]", "real_r[:, None]", [GQA]),
+    ("padded channels are loaded", "load_rows", "real_r[:, None] & (c < C)[None, :]", "real_r[:, None]", [GQA]),
     # attention, backward
     ("grad_q without delta", "_attention_bwd_q_kernel", "(grad_weight_mn - delta_m[:, None])",
      "grad_weight_mn", [GROUP]),
@@ -82,7 +82,7 @@ MUTANTS = [
     ("grad_k, grad_v of some heads", "_attention_bwd_kv_kernel", "(until - first) * SHARE", "until - first", [GROUP]),
     ("grad_k, grad_v from other heads", "_attention_bwd_kv_kernel", "kv * SHARE + r % SHARE",
      "r % SHARE * n_kv + kv", [GQA]),
-    ("children are not heard", "_key_tiles", "until[parent >= 0].copy())", "0)", [GROUP]),
+    ("children are not heard", "_key_tiles", "until[child].copy())", "0)", [GROUP]),
     ("the next tree is heard", "_attention_bwd_kv_kernel", "r < n_rows", "r >= 0", [OTHER]),
     ("short diagonal", "_attention_bwd_kv_kernel", "tl.cdiv(n_tile_keys * SHARE, BLOCK_M) * BLOCK_M", "BLOCK_M",
      [GROUP]),
@@ -97,23 +97,25 @@ MUTANTS = [
     ("decode: log-sum-exp without its sum", "_decode_split_kernel", "max_m + tl.log2(sum_m)", "max_m", [MEMBERS]),
     ("decode: last split runs over", "_decode_split_kernel", "tl.minimum(begin + n_split_keys, n_keys)",
      "begin + n_split_keys", [SPLITS]),
-    ("decode: splits round down", "_decode_split_kernel", "tl.cdiv(n_keys, splits)", "(n_keys // splits)", [SPLITS]),
+    ("decode: splits round down", "_decode_split_kernel", "tl.cdiv(n_keys, n_splits)", "(n_keys // n_splits)",
+     [SPLITS]),
     ("decode: second tile of members is the first", "_decode_split_kernel", "tl.program_id(0) % n_row_tiles * BLOCK_M",
      "0", [TILES]),
     ("decode: prompts overwrite own parts", "_decode_split_kernel", "first_split + split", "split", [MEMBERS]),
     ("merge: splits weigh alike", "_decode_merge_kernel", "tl.exp2(lse_s - tl.max(lse_s, 0))",
      "tl.where(lse_s > float('-inf'), 1.0, 0.0)", [MEMBERS]),
-    ("merge: empty splits are read", "_decode_merge_kernel", 'lse_s > float("-inf"))', "s < n_splits)", [SPLITS]),
+    ("merge: empty splits are read", "_decode_merge_kernel", 'lse_s > float("-inf"))', "s < n_all_splits)", [SPLITS]),
     ("merge: not divided", "_decode_merge_kernel", " / tl.sum(weight_s, 0)", "", [MEMBERS]),
     # batch invariance
-    ("invariant decode: sees one more", "_decode_invariant", "n_prefix_b + length_b - 1", "n_prefix_b + length_b",
+    ("invariant decode: sees one more", "decode_invariant", "n_prefix_b + length_b - 1", "n_prefix_b + length_b",
      [INVARIANT]),
-    ("invariant decode: slot for prompt", "_decode_invariant", "place_b.clamp(min=0) // prompts.slot_pm.shape[1]",
-     "place_b.clamp(min=0) % len(prompts.slot_pm)", [INVARIANT]),
-    ("invariant decode: all have a prompt", "_decode_invariant", "place_b >= 0,", "place_b >= -1,", [INVARIANT]),
+    ("invariant decode: slot for prompt", "decode_invariant", "place_b.clamp(min=0) // G",
+     "place_b.clamp(min=0) % len(prompts.slot_pg)", [INVARIANT]),
+    ("invariant decode: all have a prompt", "decode_invariant", "prompts.place_b >= 0,", "prompts.place_b >= -1,",
+     [INVARIANT]),
     ("invariant decode: own keys from the prompt's end", "_keys_at", "ptr + (own_row + key_n - n_prefix)",
      "ptr + (own_row + key_n)", [INVARIANT]),
-    ("invariant decode in splits", "decode_attention", "_decode_invariant if impl", "_decode_triton if impl", [ORDER]),
+    ("invariant decode in splits", "decode_attention", "decode_invariant if impl", "decode_triton if impl", [ORDER]),
     ("invariant linear is the library's", "linear", "if impl != \"invariant\"", "if impl", [ORDER]),
     # linear_logp
     ("logits without temperature", "_logp_fwd_kernel", "z_nv *= inverse_temperature", "z_nv *= 1", [LOGP]),
@@ -133,15 +135,18 @@ MUTANTS = [
     ("gradient without target", "_logp_bwd_kernel", "(hit_nv - p_nv)", "(0.0 - p_nv)", [LOGP]),
     ("gradient: softmax without its sum", "_logp_bwd_kernel", " - log_sum_n[:, None])", ")", [LOGP]),
     ("gradient: every chunk is the first", "_logp_bwd_kernel", "first_col + within_v", "within_v", [CHUNKS]),
-    ("gradient: the last chunk counts", "_LinearLogpTriton", "grad_hidden_nd += ", "grad_hidden_nd = ", [CHUNKS]),
-    ("lse is the maximum", "_LinearLogpTriton", "lse_n = max_n + log_sum_n", "lse_n = max_n + 0", [LOGP]),
+    ("gradient: the last chunk counts", "LinearLogpTriton", "grad_hidden_nd += ", "grad_hidden_nd = ", [CHUNKS]),
+    ("the backward pass gets the sum, not its logarithm", "_logp_merge_kernel", "row_n, log_sum_n, mask",
+     "row_n, sum_n, mask", [LOGP]),
+    ("the backward pass gets the first tile's maximum", "_logp_merge_kernel", "tl.store(max_ptr + row_n, max_n,",
+     "tl.store(max_ptr + row_n, tl.load(max_ptr + row_n, mask=real_n),", [LOGP]),
     # linear
     ("columns of the next row", "_product_tile", "tl.load(x_ptr, mask=(d < D - first)[None, :], other=0.0)",
      "tl.load(x_ptr)", [LOGP]),
     ("a tile too few", "_tile_of", "tl.minimum(n_row_tiles - first, GROUP)", "GROUP", [LINEAR]),
     ("no bias", "_linear_kernel", "if BIAS:", "if D < 0:", [LINEAR]),
     ("columns beyond V are stored", "_linear_kernel", " & (col_v < V)[None, :]", "", [LINEAR]),
-    ("bias learns from one row", "_Linear", "grad_nv.sum(0)", "grad_nv[0]", [LINEAR]),
+    ("bias learns from one row", "LinearInvariant", "grad_nv.sum(0)", "grad_nv[0]", [LINEAR]),
     # pointwise operations
     ("norm without eps", "_rms_norm_fwd_kernel", " / D + eps", " / D", [NORM]),
     ("mean over the block", "_rms_norm_fwd_kernel", " / D + eps", " / BLOCK_D + eps", [ODD_NORM]),
@@ -151,9 +156,10 @@ MUTANTS = [
     ("weight in the weight's gradient", "_rms_norm_bwd_kernel", "part_d += grad_d * h_d",
      "part_d += grad_d * h_d * weight_d", [NORM]),
     ("norm: a program has one row", "_rms_norm_bwd_kernel", "N, tl.num_programs(0)", "N, N", [MORE_ROWS]),
-    ("the sum is not stored", "_AddRmsNorm", "(sum_nd, out_nd) if", "(x_nd + 0, out_nd) if", [NORM]),
+    ("the sum is not stored", "AddRmsNormTriton", "(sum_nd, out_nd) if", "(x_nd + 0, out_nd) if", [NORM]),
     ("rotates the other way", "_rope_fwd_kernel", "a_hc * cos_c - b_hc * sin_c", "a_hc * cos_c + b_hc * sin_c", [ROPE]),
-    ("gradient rotates on", "_rope_bwd_kernel", "u_hc * cos_c + w_hc * sin_c", "u_hc * cos_c - w_hc * sin_c", [ROPE]),
+    ("gradient rotates on", "_rope_bwd_kernel", "turned_a_hc * cos_c + turned_b_hc * sin_c",
+     "turned_a_hc * cos_c - turned_b_hc * sin_c", [ROPE]),
     ("rope's norm without eps", "_rope_fwd_kernel", "(2 * HALF) + eps", "(2 * HALF)", [ROPE_NORM]),
     ("rope's norm without mean", "_rope_bwd_kernel", "(grad_a_hc - a_hc * mean_h[:, None])", "grad_a_hc", [ROPE_NORM]),
     ("rope's weight learns from one head", "_rope_bwd_kernel", "tl.sum(grad_b_hc * b_hc, 0)",
@@ -161,10 +167,10 @@ MUTANTS = [
     ("heads that are not there", "_rope_fwd_kernel", "(h < H)[:, None] & ", "", [ROPE_NORM]),
     ("swiglu without sigmoid", "_swiglu_fwd_kernel", "gate * tl.sigmoid(gate) * up", "gate * up", [SWIGLU]),
     ("silu's derivative is its slope at large x", "_swiglu_bwd_kernel", " * (1 + gate * (1 - s))", "", [SWIGLU]),
-    ("swiglu beyond its end", "_swiglu_fwd_kernel", "to(out_ptr.dtype.element_ty), mask=i < n)",
+    ("swiglu beyond its end", "_swiglu_fwd_kernel", "to(out_ptr.dtype.element_ty), mask=real)",
      "to(out_ptr.dtype.element_ty))", [SWIGLU]),
     # what launchers refuse
-    ("bfloat16 in the interpreter", "_check", "assert runs_triton(x.device, x.dtype)", "assert True", [REFUSE]),
+    ("bfloat16 in the interpreter", "check_launch", "assert runs_triton(x.device, x.dtype)", "assert True", [REFUSE]),
     ("children anywhere", "_check_segments", "assert first_or_next[has_parent].all()", "assert True",
      ["test_attention_kernels_refuse_other_orders[segments3-follow]"]),
     # masks of what is beyond an end, and other terms of each kernel
@@ -183,7 +189,7 @@ MUTANTS = [
     ("decode: rows stored", "_decode_split_kernel", "mask=real_m[None, :] & (c < C)[:, None])",
      "mask=(c < C)[:, None])", [MEMBERS]),
     ("decode merge: channel mask", "_decode_merge_kernel", "mask=c < C)", "mask=c >= 0)", [DECODE]),
-    ("decode merge: split mask", "_decode_merge_kernel", "mask=s < n_splits, other", "mask=s >= 0, other",
+    ("decode merge: split mask", "_decode_merge_kernel", "mask=s < n_all_splits, other", "mask=s >= 0, other",
      [SPLITS, MEMBERS]),
     ("logp fwd: max row mask", "_logp_fwd_kernel", "max_n, mask=row_n < N)", "max_n)", [LOGP]),
     ("logp fwd: moment row mask", "_logp_fwd_kernel", "tl.sum(weight_nv * below_nv, 1), mask=row_n < N)",
@@ -211,47 +217,53 @@ MUTANTS = [
     ("rope bwd part a", "_rope_bwd_kernel", "part_a_c += tl.sum(grad_a_hc * a_hc, 0)",
      "part_a_c += tl.sum(grad_a_hc, 0)", [ROPE_NORM]),
     ("rope stride", "_rope_fwd_kernel", "row * stride_xn", "row * H * 2 * HALF", [ROPE, ROPE_NORM]),
-    ("swiglu bwd mask", "_swiglu_bwd_kernel", "(grad * gate * s).to(grad_up_ptr.dtype.element_ty), mask=i < n)",
+    ("swiglu bwd mask", "_swiglu_bwd_kernel", "(grad * gate * s).to(grad_up_ptr.dtype.element_ty), mask=real)",
      "(grad * gate * s).to(grad_up_ptr.dtype.element_ty))", [SWIGLU]),
     ("swiglu bwd mask2", "_swiglu_bwd_kernel",
-     "(1 + gate * (1 - s))).to(grad_gate_ptr.dtype.element_ty), mask=i < n)",
+     "(1 + gate * (1 - s))).to(grad_gate_ptr.dtype.element_ty), mask=real)",
      "(1 + gate * (1 - s))).to(grad_gate_ptr.dtype.element_ty))", [SWIGLU]),
-    ("query tiles: tokens beyond segment", "_query_tiles", "np.minimum(length[segment] - first, tokens_per_tile)",
-     "tokens_per_tile + 0 * first", [GROUP]),
-    ("triton logp temperature", "_LinearLogpTriton", "1 / ctx.temperature", "1.0", [LOGP]),
-    ("logits rounded", "logits", "torch.float32)\n    if hidden", "hidden_nd.dtype)\n    if hidden", [LOGITS]),
+    ("query tiles: tokens beyond segment", "_query_tiles", "np.minimum(length[segment] - offset, tokens_per_tile)",
+     "tokens_per_tile + 0 * offset", [GROUP]),
+    ("triton logp temperature", "LinearLogpTriton", "1 / ctx.temperature", "1.0", [LOGP]),
+    ("logits rounded", "logits", "torch.float32)", "hidden_nd.dtype)", [LOGITS]),
     # PyTorch
     ("torch: a token sees less", "_padded_segments", "row_t[None, :, None] >= row_t", "row_t[None, :, None] > row_t",
      [TORCH]),
-    ("torch: padding of the prompt", "_padded_segments", "(prefix_u < p)", "(prefix_u < p + 32)", [TORCH]),
+    ("torch: padding of the prompt", "_padded_segments", "(prefix_u < parent_length_s1)",
+     "(prefix_u < parent_length_s1 + 32)", [TORCH]),
     ("torch: another prompt", "_padded_segments", "start[parent] * has_parent", "0 * start[parent]", [TORCH_OTHER]),
     ("torch decode: one key too many", "_softmax_part", ">= length_x", "> length_x", [TORCH_MEMBERS]),
-    ("torch decode: all have a prompt", "decode_attention_ref", "(place_b >= 0)", "(place_b >= -1)", [TORCH_MEMBERS]),
-    ("torch decode: own part keeps its old maximum", "decode_attention_ref", "keep_bkg1 * out_bkgc", "out_bkgc",
+    ("torch decode: all have a prompt", "decode_attention_ref", "place_b >= 0", "place_b >= -1", [TORCH_MEMBERS]),
+    ("torch decode: own part keeps its old maximum", "decode_attention_ref", "keep_own * own_bkrc", "own_bkrc",
      [TORCH_MEMBERS]),
-    ("torch logp: no temperature in the gradient", "_LinearLogp", "grad_n / ctx.temperature", "grad_n", [TORCH_LOGP]),
-    ("torch logp: no target in the gradient", "_LinearLogp", "-= scale_n1[rows, 0]", "-= 0", [TORCH_LOGP]),
-    ("torch logp: the last block counts", "_LinearLogp", "grad_hidden_nd.addmm_(", "grad_hidden_nd.zero_().addmm_(",
+    ("logp by three lines: no temperature", "linear_logp_ref", " / temperature, 1)", ", 1)", [TORCH_LOGP]),
+    ("torch logp: no temperature in the gradient", "LinearLogpChunked", "grad_n / ctx.temperature", "grad_n",
      [TORCH_LOGP]),
-    ("torch logp: bfloat16 sums", "_LinearLogp", "torch.zeros_like(hidden_nd, dtype=grad_n.dtype)",
+    ("torch logp: no target in the gradient", "LinearLogpChunked", "-= scale_n1[rows, 0]", "-= 0", [TORCH_LOGP]),
+    ("torch logp: the last block counts", "LinearLogpChunked", "grad_hidden_nd.addmm_(",
+     "grad_hidden_nd.zero_().addmm_(", [TORCH_LOGP]),
+    ("torch logp: bfloat16 sums", "LinearLogpChunked", "torch.zeros_like(hidden_nd, dtype=grad_n.dtype)",
      "torch.zeros_like(hidden_nd)", ["test_linear_logp_adds_many_blocks_in_float32"]),
-    ("torch logp: moment keeps its old maximum", "_LinearLogp", "(moment_n + sum_n * down_n)", "moment_n",
+    ("torch logp: moment keeps its old maximum", "LinearLogpChunked", "(moment_n + sum_n * down_n)", "moment_n",
      [TORCH_LOGP]),
-    ("torch logp: sum keeps its old maximum", "_LinearLogp", "down_n.exp() * sum_n", "sum_n", [TORCH_LOGP]),
+    ("torch logp: sum keeps its old maximum", "LinearLogpChunked", "keep_n * sum_n", "sum_n", [TORCH_LOGP]),
     ("torch norm: no eps", "add_rms_norm_ref", "keepdim=True) + eps", "keepdim=True)", [BY_HAND]),
     ("torch rope: the other way", "rope_ref", "a * cos - b * sin", "a * cos + b * sin", [BY_HAND]),
     ("torch swiglu: the halves swapped", "swiglu_ref", "F.silu(gate_nf) * up_nf", "gate_nf * F.silu(up_nf)", [BY_HAND]),
 ]
 
 
-def mutated(source, where, old, new):
-    """source with old replaced in the function or class `where`."""
-    starts = [i for i in (source.find(f"\n{kind} {where}(") for kind in ("def", "class")) if i >= 0]
-    assert len(starts) == 1, f"{where}: not in kernels.py, or ambiguous"
-    ends = [i for i in (source.find(f"\n{word}", starts[0] + 1) for word in ("def ", "class ", "@", "# ---")) if i >= 0]
-    body = source[starts[0]:min(ends, default=len(source))]
+def mutated(sources, where, old, new):
+    """The package {file name: text} with old replaced in the function or class `where`."""
+    places = [(name, text.find(f"\n{kind} {where}(")) for name, text in sources.items() for kind in ("def", "class")]
+    places = [(name, start) for name, start in places if start >= 0]
+    assert len(places) == 1, f"{where}: not in kernels/, or ambiguous"
+    [(name, start)] = places
+    text = sources[name]
+    ends = [i for i in (text.find(f"\n{word}", start + 1) for word in ("def ", "class ", "@", "# ---")) if i >= 0]
+    body = text[start:min(ends, default=len(text))]
     assert body.count(old) == 1, f"{where} has {body.count(old)} times: {old}"
-    return source[:starts[0]] + body.replace(old, new) + source[starts[0] + len(body):]
+    return sources | {name: text[:start] + body.replace(old, new) + text[start + len(body):]}
 
 
 class Failures:
@@ -263,11 +275,13 @@ class Failures:
         self.types.append(call.excinfo.type)
 
 
-def run(folder, kernels, tests, seconds=60):
-    """Runs these tests of the copy in folder against this text of kernels.py, in a child process: "passed", "caught",
-    or what went wrong."""
+def run(folder, sources, tests, seconds=60):
+    """Runs these tests of the copy in folder against this package {file name: text} of kernels, in a child process:
+    "passed", "caught", or what went wrong."""
     place = Path(tempfile.mkdtemp(dir=folder))
-    (place / "kernels.py").write_text(kernels)
+    (place / "kernels").mkdir()
+    for name, text in sources.items():
+        (place / "kernels" / name).write_text(text)
     pid = os.fork()
     if pid == 0:
         signal.alarm(seconds)
@@ -297,18 +311,19 @@ def import_all():
 
 
 def main(part=""):
-    source, wrong = (HERE.parent / "kernels.py").read_text(), 0
-    mutants = [(name, mutated(source, *change), tests) for name, *change, tests in MUTANTS if part in name]
+    sources = {path.name: path.read_text() for path in sorted((HERE.parent / "kernels").glob("*.py"))}
+    mutants = [(name, mutated(sources, *change), tests) for name, *change, tests in MUTANTS if part in name]
     assert len({name for name, *_ in MUTANTS}) == len(MUTANTS), "two mutants have one name"
+    wrong = 0
     import_all()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tests").mkdir()
         for name in ("test_kernels.py", "conftest.py"):
             shutil.copy(HERE / name, Path(folder) / "tests")
         everything = list(dict.fromkeys(test for _, _, tests in mutants for test in tests))
-        for name, text, tests in [("(no mistake)", source, everything), *mutants]:
-            start, expected = time.perf_counter(), "passed" if text == source else "caught"
-            outcome = run(folder, text, tests)
+        for name, changed, tests in [("(no mistake)", sources, everything), *mutants]:
+            start, expected = time.perf_counter(), "passed" if changed == sources else "caught"
+            outcome = run(folder, changed, tests)
             wrong += outcome != expected
             verdict = "SURVIVED" if outcome == "passed" != expected else outcome
             print(f"{time.perf_counter() - start:5.1f} s  {verdict:8s}  {name}", flush=True)

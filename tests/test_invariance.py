@@ -37,12 +37,12 @@ def test_rows_of_linear_alone(N, D, V):
 
 
 def test_rows_of_linear_logp_alone():
-    """logp, entropy and lse of each row alone, at a temperature; the vocabulary ends within a tile."""
+    """logp and entropy of each row alone, at a temperature; the vocabulary ends within a tile."""
     N, V = 37, 71
     hidden, weight, target = normal(N, 40), normal(V, 40, seed=1), torch.arange(N, device=DEVICE) * 5 % V
-    together = linear_logp(hidden, weight, target, 0.7, "invariant", return_lse=True)
+    together = linear_logp(hidden, weight, target, 0.7, "invariant")
     def alone(row):
-        return torch.stack(linear_logp(hidden[row], weight, target[row], 0.7, "invariant", return_lse=True), 1)
+        return torch.stack(linear_logp(hidden[row], weight, target[row], 0.7, "invariant"), 1)
     assert torch.equal(torch.stack(together, 1), rows_alone(alone, N))
 
 
@@ -85,7 +85,8 @@ def test_attention_in_a_forest_alone_and_decoded(H, K, C):
                 x_bktc[2, :, :p + i + 1] = x[rows[:p + i + 1]].transpose(0, 1)
             prompts = Prompts(k[p_first:p_first + p].transpose(0, 1)[None].repeat(2, 1, 1, 1),
                               v[p_first:p_first + p].transpose(0, 1)[None].repeat(2, 1, 1, 1),
-                              torch.tensor([0, p], device=DEVICE), torch.tensor([[-1, -1], [1, 0]], device=DEVICE))
+                              torch.tensor([0, p], device=DEVICE), torch.tensor([[-1, -1], [1, 0]], device=DEVICE),
+                              torch.tensor([3, 2, -1], device=DEVICE))
             length_b = torch.tensor([i + 1, i + 1, p + i + 1], device=DEVICE)
             decoded = decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts, "invariant")
             assert torch.equal(decoded, torch.stack([out[first + i]] * 3))

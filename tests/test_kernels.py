@@ -1,8 +1,8 @@
-"""Every operation of kernels.py, in PyTorch and in Triton, against plain formulas in float64.
+"""Every operation of kernels/, in PyTorch and in Triton, against plain formulas in float64.
 
 Oracles: attention and decode_attention against a naive softmax over a [N, N] mask written from the visibility rule,
-linear_logp against torch.log_softmax, the pointwise operations against their PyTorch references, which hand-worked
-numbers check. Lower precisions may err at most twice as much as plain torch does, gradients included. What kernels.py
+linear_logp against linear_logp_ref, the pointwise operations against their PyTorch references, which hand-worked
+numbers check. Lower precisions may err at most twice as much as plain torch does, gradients included. What kernels/
 allocates holds NaN and is fenced, and so are its inputs: using what nobody wrote, or what lies beyond an end, spoils a
 result; writing beyond one is found. tests/mutants.py lists mistakes that these tests must notice.
 
@@ -10,6 +10,7 @@ On the CPU the kernels run in Triton's interpreter, in tiles of 32 by 16; RM_TES
 """
 
 import contextlib
+import dataclasses
 import inspect
 import math
 import os
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import (Prompts, add_rms_norm, attention, decode_attention, linear, linear_logp, logits, rms_norm, rope,
-                     swiglu, wide)
+from kernels import (Prompts, add_rms_norm, attention, decode_attention, linear, linear_logp, linear_logp_ref, logits,
+                     rms_norm, rope, swiglu, wide)
+from kernels.attention import _key_tiles, _padded_segments, _query_tiles
 
 torch.set_num_threads(1)
 
@@ -242,6 +244,20 @@ def test_attention_docstring_example(impl):
         assert torch.allclose(row[columns], torch.tensor(1 / len(columns)))
 
 
+def test_tables_of_the_docstrings():
+    """Oracle: the examples in the docstrings of _query_tiles, _key_tiles, _padded_segments and Prompts."""
+    segments = torch.tensor([(0, 3, -1), (3, 2, 0), (5, 2, 0)]).numpy().tobytes()
+    for tiles in (_query_tiles, _key_tiles):
+        rows = [list(eval(row)) for row in re.findall(r"\(\d[\d, ]+\)", tiles.__doc__)]
+        assert len(rows) == 4 and tiles(segments, 2, torch.device("cpu")).tolist() == rows
+    *_, (query_st, key_su, _, _) = _padded_segments(torch.tensor([(0, 2, -1), (2, 3, 0), (5, 2, 0)]), "cpu")
+    examples = re.findall(r"_s[tu] is (\[\[.*?\]\])", _padded_segments.__doc__)
+    assert [query_st.tolist(), key_su.tolist()] == [eval(x) for x in examples]
+    slot_pg, place_b = (torch.tensor(eval(re.search(rf"{name} (\[[^a-z]*\])", Prompts.__doc__)[1]))
+                        for name in ("slot_pg", "place_b"))
+    assert places(slot_pg, 4).tolist() == place_b.tolist()
+
+
 def test_attention_refuses_grandparents():
     """A programmer's mistake, not a silent wrong answer: a parent must be parentless."""
     x = torch.randn(6, 1, 8)
@@ -304,6 +320,12 @@ def test_attention_never_holds_all_scores():
 # ----------------------------------------------------------------------------------------------------- decode attention
 
 
+def places(slot_pg, B):
+    """Prompts.place_b: where each of B slots stands in slot_pg, or -1."""
+    found = {slot: place for place, slot in enumerate(slot_pg.flatten().tolist())}
+    return torch.tensor([found.get(b, -1) for b in range(B)], device=slot_pg.device)
+
+
 def check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak=1.0, unused=3):
     """Oracle: the last row of dense causal attention over a slot's prompt and the first of its own entries.
 
@@ -311,7 +333,7 @@ def check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak=
     lies beyond the lengths, in free slots and in free rows is NaN; finite for PyTorch, whose zero weights multiply it.
     """
     B, K, C, junk = len(lengths), kv_heads, head_dim, 1e3 if impl == "torch" else math.nan
-    T, U = max(lengths) + unused, max([length for length, _ in prompts], default=0) + unused
+    T, U = max(lengths) + unused, max(length for length, _ in prompts) + unused
     q = (randn(B, heads, C) * peak).to(dtype)
     k, v = torch.stack([randn(B, K, T + 2, C, seed=1), randn(B, K, T + 2, C, seed=2)]).to(dtype)
     prompt_k, prompt_v = randn(2, len(prompts), K, U + 2, C, seed=3).to(dtype)
@@ -320,8 +342,8 @@ def check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak=
         for row, length in zip(x, x_lengths):
             row[:, length:] = junk
     q[[b for b, length in enumerate(lengths) if length == 0]] = junk
-    slot_pm = torch.full((len(prompts), max([1, *[len(slots) for _, slots in prompts]])), -1)
-    for row, (_, slots) in zip(slot_pm, prompts):
+    slot_pg = torch.full((len(prompts), max([1, *[len(slots) for _, slots in prompts]])), -1)
+    for row, (_, slots) in zip(slot_pg, prompts):
         row[:len(slots)] = torch.tensor(slots)
 
     def answer(dtype):
@@ -339,7 +361,8 @@ def check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak=
 
     live, oracle = answer(F64)
     shared = Prompts(fenced(prompt_k.to(DEVICE))[:, :, :U], fenced(prompt_v.to(DEVICE))[:, :, :U],
-                     torch.tensor([n for n, _ in prompts], device=DEVICE), slot_pm.to(DEVICE)) if prompts else None
+                     torch.tensor([n for n, _ in prompts], device=DEVICE), slot_pg.to(DEVICE),
+                     places(slot_pg, B).to(DEVICE))
     with poisoned():
         ours = decode_attention(fenced(q.to(DEVICE)), fenced(k.to(DEVICE))[:, :, :T], fenced(v.to(DEVICE))[:, :, :T],
                                 torch.tensor([max(n, 1) for n in lengths], device=DEVICE), shared, impl)[live].cpu()
@@ -353,8 +376,8 @@ def check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak=
 @pytest.mark.parametrize("heads,kv_heads,head_dim,peak", [(4, 4, 32, 1), (8, 2, 80, 1), (14, 2, 64, 1), (8, 1, 128, 20),
                                                           (5, 1, 96, 1), (2, 1, 256, .01)])
 def test_decode_attention_is_the_last_row_of_attention(heads, kv_heads, head_dim, peak, impl, dtype):
-    """Lengths on both sides of a block's and of a split's end, and a free slot."""
-    check_decode(impl, dtype, [1, 2, 17, 0, 33, 48], [], heads, kv_heads, head_dim, peak)
+    """Lengths on both sides of a block's and of a split's end, and a free slot; the only prompt is nobody's."""
+    check_decode(impl, dtype, [1, 2, 17, 0, 33, 48], [(4, [])], heads, kv_heads, head_dim, peak)
 
 
 @pytest.mark.parametrize("impl,dtype", EVERY, ids=shown)
@@ -377,8 +400,11 @@ def test_decode_attention_of_a_view(impl):
     """Oracle: the same numbers in dense memory, where they lie heads first here."""
     q, k, v = (randn(*shape, seed=i).to(DEVICE, F32) for i, shape in enumerate([(4, 3, 32), *[(2, 3, 9, 32)] * 2]))
     q, k, v, length_b = *(x.transpose(0, 1) for x in (q, k, v)), torch.tensor([9, 1, 4], device=DEVICE)
-    copy = decode_attention(q.contiguous(), k.contiguous(), v.contiguous(), length_b, impl=impl)
-    assert error(decode_attention(q, k, v, length_b, impl=impl), copy) < 1e-6
+    slot_pg = torch.tensor([[1, -1], [0, 2]], device=DEVICE)
+    prompts = Prompts(k[:2], v[:2], torch.tensor([9, 5], device=DEVICE), slot_pg, places(slot_pg, 3))
+    dense_prompts = dataclasses.replace(prompts, k_pkuc=k[:2].contiguous(), v_pkuc=v[:2].contiguous())
+    copy = decode_attention(q.contiguous(), k.contiguous(), v.contiguous(), length_b, dense_prompts, impl)
+    assert error(decode_attention(q, k, v, length_b, prompts, impl), copy) < 1e-6
 
 
 @needs_cuda
@@ -395,7 +421,8 @@ def test_decode_attention_in_a_cuda_graph(impl):
         prompt_k, prompt_v = torch.randn(2, P, K, U, C, generator=rng, device="cuda", dtype=BF16)
         length_b = torch.randint(1, T + 1, (B,), generator=rng, device="cuda")
         length_p = torch.randint(1, U + 1, (P,), generator=rng, device="cuda")
-        return [q, k, v, length_b, prompt_k, prompt_v, length_p, torch.tensor(slots, device="cuda")]
+        slot_pg = torch.tensor(slots, device="cuda")
+        return [q, k, v, length_b, prompt_k, prompt_v, length_p, slot_pg, places(slot_pg, B)]
 
     def step(q, k, v, length_b, *prompts):
         return decode_attention(q, k, v, length_b, Prompts(*prompts), impl)
@@ -420,14 +447,6 @@ def test_decode_attention_in_a_cuda_graph(impl):
 # ------------------------------------------------------------------------------------------ log-probabilities of tokens
 
 
-def dense_logp(hidden_nd, weight_vd, target_n, temperature):
-    """The oracle: every logit, one log_softmax in float32 or wider, autograd."""
-    logits_nv = (hidden_nd @ weight_vd.t()).to(wide(hidden_nd.dtype)) / temperature
-    logp_nv = logits_nv.log_softmax(1)
-    return (logp_nv.gather(1, target_n[:, None])[:, 0], -(logp_nv.exp() * logp_nv).sum(1).detach(),
-            logits_nv.logsumexp(1).detach())
-
-
 def logp_problem(N=11, D=24, V=50, peak=1.0, seed=0):
     """hidden, weight, target, gradient of logp. Targets repeat, 0 and V - 1 occur."""
     target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed))
@@ -436,18 +455,18 @@ def logp_problem(N=11, D=24, V=50, peak=1.0, seed=0):
 
 
 def check_logp(impl, dtype, problem, temperature=1.0, cut=lambda weight: weight):
-    """logp, entropy, lse, and the gradients of hidden and weight. In low precision PyTorch may round the logits, as
-    torch does; the kernels are measured by logits in float32."""
+    """logp, entropy, and the gradients of hidden and weight against linear_logp_ref. In low precision PyTorch may round
+    the logits, as torch does; the kernels are measured by logits in float32."""
     hidden, weight, target, grad = problem
     target = target.to(DEVICE)
 
     def op(hidden, weight):
-        out = linear_logp(hidden, cut(weight), target, temperature, impl, return_lse=True)
-        assert {x.dtype for x in out} == {wide(dtype)} and [x.requires_grad for x in out] == [True, False, False]
+        out = linear_logp(hidden, cut(weight), target, temperature, impl)
+        assert {x.dtype for x in out} == {wide(dtype)} and [x.requires_grad for x in out] == [True, False]
         return out
 
     def oracle(hidden, weight):
-        return dense_logp(hidden, cut(weight), target, temperature)
+        return linear_logp_ref(hidden, cut(weight), target, temperature)
 
     def plain(hidden, weight):
         return oracle(hidden.to(wide(dtype)), weight.to(wide(dtype)))
@@ -459,7 +478,7 @@ def check_logp(impl, dtype, problem, temperature=1.0, cut=lambda weight: weight)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_linear_logp_is_log_softmax(monkeypatch, chunk, temperature):
     """Oracle: log_softmax of the whole logits in float64: values, entropy, gradients of hidden and weight."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", chunk)
     check_logp("torch", F64, logp_problem(), temperature)
 
 
@@ -468,7 +487,7 @@ def test_linear_logp_is_log_softmax(monkeypatch, chunk, temperature):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=shown)
 def test_linear_logp_in_low_precision(monkeypatch, dtype, temperature, peak):
     """Oracle: log_softmax in float64; at most twice the error of torch's own log_softmax in the same dtype."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 100 * 120)  # blocks of 120 columns, the last of 61
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 100 * 120)  # blocks of 120 columns, the last of 61
     check_logp("torch", dtype, logp_problem(N=100, D=64, V=301, peak=peak), temperature)
 
 
@@ -479,20 +498,20 @@ def test_linear_logp_in_low_precision(monkeypatch, dtype, temperature, peak):
 def test_linear_logp_kernels(monkeypatch, N, D, V, temperature, peak, chunk, impl, dtype):
     """Oracle: log_softmax in float64. Vocabularies of tiles and a rest, of whole tiles, of less than a tile; all
     columns' gradients at once, in chunks of whole tiles with a rest, and a tile at a time."""
-    monkeypatch.setattr(kernels, "GRADIENT_CHUNK", chunk)
+    monkeypatch.setattr(kernels.logp, "GRADIENT_CHUNK", chunk)
     check_logp(impl, dtype, logp_problem(N * LONGER, D * LONGER, V, peak), temperature)
 
 
 def test_linear_logp_adds_many_blocks_in_float32(monkeypatch):
     """Oracle: log_softmax in float64. 2,000 blocks of one column in bfloat16: the gradient of the hidden states must
     not be summed there."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 1)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 1)
     check_logp("torch", BF16, logp_problem(N=5, D=8, V=2000))
 
 
 def test_linear_logp_gradcheck(monkeypatch):
     """Oracle: finite differences in float64, over several blocks."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 2 * 7)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 2 * 7)
     hidden, weight, target, _ = logp_problem(N=5, D=4, V=7)
     inputs = hidden.requires_grad_(), weight.requires_grad_()
     assert torch.autograd.gradcheck(lambda h, w: linear_logp(h, w, target, 0.8)[0], inputs)
@@ -502,7 +521,7 @@ def test_linear_logp_gradcheck(monkeypatch):
 def test_linear_logp_of_a_sliced_head(monkeypatch, impl, dtype):
     """Oracle: log_softmax over the slice. As Model.head_vd gives it (the first rows), and with strides that are not
     contiguous; one gradient arrives in the whole weight, zero outside the slice; a frozen side gets none."""
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 100)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 100)
     hidden, weight, target, grad = logp_problem()
     for cut in (lambda w: torch.cat([w, w + 9])[:50], lambda w: w.t().contiguous().t(),
                 lambda w: w.repeat_interleave(2, 0)[::2]):
@@ -527,16 +546,6 @@ def test_linear_logp_hand_worked(impl, dtype):
         assert entropy.tolist() == pytest.approx([-sum(x * math.log(x) for x in p)] * 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("impl,dtype", [("torch", F64), ("triton", F32), ("invariant", F32)], ids=shown)
-def test_linear_logp_returns_lse(impl, dtype):
-    """Oracle: by hand. Logits (0, ln 3) have lse ln 4; at temperature 1/2 they are (0, ln 9): ln 10."""
-    hidden, weight = torch.ones(1, 1).to(DEVICE, dtype), torch.tensor([[0.0], [math.log(3)]]).to(DEVICE, dtype)
-    zero = torch.tensor([0], device=DEVICE)
-    for temperature, total in ((1.0, 4), (0.5, 10)):
-        _, _, lse = linear_logp(hidden, weight, zero, temperature, impl, return_lse=True)
-        assert lse.tolist() == pytest.approx([math.log(total)], rel=1e-6) and not lse.requires_grad
-
-
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_linear_logp_of_nothing_and_of_certainty(impl):
     """No rows: empty outputs and zero gradients. One token certain: logp and entropy are exactly zero, nothing is
@@ -558,12 +567,12 @@ def test_linear_logp_never_holds_all_logits(monkeypatch, impl):
     """N x V logits would be 48,000 elements; the largest tensor of forward and backward is the weight, 8,000, or three
     numbers for each row and tile. That the recorder sees what it should is checked on the dense oracle."""
     N, D, V = 120, 20, 400
-    monkeypatch.setattr(kernels, "LOGIT_CHUNK", 4000)  # two blocks in one tensor
-    monkeypatch.setattr(kernels, "GRADIENT_CHUNK", 6000)
+    monkeypatch.setattr(kernels.logp, "LOGIT_CHUNK", 4000)  # two blocks in one tensor
+    monkeypatch.setattr(kernels.logp, "GRADIENT_CHUNK", 6000)
     *inputs, target, grad = logp_problem(N, D, V)
     target = target.to(DEVICE)
     numel = []
-    for f in (dense_logp, lambda *x: linear_logp(*x, impl=impl)):
+    for f in (linear_logp_ref, lambda *x: linear_logp(*x, impl=impl)):
         with Largest() as largest:
             with_gradients(lambda *x: f(*x, target, 1.0)[:1], F32, inputs, [grad])
         numel.append(largest.numel)
@@ -602,7 +611,7 @@ def test_norm_kernels(N, D, impl, dtype):
 
 def test_norms_of_more_rows_than_programs(monkeypatch):
     """Oracle: the references in float64. Backward, 1024 programs share the rows; here 4 programs share 11."""
-    monkeypatch.setattr(kernels, "min", lambda *x: min(*x, 4), raising=False)  # `min(N, 1024)`
+    monkeypatch.setattr(kernels.pointwise, "min", lambda *x: min(*x, 4), raising=False)  # `min(N, 1024)`
     check_norm("triton", F32, 11, 40)
     check_rope("triton", F32, 11, 3, 24, normed=True)
     check_rope("triton", F32, 11, 3, 24, normed=False)
@@ -651,16 +660,14 @@ def test_logits(impl, dtype):
 def test_linear_logp_of_a_large_vocabulary(monkeypatch, impl, dtype):
     """Oracle: log_softmax in float64 over Qwen2.5's 151,665 tokens, which end within a tile of the kernel."""
     for op in ("logp", "linear_invariant"):
-        monkeypatch.setitem(kernels.INTERPRETER_TILES, op, (16, 4096))
+        monkeypatch.setitem(kernels.tiles.INTERPRETER_TILES, op, (16, 4096))
     V = 151_665
     hidden, weight = randn(5, 24).to(DEVICE, dtype), randn(V, 24, seed=1).to(DEVICE, dtype)
     target = torch.tensor([0, V - 1, V - 2, 77_777, 4096], device=DEVICE)
 
     def dense(dtype):
-        z_nv = hidden.to(dtype) @ weight.to(dtype).t() / 0.7
-        logp_nv = z_nv.log_softmax(1)
-        return logp_nv.gather(1, target[:, None])[:, 0], -(logp_nv.exp() * logp_nv).sum(1), z_nv.logsumexp(1)
-    ours = linear_logp(hidden, weight, target, 0.7, impl, return_lse=True)
+        return linear_logp_ref(hidden.to(dtype), weight.to(dtype), target, 0.7)
+    ours = linear_logp(hidden, weight, target, 0.7, impl)
     assert_no_worse_than_torch(ours, dense(F32), dense(F64))
 
 
@@ -691,15 +698,16 @@ def one_of_each(impl):
     N = int(segments[:, 1].sum())
     angle = randn(37, 12, seed=9).to(DEVICE).float()
     cos, sin, length_b = angle.cos(), angle.sin(), torch.tensor([9, 1, 20], device=DEVICE)
-    slot_pm, length_p = torch.tensor([[2, 0], [-1, -1]], device=DEVICE), torch.tensor([30, 3], device=DEVICE)
+    slot_pg, length_p = torch.tensor([[2, 0], [-1, -1]], device=DEVICE), torch.tensor([30, 3], device=DEVICE)
+    shared = length_p, slot_pg, places(slot_pg, 3)
     *qkv_, grad = qkv(N, 4, 2, 32)
     x, y, weight, head = randn(37, 24), randn(37, 24, seed=1), randn(24, seed=2), randn(50, 24, seed=3)
     return {
         "attention": (lambda *x: attention(*x, segments, impl), qkv_, [grad]),
         "decode_attention": (
-            lambda q, k, v, pk, pv: decode_attention(q, k, v, length_b, Prompts(pk, pv, length_p, slot_pm), impl),
+            lambda q, k, v, pk, pv: decode_attention(q, k, v, length_b, Prompts(pk, pv, *shared), impl),
             [randn(*shape) for shape in ((3, 4, 32), *[(3, 2, 21, 32)] * 2, *[(2, 2, 80, 32)] * 2)], []),
-        "linear_logp": (lambda *x: linear_logp(*x, target, 0.7, impl, True), [x, head], [randn(37, seed=4)]),
+        "linear_logp": (lambda *x: linear_logp(*x, target, 0.7, impl), [x, head], [randn(37, seed=4)]),
         "linear": (lambda *x: linear(*x, impl="invariant"), [x, head, randn(50, seed=4)], [randn(37, 50, seed=5)]),
         "rms_norm": (lambda *x: rms_norm(*x, 1e-3, impl), [x, weight], [y]),
         "add_rms_norm": (lambda *x: add_rms_norm(*x, 1e-3, impl), [x, y, weight], [y, x]),
@@ -754,8 +762,8 @@ def test_invariant_kernels_have_one_order():
     q, k, v, _ = (x.to(DEVICE, F32) for x in qkv(90, 2, 1, 32))
     out = attention(q, k, v, torch.tensor([(0, 70, -1), (70, 11, 0), (81, 9, 0)]), "invariant")
     k_kuc, v_kuc = (x.transpose(0, 1) for x in (k, v))
-    length_p, slot_pm, length_b = (torch.tensor(x, device=DEVICE) for x in ([70], [[0]], [9]))
-    prompts = Prompts(k_kuc[None, :, :70], v_kuc[None, :, :70], length_p, slot_pm)
+    length_p, slot_pg, place_b, length_b = (torch.tensor(x, device=DEVICE) for x in ([70], [[0]], [0], [9]))
+    prompts = Prompts(k_kuc[None, :, :70], v_kuc[None, :, :70], length_p, slot_pg, place_b)
     decoded = decode_attention(q[-1:], k_kuc[None, :, 81:], v_kuc[None, :, 81:], length_b, prompts, "invariant")
     assert_same_bits([out[-1:]], [decoded])
 
@@ -772,8 +780,8 @@ def test_kernels_refuse_what_they_cannot_multiply(monkeypatch, name):
         with pytest.raises(AssertionError, match="float16"):
             op(*[x.to(DEVICE, F32 if i else F16) for i, x in enumerate(inputs)])
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "runs_triton", inspect.unwrap(kernels.runs_triton))  # not what it remembers
-        monkeypatch.setattr(kernels, "INTERPRETED", False)
+        monkeypatch.setattr(kernels.tiles, "runs_triton", inspect.unwrap(kernels.runs_triton))  # not what it remembers
+        monkeypatch.setattr(kernels.tiles, "INTERPRETED", False)
         with pytest.raises(AssertionError, match="on cpu"):
             op(*[x.float() for x in inputs])
 

@@ -1,4 +1,4 @@
-"""Oracle of the oracles: the tests of kernels.py must notice every mistake that mutants.py lists."""
+"""Oracle of the oracles: the tests of kernels/ must notice every mistake that mutants.py lists."""
 
 import subprocess
 import sys
