@@ -9,7 +9,11 @@ For a pair with label l the policy writes G judgements o_1..o_G and is paid by t
     (5)  loss = - sum_gt [ min(ratio A, clip(ratio, 1-e, 1+e) A) - beta kl ] / tokens
 
 The sums in (5) run over all judgement tokens of a mini-batch, over all ranks and micro-batches, and so does `tokens`. A
-group's prompt goes through the model once, not G times (model.Forest).
+group's prompt goes through the model once for all the judgements that are packed with it, not G times (model.Forest).
+
+A name's last letters are its axes: reward_pg has P pairs (their prompts) x G judgements of each, logp_m has M scored
+tokens, m running through all judgements of a micro-batch. A *step* is P pairs and their rollouts (sampled judgements);
+each of its *mini-batches* is one optimizer step; a *micro-batch* is what one rank runs through the model at once.
 
 Departures from the paper and its released code:
   1. p_old is the sampler's own log-probability, since sampler and trainer are one model. They differ by rounding, which
@@ -18,13 +22,15 @@ Departures from the paper and its released code:
   2. The loss averages over the tokens of the whole mini-batch; the released code averages per micro-batch and then over
      those, the paper writes a mean per judgement.
   3. A judgement that was cut off earns -1 whatever its last characters spell, and so does one whose verdict stands
-     inside a quotation. The end-of-turn token's text does not count among the 80 characters that are searched.
+     inside a quotation (reward.py has both rules). The end-of-turn token's text does not count among the 80 characters
+     that are searched.
   4. Weight decay spares norms and biases.
-  5. Embedded default only: groups whose rewards are all equal have no gradient from (2) and are left out of the update,
+  5. In the generated task only: groups whose rewards are all equal have no gradient from (2) and are left out of the update,
      with their KL term; their tokens stay in the denominator (--skip-zero-spread, off in the recipes). And the learning
      rate falls along a cosine (--final-lr-frac); the recipes keep it constant.
 
-The embedded default (it runs distill.py's first if that has not been done), and eight GPUs:
+Without --model and --data it trains on a generated task, from a tiny model that distill.py makes first if it is not
+there ("the embedded default": data/toy.py, all under runs/toy). Then the same on eight GPUs with data of one's own:
 
     python grpo.py
     torchrun --nproc_per_node 8 grpo.py --recipe qwen2.5-7b --model DISTILLED --data pairs.jsonl --out runs/grpo
@@ -145,12 +151,13 @@ def token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, clip, kl_coef):
     # 1 in the first update after a rollout; then the policy moves away from the one that wrote the tokens
     ratio_m = (logp_m - old_logp_m).exp()
     clipped_ratio_m = ratio_m.clamp(1 - clip, 1 + clip)
-    # The minimum is the pessimist's: with A > 0 a ratio above 1.2 earns no more and has no gradient, but one below 0.8
-    # still pulls back up; with A < 0 the other way round.
+    # The minimum is the pessimist's. With e = 0.2 and A > 0 a ratio above 1.2 earns no more and has no gradient, but one
+    # below 0.8 still pulls back up; with A < 0 the other way round.
     surrogate_m = torch.minimum(ratio_m * advantage_m, clipped_ratio_m * advantage_m)
     clipped_m = (clipped_ratio_m * advantage_m < ratio_m * advantage_m).to(logp_m.dtype)
-    # k3: never negative, and its mean over the policy's own tokens is KL(policy || reference). For log(ref/p) = -0.1
-    # it is e^-0.1 + 0.1 - 1 = 0.0048, where the plain difference 0.1 would be noise of either sign
+    # k3: never negative, and its mean over the policy's own tokens is KL(policy || reference), in value. For
+    # log(ref/p) = -0.1 it is e^-0.1 + 0.1 - 1 = 0.0048, where the plain difference 0.1 would be noise of either sign.
+    # (Its gradient, 1 - ref/p times that of log p, is another matter: in the mean that of KL(reference || policy).)
     log_ref_ratio_m = ref_logp_m - logp_m
     kl_m = log_ref_ratio_m.exp() - log_ref_ratio_m - 1
     return kl_coef * kl_m - surrogate_m, kl_m, clipped_m
@@ -189,16 +196,22 @@ def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks):
     for share in ranks.gather(list(zip(mine, written))):
         rollouts_of.update(share)
 
-    texts = [[tokenizer.decode(r.ids) for r in rollouts_of[i]] for i in range(len(pairs))]
-    reward_pg = torch.tensor([[reward(text, pair.winner, r.finished) for text, r in zip(texts[i], rollouts_of[i])]
-                              for i, pair in enumerate(pairs)])
+    texts, rewards = [], []
+    for i, pair in enumerate(pairs):
+        texts.append([tokenizer.decode(r.ids) for r in rollouts_of[i]])
+        rewards.append([reward(text, pair.winner, r.finished) for text, r in zip(texts[i], rollouts_of[i])])
+    reward_pg = torch.tensor(rewards)
     advantage_pg = advantages(reward_pg)
     return [Group(pair, prompts[pair.id], rollouts_of[i], texts[i], reward_pg[i], advantage_pg[i])
             for i, pair in enumerate(pairs)]
 
 
 def trees(groups, max_tokens):
-    """(group, rollout indices) of at most about max_tokens: a group whole, or its prompt again for each part of it."""
+    """Cuts groups into trees of at most max_tokens: (group, the indices of the rollouts in it).
+
+    A tree is a prompt and the rollouts packed with it: the whole group, or, if that is too long, a part of it with the
+    prompt again. A rollout that is too long by itself is a tree all the same.
+    """
     out = []
     for group in groups:
         part, room = [], max_tokens - len(group.prompt_ids)
@@ -219,7 +232,7 @@ def n_tree_tokens(tree):
 
 def micro_step(model, reference, micro, cfg, device):
     """The summed loss (5) of some trees, and sums over their tokens for the log."""
-    # one prompt segment and its responses after the other; only the responses' tokens are scored: they are the mask
+    # one prompt segment and its responses after the other; only the responses' tokens are scored, prompts have no loss
     forest = pack([(group.prompt_ids, [group.rollouts[g].ids for g in part]) for group, part in micro], device)
     responses = [(start, length) for start, length, parent in forest.segments_s3.tolist() if parent >= 0]
     scored_m = torch.cat([torch.arange(start, start + length) for start, length in responses]).to(device)
@@ -235,22 +248,23 @@ def micro_step(model, reference, micro, cfg, device):
         ref_logp_m, _ = reference(forest, scored_m, cfg.temperature)
     logp_m, entropy_m = model(forest, scored_m, cfg.temperature)
     loss_m, kl_m, clipped_m = token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, cfg.clip, cfg.kl_coef)
-    mismatch_m = (logp_m - old_logp_m).detach().abs()
+    mismatch_m = (logp_m - old_logp_m).detach().abs()  # rounding, if nothing has been updated since the rollouts
     sums = {"entropy": entropy_m.sum(), "kl": kl_m.detach().sum(), "clip_frac": clipped_m.sum(),
             "mismatch": mismatch_m.sum()}
     return loss_m.sum(), sums, mismatch_m.max()
 
 
 def accumulate_gradients(cfg, ranks, model, reference, groups, tally, fresh):
-    """Backward passes of (5) over a mini-batch; returns the packed tokens trained on and each micro-batch's max
+    """Backward passes of (5) over a mini-batch; returns the packed tokens trained on and each micro-batch's largest
     mismatch.
 
-    `fresh`: nothing has been updated since the rollouts, so that sampler and trainer should differ by rounding only.
+    `fresh`: no optimizer step since the rollouts, so that sampler and trainer differ by rounding only; the mismatch is
+    logged of such mini-batches alone.
     """
     # The one denominator: of all ranks and micro-batches, skipped groups too. Divided per micro-batch instead, a token
     # of a micro-batch with 100 tokens would weigh ten times as much as one of a micro-batch with 1,000.
     n_tokens = sum(len(r.ids) for group in groups for r in group.rollouts)
-    tally.add("loss", 0.0, n_tokens if ranks.main else 0)
+    tally.add("loss", 0.0, n_tokens if ranks.main else 0)  # its count, once; its sum follows from every micro-batch
     for name in ("entropy", "kl", "clip_frac", "mismatch"):
         tally.add(name, 0.0, 0)  # null in the log if no group is trained on
     trained = [group for group in groups if group.has_spread or not cfg.skip_zero_spread]
@@ -262,15 +276,17 @@ def accumulate_gradients(cfg, ranks, model, reference, groups, tally, fresh):
     for shares in micro_batches(sizes, cfg.micro_tokens, ranks.world):
         mine = [items[i] for i in shares[ranks.rank]]
         # a rank without trees still runs one, at weight zero: the others wait for its share of the collectives
-        loss, sums, mismatch = micro_step(model, reference, mine or items[:1], cfg, ranks.device)
+        loss, sums, largest_mismatch = micro_step(model, reference, mine or items[:1], cfg, ranks.device)
         weight = 1.0 if mine else 0.0
         (weight * loss / n_tokens).backward()
         n_mine = sum(len(group.rollouts[g].ids) for group, part in mine for g in part)
         tally.add("loss", weight * loss, 0)
-        for name in sums if fresh else sums.keys() - {"mismatch"}:
+        for name in ("entropy", "kl", "clip_frac"):
             tally.add(name, weight * sums[name], n_mine)
+        if fresh:
+            tally.add("mismatch", weight * sums["mismatch"], n_mine)
         if fresh and mine:
-            mismatches.append(float(mismatch))
+            mismatches.append(float(largest_mismatch))
     return sum(sizes), mismatches
 
 
@@ -316,7 +332,7 @@ def main(cfg):
     model = Model.from_pretrained(checkpoint or cfg.model, ranks.loading_device, torch.float32)
     model.n_vocab, model.impl = tokenizer.n_vocab, impl
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    model = shard(model, ranks, dtype)  # before the reference is loaded
+    model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
     reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
     reference.n_vocab, reference.impl = tokenizer.n_vocab, impl
     reference = shard(reference, ranks, dtype)

@@ -2,16 +2,17 @@
 
     model = Model.from_pretrained("Qwen2.5-7B-Instruct", device="cuda", dtype=torch.bfloat16)
     model.logits(ids)                          [T, V] float32: one sequence, for looking and for tests
-    model(forest)                              hidden_nd: training and prefill, see Forest
-    model(forest, scored_m)                    log-probability and entropy of chosen tokens, without their logits
-    model.run(tokens_n, positions_n, attend)   the same blocks with the caller's attention: how the sampler decodes
+    model(forest, scored_m)                    log-probability and entropy of chosen tokens: training; see Forest
+    model(forest)                              hidden_nd, the states behind them
+    model.run(tokens_n, positions_n, attend)   the same blocks with the caller's attention: prefill and decoding
     model.save_pretrained(path)                config.json + model.safetensors, which transformers loads
 
 Parameter names are Hugging Face's, so loading is a strict match of names and shapes. Every config field that changes
 the mathematics is honoured or refused by name. Norms, rotary angles and softmax are float32 or wider whatever the
 weights are.
 
-Letters: N packed tokens, S segments, M scored tokens, D width, H query heads, K key/value heads, C channels of a head.
+Letters: N packed tokens, S segments, M scored tokens, D width, H query heads, K key/value heads, C channels of a head, F
+width of the MLP, V vocabulary, L layers.
 """
 
 import functools
@@ -246,7 +247,7 @@ def pack(trees, device="cpu"):
 
 class Model(nn.Module):
     def __init__(self, config):
-        """Uninitialized weights: use from_pretrained or random."""
+        """PyTorch's own initial weights, which are no Qwen's: use from_pretrained or random."""
         super().__init__()
         self.config = config
         self.n_vocab = config.vocab_size  # rows of the head from here on do not exist: scripts set the tokenizer's size
@@ -266,7 +267,7 @@ class Model(nn.Module):
         logp_m[j] = log p(tokens[i] | everything that token i sees before itself), i = scored_m[j], at the temperature.
         entropy_m is that distribution's, in nats, without gradient.
         """
-        # The sampler passes an `attend` with a cache to the same `run`: so both give equal log-probabilities
+        # The sampler passes an `attend` with a cache to the same `run`: so both agree up to rounding
         def attend(layer, q_nhc, k_nkc, v_nkc):
             return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3, self.impl)
         hidden_nd = self.run(forest.tokens_n, forest.positions_n, attend)

@@ -10,8 +10,9 @@ Then the question is the user's text; with a system message it is both, as lines
 the answers were written under that system message and cannot be judged without it. Every other pair is shown as two
 whole conversations, as lines "User: ..." and "Chatbot A: ..." (or B) joined by one newline.
 
-Texts are judged as they are decoded, WITHOUT control tokens: the sampler drops <|im_end|> and the like. Where one is
-left, it counts among the 80 characters of training_verdict, as it did in RM-R1's training.
+Texts are judged as they are decoded, WITHOUT control tokens: tokenizer.decode drops <|im_end|> and the like, which a
+rollout's ids end with. In a text from elsewhere that has one, it counts among the 80 characters of training_verdict, as
+it did in RM-R1's training.
 """
 
 import os
@@ -140,23 +141,27 @@ def benchmark_verdict(text):
 
 
 def _only(a, b):
-    return None if a == b else "a" if a else "b"
+    """The side that is true, if only one is."""
+    if a == b:
+        return None
+    return "a" if a else "b"
 
 
 def reward(text, winner, finished=True):
     """+1.0 if the training verdict is the winner, else -1.0: no verdict costs as much as a wrong one.
 
     A judgement that was cut off (`finished` is false) earns -1.0 whatever its last characters spell. A verdict that
-    stands in the last 80 characters only because it is quoted from an answer earns -1.0 too; RM-R1's
-    code would pay for it. (No recorded judgement is paid differently.)
+    stands in the last 80 characters only because it is quoted from an answer (_is_quoted) earns -1.0 too. RM-R1's code
+    would pay for that one; of its released judgements none is paid differently by the two rules.
     """
     assert winner in ("a", "b"), f"winner is {winner!r}, need 'a' or 'b'"
-    own = not _is_quoted(text, f"<answer>[[{winner.upper()}]]</answer>")
-    return 1.0 if finished and own and training_verdict(text) == winner else -1.0
+    quoted = _is_quoted(text, f"<answer>[[{winner.upper()}]]</answer>")
+    return 1.0 if finished and not quoted and training_verdict(text) == winner else -1.0
 
 
 def _is_quoted(text, answer):
-    """Is the last `answer` in the text inside a quotation or summary: not closed before it, or closed after it?"""
+    """Does the last `answer` in the text stand inside a quotation or summary: one not closed before it, or closed after
+    it? (One that opens after it and closes is taken for this too: a judgement should end with its verdict.)"""
     before, _, after = text.rpartition(answer)
     opened = [tag for tag in QUOTATIONS if f"<{tag}>" in before]
     return any(before.rfind(f"<{tag}>") > before.rfind(f"</{tag}>") or f"</{tag}>" in after for tag in opened)

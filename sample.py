@@ -6,10 +6,12 @@
 
 The sampler runs the trainer's own model code (Model.run) with a cache for attention, so its log-probabilities are the
 trainer's up to rounding. A prompt is computed once for its n rollouts. A rollout's random numbers come from (seed, the
-prompt's tokens, sample index, token index) and nothing else: the same rollout comes out alone or in any batch.
+prompt's tokens, sample index, token index) and nothing else: so the same rollout comes out alone or in any batch, up to
+rounding (which with --batch-invariant does not depend on the batch either).
 
 Letters: B slots (rollouts being written at once), A of them active, T cached positions of a slot, P prompts, G places
-for a prompt's rollouts, U cached positions of a prompt, K key/value heads, C channels of a head, D width, V vocabulary.
+for a prompt's rollouts, U cached positions of a prompt, X rows of a cache (slots or prompts), K key/value heads, C
+channels of a head, D width, V vocabulary.
 """
 
 import hashlib
@@ -64,7 +66,8 @@ def uniforms(seed, prompt_b, sample_b, token_b):
     """One float64 in (0, 1) for each (seed, prompt id, sample index, token index), by hashing: no generator state.
 
     A generator's next number depends on who drew before, so on the batch. A hash of the rollout's own coordinates does
-    not: token 5 of sample 2 of a prompt draws the same number alone, in any batch, after a restart.
+    not: token 5 of sample 2 of a prompt draws the same number alone, in any batch, after a restart. (The same prompt
+    twice in a batch gets the same rollouts twice.)
     """
     increment = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's, as the int64 that has its bits
     x_b = torch.full_like(prompt_b, seed)
@@ -191,7 +194,7 @@ class Batch:
         self.shared = Cache(config, 0, 0, self.device, head_vd.dtype)
         self.token_b = torch.zeros(n_slots, dtype=torch.int64, device=self.device)  # the last token of each slot
         self.groups = {}  # prompt -> its n rollouts, while some of them are being written
-        self.rows = {}    # prompt -> its row in `shared`, as long
+        self.rows = {}    # prompt -> its row in `shared`, for as long
         self.ended = []   # the prompts of rollouts that ended since the last take_finished
         self.stale = True  # slots have changed hands since the last tabulate
 
@@ -277,7 +280,7 @@ class Batch:
             self.tabulate()
         B, T = self.own.size
         longest = max(len(self.slots[b].rollout.ids) for b in self.active)
-        if T < longest:  # doubling, so that a rollout of t tokens is copied log t times; by 1024 at most
+        if T < longest:  # doubling up to 1024, so that few tokens are copied few times; then by 1024
             self.own.resize(list(range(B)), B, min(2 * T, T + 1024, self.sampling.max_new_tokens))
         slot_b = torch.arange(B, device=self.device)
         new_b = self.drawn_b - 1  # the slot's first drawn token is its cache's position 0
@@ -337,10 +340,10 @@ class Batch:
     def take_finished(self):
         """(prompt, its rollouts) of the groups that have become whole; their rows are let go."""
         writing = {slot.prompt for slot in self.slots}
-        whole = [i for i in dict.fromkeys(self.ended) if i not in writing]  # in the order in which they ended
+        finished = [i for i in dict.fromkeys(self.ended) if i not in writing]  # in the order in which they ended
         self.rows = {i: row for i, row in self.rows.items() if i in writing}
         self.ended = []
-        return [(i, self.groups.pop(i)) for i in whole]
+        return [(i, self.groups.pop(i)) for i in finished]
 
 
 def _packs(sizes, limit):
@@ -387,8 +390,8 @@ class Sampler:
         waiting = list(range(len(prompts)))
         while waiting or batch.groups:
             began, n_free = time.perf_counter(), len(batch.free())
-            worth_it = n_free == n_slots or n_free >= max(n, n_slots // 8)  # not one by one: packs are faster
-            if waiting and worth_it:
+            enough_free = n_free == n_slots or n_free >= max(n, n_slots // 8)  # not one by one: packs are faster
+            if waiting and enough_free:
                 admitted, waiting = waiting[:n_free // n], waiting[n_free // n:]
                 batch.admit(admitted)
                 self.n_prefilled += sum(len(prompts[i]) for i in admitted)
