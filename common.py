@@ -202,7 +202,7 @@ def micro_batches(sizes, max_size, world):
     micro_batches([9, 3, 2], 6, 2) == [[[0], [1]], [[2], []]].
     """
     longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    fewest = min(len(sizes), math.ceil(sum(sizes) / (max_size * world)))  # long items alone can exceed the second
+    fewest = min(len(sizes), math.ceil(sum(sizes) / (max_size * world)))  # a first guess: long items may need more
     for n_steps in range(fewest, len(sizes) + 1):
         bins = [[] for _ in range(n_steps * world)]
         load = np.zeros(n_steps * world, dtype=np.int64)

@@ -25,9 +25,9 @@ Departures from the paper and its released code:
      inside a quotation (reward.py has both rules). The end-of-turn token's text does not count among the 80 characters
      that are searched.
   4. Weight decay spares norms and biases.
-  5. In the generated task only: groups whose rewards are all equal have no gradient from (2) and are left out of the update,
-     with their KL term; their tokens stay in the denominator (--skip-zero-spread, off in the recipes). And the learning
-     rate falls along a cosine (--final-lr-frac); the recipes keep it constant.
+  5. On the generated task only: groups whose rewards are all equal have no gradient from (2) and are left out of the
+     update, with their KL term; their tokens stay in the denominator (--skip-zero-spread, off in the recipes). And the
+     learning rate falls along a cosine (--final-lr-frac); the recipes keep it constant.
 
 Without --model and --data it trains on a generated task, from a tiny model that distill.py makes first if it is not
 there ("the embedded default": data/toy.py, all under runs/toy). Then the same on eight GPUs with data of one's own:
@@ -151,8 +151,8 @@ def token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, clip, kl_coef):
     # 1 in the first update after a rollout; then the policy moves away from the one that wrote the tokens
     ratio_m = (logp_m - old_logp_m).exp()
     clipped_ratio_m = ratio_m.clamp(1 - clip, 1 + clip)
-    # The minimum is the pessimist's. With e = 0.2 and A > 0 a ratio above 1.2 earns no more and has no gradient, but one
-    # below 0.8 still pulls back up; with A < 0 the other way round.
+    # The minimum is the pessimist's. With e = 0.2 and A > 0 a ratio above 1.2 earns no more and has no gradient, but
+    # one below 0.8 still pulls back up; with A < 0 the other way round.
     surrogate_m = torch.minimum(ratio_m * advantage_m, clipped_ratio_m * advantage_m)
     clipped_m = (clipped_ratio_m * advantage_m < ratio_m * advantage_m).to(logp_m.dtype)
     # k3: never negative, and its mean over the policy's own tokens is KL(policy || reference), in value. For

@@ -11,8 +11,8 @@ Parameter names are Hugging Face's, so loading is a strict match of names and sh
 the mathematics is honoured or refused by name. Norms, rotary angles and softmax are float32 or wider whatever the
 weights are.
 
-Letters: N packed tokens, S segments, M scored tokens, D width, H query heads, K key/value heads, C channels of a head, F
-width of the MLP, V vocabulary, L layers.
+Letters: N packed tokens, S segments, M scored tokens, D width, H query heads, K key/value heads, C channels of a head,
+F width of the MLP, V vocabulary, L layers.
 """
 
 import functools

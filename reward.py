@@ -152,7 +152,7 @@ def reward(text, winner, finished=True):
 
     A judgement that was cut off (`finished` is false) earns -1.0 whatever its last characters spell. A verdict that
     stands in the last 80 characters only because it is quoted from an answer (_is_quoted) earns -1.0 too. RM-R1's code
-    would pay for that one; of its released judgements none is paid differently by the two rules.
+    would pay for that one; none of its recorded judgements at hand is paid differently by the two rules.
     """
     assert winner in ("a", "b"), f"winner is {winner!r}, need 'a' or 'b'"
     quoted = _is_quoted(text, f"<answer>[[{winner.upper()}]]</answer>")
@@ -171,7 +171,9 @@ def majority(verdicts):
     """The side with more votes, or None in a tie; a None among the verdicts is no vote."""
     verdicts = list(verdicts)
     n_a, n_b = verdicts.count("a"), verdicts.count("b")
-    return None if n_a == n_b else "a" if n_a > n_b else "b"
+    if n_a == n_b:
+        return None
+    return "a" if n_a > n_b else "b"
 
 
 def parse(text):
