@@ -23,7 +23,8 @@ class LinearLogpChunked(torch.autograd.Function):
     (z - max). In the end logp = (z[target] - max) - log sum and entropy = log sum - moment / sum: sums of one sign,
     where lse - sum p z or z[target] - lse would cancel in float32 if one token is nearly certain.
 
-    Two logits, ln 3 and 0: max ln 3, sum 4/3, moment -ln 3 / 3; logp of the first ln 3/4, entropy ln 4/3 + ln 3 / 4.
+    Two logits, ln 3 and 0: max = ln 3, sum = 4/3, moment = -(ln 3)/3; the first one's logp = ln(3/4), the entropy =
+    ln(4/3) + (ln 3)/4.
 
     Backward, dz = grad (onehot(target) - softmax(z)) / temperature, dhidden = sum over blocks of dz weight, dweight =
     dz^T hidden: one whole product for the rows of a block. Blocks of rows instead would add up dweight, the largest
