@@ -79,9 +79,10 @@ def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None):
     """log softmax(hidden weight^T / temperature)[target] and that distribution's entropy, in nats: logp_n, entropy_n.
 
     float32 (float64 for float64 inputs); only logp carries a gradient. linear_logp_ref says it in three lines, with all
-    logits at once: 4 x 16384 x 151936 bytes = 10 GB. In its place runs, in PyTorch, LinearLogpChunked: peak extra memory
-    two blocks of LOGIT_CHUNK elements, whatever N and V are; in Triton 12 bytes per row and column tile forward (0.12 GB at N = 16384, V = 151936),
-    GRADIENT_CHUNK elements and a float32 gradient of hidden backward; and the gradients themselves.
+    logits at once: 4 x 16384 x 151936 bytes = 10 GB. In its place runs, in PyTorch, LinearLogpChunked: peak extra
+    memory two blocks of LOGIT_CHUNK elements, whatever N and V are. In Triton it is 12 bytes per row and column tile
+    forward (0.12 GB at N = 16384, V = 151936), GRADIENT_CHUNK elements and a float32 gradient of hidden backward. To
+    both the gradients themselves are added.
     """
     assert temperature > 0, f"temperature must be positive, got {temperature}"
     assert hidden_nd.shape[0] == target_n.shape[0] and hidden_nd.shape[1] == weight_vd.shape[1], \
