@@ -31,7 +31,6 @@ from sample import Batch, Config, Judge, JudgementFile, Sampler, choose, judge_f
 from sample import prompt_key, uniforms  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
-torch.set_num_threads(1)
 SHARED = (ROOT / os.environ.get("RM_SHARED", "../shared")).resolve()
 
 QWEN2 = dict(model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
