@@ -16,7 +16,7 @@ from sample import Sampler
 
 DEVICE = os.environ.get("RM_TEST_DEVICE", "cpu")
 DTYPES = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.bfloat16]
-pytestmark = [pytest.mark.skipif(not kernels.runs_triton(DEVICE, torch.float32), reason="no GPU, no TRITON_INTERPRET=1"),
+pytestmark = [pytest.mark.skipif(not kernels.runs_triton(DEVICE, torch.float32), reason="no GPU, no interpreter"),
               pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])]
 
 
