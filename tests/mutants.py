@@ -45,12 +45,13 @@ ODD_NORM = "test_norm_kernels[37-50-triton-float32]"
 ROPE, ROPE_NORM = (f"test_rope_kernels[{x}-triton-float32]" for x in ("13-4-64-False-2", "7-3-80-True-1"))
 SWIGLU, BY_HAND = "test_swiglu_kernels[triton-float32]", "test_pointwise_by_hand[torch-float32]"
 LOGITS = "test_logits[invariant-float16]"
-LOGP_BF16, EMPTY_PROMPT = LOGP.replace("float32", "bfloat16"), f"{SHARED}[lengths1-prompts1-7-1-80-4-0-triton-bfloat16]"
+LOGP_BF16 = LOGP.replace("float32", "bfloat16")
 PEAKED_DECODE = "test_decode_attention_is_the_last_row_of_attention[8-1-128-20-triton-bfloat16]"
 PEAKED = f"{HEADS}[triton-bfloat16-7-1-128-20]"
 BLOCKS = "test_linear_logp_adds_many_blocks_in_float32"
 NORM_OF_SUM = "test_add_rms_norm_norms_the_sum_it_returns[bfloat16]"
-ONCE = {name: f"test_results_are_rounded_once[{name}-bfloat16]" for name in ("linear", "rms_norm", "rope", "swiglu")}
+ONCE = {name: f"test_results_are_rounded_once[{name}-bfloat16]" for name in
+        ("linear", "rms_norm", "rope", "normed rope", "swiglu")}
 ORDER, REFUSE = "test_invariant_kernels_have_one_order", "test_kernels_refuse_what_they_cannot_multiply[swiglu]"
 TORCH, TORCH_OTHER = (f"{SEES}[torch-float64-{x}]" for x in ("prompts of 31, 32, 33", "same size, other prompt"))
 TORCH_MEMBERS = f"{SHARED}[lengths0-prompts0-4-2-32-1-3-torch-float64]"
@@ -155,7 +156,7 @@ MUTANTS = [
     ("columns beyond V are stored", "_linear_kernel", " & (col_v < V)[None, :]", "", [LINEAR]),
     ("bias learns from one row", "LinearInvariant", "grad_nv.sum(0)", "grad_nv[0]", [LINEAR]),
     # pointwise operations
-    ("norm without eps", "_rms_norm_fwd_kernel", " / D + eps", " / D", [NORM]),
+    ("norm without eps", "_rms_norm_fwd_kernel", " / D + eps", " / D", [NORM, ONCE["rms_norm"]]),
     ("mean over the block", "_rms_norm_fwd_kernel", " / D + eps", " / BLOCK_D + eps", [ODD_NORM]),
     ("norm's gradient without mean", "_rms_norm_bwd_kernel", "(grad_d - h_d * (tl.sum(grad_d * h_d, 0) / D))", "grad_d",
      [NORM]),
@@ -167,7 +168,8 @@ MUTANTS = [
     ("rotates the other way", "_rope_fwd_kernel", "a_hc * cos_c - b_hc * sin_c", "a_hc * cos_c + b_hc * sin_c", [ROPE]),
     ("gradient rotates on", "_rope_bwd_kernel", "turned_a_hc * cos_c + turned_b_hc * sin_c",
      "turned_a_hc * cos_c - turned_b_hc * sin_c", [ROPE]),
-    ("rope's norm without eps", "_rope_fwd_kernel", "(2 * HALF) + eps", "(2 * HALF)", [ROPE_NORM]),
+    ("rope's norm without eps", "_rope_fwd_kernel", "(2 * HALF) + eps", "(2 * HALF)",
+     [ROPE_NORM, ONCE["normed rope"]]),
     ("rope's norm without mean", "_rope_bwd_kernel", "(grad_a_hc - a_hc * mean_h[:, None])", "grad_a_hc", [ROPE_NORM]),
     ("rope's weight learns from one head", "_rope_bwd_kernel", "tl.sum(grad_b_hc * b_hc, 0)",
      "tl.max(grad_b_hc * b_hc, 0)", [ROPE_NORM]),
@@ -241,8 +243,6 @@ MUTANTS = [
     ("bfloat16: log-sum-exp", "launch_attention", "new_empty(N, H, dtype=torch.float32)", "new_empty(N, H)", [PEAKED]),
     ("bfloat16: decode's scores", "_decode_split_kernel", 'tl.dot(k_nc, q_mc.T, input_precision="ieee")',
      'tl.dot(k_nc, q_mc.T, input_precision="ieee").to(q_mc.dtype)', [PEAKED_DECODE]),
-    ("bfloat16: decode's log-sum-exp", "_decode_split_kernel", "max_m + tl.log2(sum_m), mask",
-     "(max_m + tl.log2(sum_m)).to(q_mc.dtype), mask", [EMPTY_PROMPT]),
     ("bfloat16: sum of the chunks' gradients", "LinearLogpTriton",
      "torch.zeros_like(hidden_nd, dtype=torch.float32)", "torch.zeros_like(hidden_nd)", [f"{BLOCKS}[triton]"]),
     ("bfloat16: product before its bias", "_linear_kernel", "out_nv += tl.load(",
@@ -341,8 +341,10 @@ def import_all():
 
 
 def in_bfloat16(tests):
-    """The same tests in bfloat16; none for a mistake that no test in float32 catches."""
-    return [test.replace("float32", "bfloat16") for test in tests if "-float32" in test or "[float32" in test]
+    """The same tests of the kernels in bfloat16, and those that are anyway; none if none is in float32."""
+    kernels = [test for test in tests if ("-float32" in test or "[float32" in test) and "[torch" not in test]
+    already = [test for test in tests if "bfloat16" in test]
+    return [test.replace("float32", "bfloat16") for test in kernels] + already if kernels else []
 
 
 def main(part=""):
