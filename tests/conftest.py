@@ -1,7 +1,11 @@
-"""Tests run single-threaded, since they are many small tensors, and on the CPU, since few need a GPU and the two-rank
-tests would look for two; kernels run there in Triton's interpreter.
+"""Tests run in one thread (RM_TEST_THREADS), since they are many small tensors, and on the CPU, since few need a GPU
+and the two-rank tests would look for two; kernels run there in Triton's interpreter.
 
-    RM_TEST_DEVICE=cuda python -m pytest tests/test_kernels.py    the kernels compiled, on the GPU, with bfloat16
+    RM_TEST_DEVICE=cuda python -m pytest tests/test_kernels.py    the kernels compiled, on the GPU
+
+As on other machines, which sum in other orders (nothing may fail; MKL and oneDNN take the same hints):
+
+    RM_TEST_THREADS=2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 DNNL_MAX_CPU_ISA=AVX2 python -m pytest
 """
 
 import os
@@ -14,4 +18,4 @@ else:
 
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("RM_TEST_THREADS", "1")))

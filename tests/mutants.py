@@ -1,6 +1,7 @@
 """Mistakes that the tests of kernels/ must notice: each is made in a copy of it, and a test that names it must fail.
 
     python tests/mutants.py [part of a name]    one line each; exit code 1 if any survives
+    python tests/mutants.py --bfloat16          all that tests in float32 catch, by the same tests in bfloat16
 
 A mistake is caught if every failure of its tests is an AssertionError, or an expected exception that did not come: one
 that merely does not run is an error of this list. Torch, Triton and pytest are imported once; a forked process per
@@ -42,8 +43,15 @@ LINEAR = "test_invariant_linear[37-50-33-float32]"
 NORM, MORE_ROWS = "test_norm_kernels[5-128-triton-float32]", "test_norms_of_more_rows_than_programs"
 ODD_NORM = "test_norm_kernels[37-50-triton-float32]"
 ROPE, ROPE_NORM = (f"test_rope_kernels[{x}-triton-float32]" for x in ("13-4-64-False-2", "7-3-80-True-1"))
-SWIGLU, BY_HAND = "test_swiglu_kernels[triton-float32]", "test_pointwise_by_hand[torch]"
+SWIGLU, BY_HAND = "test_swiglu_kernels[triton-float32]", "test_pointwise_by_hand[torch-float32]"
 LOGITS = "test_logits[invariant-float16]"
+LOGP_BF16 = LOGP.replace("float32", "bfloat16")
+PEAKED_DECODE = "test_decode_attention_is_the_last_row_of_attention[8-1-128-20-triton-bfloat16]"
+PEAKED = f"{HEADS}[triton-bfloat16-7-1-128-20]"
+BLOCKS = "test_linear_logp_adds_many_blocks_in_float32"
+NORM_OF_SUM = "test_add_rms_norm_norms_the_sum_it_returns[bfloat16]"
+ONCE = {name: f"test_results_are_rounded_once[{name}-bfloat16]" for name in
+        ("linear", "rms_norm", "rope", "normed rope", "swiglu")}
 ORDER, REFUSE = "test_invariant_kernels_have_one_order", "test_kernels_refuse_what_they_cannot_multiply[swiglu]"
 TORCH, TORCH_OTHER = (f"{SEES}[torch-float64-{x}]" for x in ("prompts of 31, 32, 33", "same size, other prompt"))
 TORCH_MEMBERS = f"{SHARED}[lengths0-prompts0-4-2-32-1-3-torch-float64]"
@@ -148,7 +156,7 @@ MUTANTS = [
     ("columns beyond V are stored", "_linear_kernel", " & (col_v < V)[None, :]", "", [LINEAR]),
     ("bias learns from one row", "LinearInvariant", "grad_nv.sum(0)", "grad_nv[0]", [LINEAR]),
     # pointwise operations
-    ("norm without eps", "_rms_norm_fwd_kernel", " / D + eps", " / D", [NORM]),
+    ("norm without eps", "_rms_norm_fwd_kernel", " / D + eps", " / D", [NORM, ONCE["rms_norm"]]),
     ("mean over the block", "_rms_norm_fwd_kernel", " / D + eps", " / BLOCK_D + eps", [ODD_NORM]),
     ("norm's gradient without mean", "_rms_norm_bwd_kernel", "(grad_d - h_d * (tl.sum(grad_d * h_d, 0) / D))", "grad_d",
      [NORM]),
@@ -160,7 +168,8 @@ MUTANTS = [
     ("rotates the other way", "_rope_fwd_kernel", "a_hc * cos_c - b_hc * sin_c", "a_hc * cos_c + b_hc * sin_c", [ROPE]),
     ("gradient rotates on", "_rope_bwd_kernel", "turned_a_hc * cos_c + turned_b_hc * sin_c",
      "turned_a_hc * cos_c - turned_b_hc * sin_c", [ROPE]),
-    ("rope's norm without eps", "_rope_fwd_kernel", "(2 * HALF) + eps", "(2 * HALF)", [ROPE_NORM]),
+    ("rope's norm without eps", "_rope_fwd_kernel", "(2 * HALF) + eps", "(2 * HALF)",
+     [ROPE_NORM, ONCE["normed rope"]]),
     ("rope's norm without mean", "_rope_bwd_kernel", "(grad_a_hc - a_hc * mean_h[:, None])", "grad_a_hc", [ROPE_NORM]),
     ("rope's weight learns from one head", "_rope_bwd_kernel", "tl.sum(grad_b_hc * b_hc, 0)",
      "tl.max(grad_b_hc * b_hc, 0)", [ROPE_NORM]),
@@ -226,6 +235,27 @@ MUTANTS = [
      "tokens_per_tile + 0 * offset", [GROUP]),
     ("triton logp temperature", "LinearLogpTriton", "1 / ctx.temperature", "1.0", [LOGP]),
     ("logits rounded", "logits", "torch.float32)", "hidden_nd.dtype)", [LOGITS]),
+    # roundings to bfloat16 where there is none
+    ("bfloat16: a product's sum", "_product_tile", 'acc_nv, input_precision="ieee")',
+     'acc_nv, input_precision="ieee").to(x_nd.dtype).to(tl.float32)', [LOGP_BF16]),
+    ("bfloat16: scores", "_attention_fwd_kernel", 'tl.dot(q_mc, k_nc.T, input_precision="ieee")',
+     'tl.dot(q_mc, k_nc.T, input_precision="ieee").to(q_mc.dtype)', [PEAKED]),
+    ("bfloat16: log-sum-exp", "launch_attention", "new_empty(N, H, dtype=torch.float32)", "new_empty(N, H)", [PEAKED]),
+    ("bfloat16: decode's scores", "_decode_split_kernel", 'tl.dot(k_nc, q_mc.T, input_precision="ieee")',
+     'tl.dot(k_nc, q_mc.T, input_precision="ieee").to(q_mc.dtype)', [PEAKED_DECODE]),
+    ("bfloat16: sum of the chunks' gradients", "LinearLogpTriton",
+     "torch.zeros_like(hidden_nd, dtype=torch.float32)", "torch.zeros_like(hidden_nd)", [f"{BLOCKS}[triton]"]),
+    ("bfloat16: product before its bias", "_linear_kernel", "out_nv += tl.load(",
+     "out_nv = out_nv.to(out_ptr.dtype.element_ty).to(tl.float32) + tl.load(", [ONCE["linear"]]),
+    ("bfloat16: the norm of a sum not rounded", "_rms_norm_fwd_kernel", "other=0.0)).to(x_d.dtype)", "other=0.0))",
+     [NORM_OF_SUM]),
+    ("bfloat16: rstd", "AddRmsNormTriton", "new_empty(N, dtype=torch.float32)", "new_empty(N)", [ONCE["rms_norm"]]),
+    ("bfloat16: sum of the weight's gradient", "_rms_norm_bwd_kernel", "part_d += grad_d * h_d",
+     "part_d = (part_d + grad_d * h_d).to(grad_ptr.dtype.element_ty).to(tl.float32)", [ONCE["rms_norm"]]),
+    ("bfloat16: a cosine", "_rope_fwd_kernel", "(a_hc * cos_c - b_hc * sin_c)",
+     "(a_hc * cos_c.to(out_ptr.dtype.element_ty) - b_hc * sin_c)", [ONCE["rope"]]),
+    ("bfloat16: silu", "_swiglu_fwd_kernel", "(gate * tl.sigmoid(gate) * up)",
+     "((gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty) * up)", [ONCE["swiglu"]]),
     # PyTorch
     ("torch: a token sees less", "_padded_segments", "row_t[None, :, None] >= row_t", "row_t[None, :, None] > row_t",
      [TORCH]),
@@ -243,7 +273,7 @@ MUTANTS = [
     ("torch logp: the last block counts", "LinearLogpChunked", "grad_hidden_nd.addmm_(",
      "grad_hidden_nd.zero_().addmm_(", [TORCH_LOGP]),
     ("torch logp: bfloat16 sums", "LinearLogpChunked", "torch.zeros_like(hidden_nd, dtype=grad_n.dtype)",
-     "torch.zeros_like(hidden_nd)", ["test_linear_logp_adds_many_blocks_in_float32"]),
+     "torch.zeros_like(hidden_nd)", [f"{BLOCKS}[torch]"]),
     ("torch logp: moment keeps its old maximum", "LinearLogpChunked", "(moment_n + sum_n * down_n)", "moment_n",
      [TORCH_LOGP]),
     ("torch logp: sum keeps its old maximum", "LinearLogpChunked", "keep_n * sum_n", "sum_n", [TORCH_LOGP]),
@@ -310,15 +340,26 @@ def import_all():
     gc.freeze()
 
 
+def in_bfloat16(tests):
+    """The same tests of the kernels in bfloat16, and those that are anyway; none if none is in float32."""
+    kernels = [test for test in tests if ("-float32" in test or "[float32" in test) and "[torch" not in test]
+    already = [test for test in tests if "bfloat16" in test]
+    return [test.replace("float32", "bfloat16") for test in kernels] + already if kernels else []
+
+
 def main(part=""):
     sources = {path.name: path.read_text() for path in sorted((HERE.parent / "kernels").glob("*.py"))}
-    mutants = [(name, mutated(sources, *change), tests) for name, *change, tests in MUTANTS if part in name]
+    mutants = [(name, mutated(sources, *change), tests) for name, *change, tests in MUTANTS]
+    if part == "--bfloat16":
+        mutants = [(name, changed, in_bfloat16(tests)) for name, changed, tests in mutants if in_bfloat16(tests)]
+    else:
+        mutants = [row for row in mutants if part in row[0]]
     assert len({name for name, *_ in MUTANTS}) == len(MUTANTS), "two mutants have one name"
     wrong = 0
     import_all()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tests").mkdir()
-        for name in ("test_kernels.py", "conftest.py"):
+        for name in ("test_kernels.py", "interpreter.py", "conftest.py"):
             shutil.copy(HERE / name, Path(folder) / "tests")
         everything = list(dict.fromkeys(test for _, _, tests in mutants for test in tests))
         for name, changed, tests in [("(no mistake)", sources, everything), *mutants]:

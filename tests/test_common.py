@@ -19,7 +19,6 @@ from common import (Ranks, Run, Tally, latest_checkpoint, learning_rate, make_op
 from files import one_line_errors
 from model import Model, ModelConfig
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
 QWEN3 = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=40, hidden_size=16,

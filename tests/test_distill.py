@@ -25,7 +25,6 @@ from reward import benchmark_verdict, load_prompt, render
 from sample import Sampler, Sampling
 from tokenizer import Tokenizer
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared"))
 TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

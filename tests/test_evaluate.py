@@ -25,8 +25,6 @@ from reward import benchmark_verdict, prompt_path  # noqa: E402
 from judge import HeldOut, load_judge  # noqa: E402
 from benchmarks.scores import pairs as score, table, wilson  # noqa: E402
 
-torch.set_num_threads(1)
-
 # ---- end to end, with a random model
 
 

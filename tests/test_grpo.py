@@ -26,7 +26,6 @@ from model import Model, ModelConfig
 from sample import Rollout, Sampling, whole_model
 from tokenizer import Tokenizer
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
 TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -1,6 +1,7 @@
 """Batch invariance (impl="invariant"): a token's numbers are the same bits alone, in a batch, in a forest and decoded
 one by one. Oracle: the same operation on the row, or the sequence, alone; torch.equal. In Triton's interpreter in
-float32, on a GPU in bfloat16 (RM_TEST_DEVICE=cuda). The control shows that the default path differs: they can fail."""
+float32 and, mended (interpreter.py), in bfloat16; on a GPU in bfloat16 (RM_TEST_DEVICE=cuda). The control shows that
+the default path differs: they can fail."""
 
 import os
 
@@ -8,17 +9,25 @@ import pytest
 import torch
 
 import kernels
+from interpreter import mended
 from kernels import Prompts, attention, decode_attention, linear, linear_logp, rms_norm, rope, swiglu
 from model import Model, ModelConfig, pack
 from sample import Sampler, Sampling
 
 DEVICE = os.environ.get("RM_TEST_DEVICE", "cpu")
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-pytestmark = pytest.mark.skipif(not kernels.runs_triton(DEVICE, DTYPE), reason="needs a GPU or TRITON_INTERPRET=1")
+DTYPES = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.bfloat16]
+pytestmark = [pytest.mark.skipif(not kernels.runs_triton(DEVICE, torch.float32), reason="no GPU, no interpreter"),
+              pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])]
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, DTYPE)
+@pytest.fixture(autouse=True, scope="module")
+def bfloat16_as_on_a_gpu():
+    with mended():
+        yield
+
+
+def normal(dtype, *shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def rows_alone(f, n):
@@ -26,9 +35,9 @@ def rows_alone(f, n):
 
 
 @pytest.mark.parametrize("N,D,V", [(37, 40, 50), (70, 96, 33), (1, 17, 5)])
-def test_rows_of_linear_alone(N, D, V):
+def test_rows_of_linear_alone(N, D, V, dtype):
     """Each row alone, and the rows in another order."""
-    x, weight, bias = normal(N, D), normal(V, D, seed=1), normal(V, seed=2)
+    x, weight, bias = normal(dtype, N, D), normal(dtype, V, D, seed=1), normal(dtype, V, seed=2)
     for b in (bias, None):
         together = linear(x, weight, b, "invariant")
         assert torch.equal(together, rows_alone(lambda row: linear(x[row], weight, b, "invariant"), N))
@@ -36,21 +45,21 @@ def test_rows_of_linear_alone(N, D, V):
         assert torch.equal(together[order], linear(x[order], weight, b, "invariant"))
 
 
-def test_rows_of_linear_logp_alone():
+def test_rows_of_linear_logp_alone(dtype):
     """logp and entropy of each row alone, at a temperature; the vocabulary ends within a tile."""
     N, V = 37, 71
-    hidden, weight, target = normal(N, 40), normal(V, 40, seed=1), torch.arange(N, device=DEVICE) * 5 % V
+    hidden, weight, target = normal(dtype, N, 40), normal(dtype, V, 40, seed=1), torch.arange(N, device=DEVICE) * 5 % V
     together = linear_logp(hidden, weight, target, 0.7, "invariant")
     def alone(row):
         return torch.stack(linear_logp(hidden[row], weight, target[row], 0.7, "invariant"), 1)
     assert torch.equal(torch.stack(together, 1), rows_alone(alone, N))
 
 
-def test_rows_of_pointwise_operations_alone():
+def test_rows_of_pointwise_operations_alone(dtype):
     """rms_norm, add_rms_norm, rope with and without norm, swiglu."""
     N, D, H, C = 19, 48, 3, 32
-    x, y, weight = normal(N, D), normal(N, D, seed=1), normal(D, seed=2)
-    q, angle = normal(N, H, C), torch.randn(N, C // 2, device=DEVICE)
+    x, y, weight = normal(dtype, N, D), normal(dtype, N, D, seed=1), normal(dtype, D, seed=2)
+    q, angle = normal(dtype, N, H, C), torch.randn(N, C // 2, device=DEVICE)
     cos, sin = angle.cos(), angle.sin()
     for f in (lambda row: rms_norm(x[row], weight, 1e-6, "invariant"),
               lambda row: torch.cat(kernels.add_rms_norm(x[row], y[row], weight, 1e-6, "invariant"), 1),
@@ -61,13 +70,13 @@ def test_rows_of_pointwise_operations_alone():
 
 
 @pytest.mark.parametrize("H,K,C", [(4, 2, 32), (7, 1, 64), (3, 3, 80)])
-def test_attention_in_a_forest_alone_and_decoded(H, K, C):
+def test_attention_in_a_forest_alone_and_decoded(H, K, C, dtype):
     """Trees of prompts and responses of odd lengths: each [prompt, response] alone as one causal sequence, and some of
     its tokens decoded against the prompt's cache and its own; a prompt alone."""
     trees = [(37, [9, 18, 1]), (5, [2]), (32, [4])]
     forest = pack([([0] * prompt, [[0] * n for n in responses]) for prompt, responses in trees])
     N, segments = len(forest.tokens_n), forest.segments_s3.tolist()
-    q, k, v = normal(N, H, C), normal(N, K, C, seed=1), normal(N, K, C, seed=2)
+    q, k, v = normal(dtype, N, H, C), normal(dtype, N, K, C, seed=1), normal(dtype, N, K, C, seed=2)
     out = attention(q, k, v, forest.segments_s3, "invariant")
     for first, n, above in segments:
         p_first, p = segments[above][:2] if above >= 0 else (first, 0)
@@ -79,7 +88,7 @@ def test_attention_in_a_forest_alone_and_decoded(H, K, C):
         for i in range(0, n, 1 + n // 5):  # slots 0 and 1 share the prompt, 2 has it in its own cache
             own = slice(first, first + i + 1)
             q_bhc = torch.stack([q[first + i]] * 3)
-            k_bktc, v_bktc = (normal(3, K, p + n + 3, C, seed=9) for _ in range(2))
+            k_bktc, v_bktc = (normal(dtype, 3, K, p + n + 3, C, seed=9) for _ in range(2))
             for x_bktc, x in ((k_bktc, k), (v_bktc, v)):
                 x_bktc[:2, :, :i + 1] = x[own].transpose(0, 1)
                 x_bktc[2, :, :p + i + 1] = x[rows[:p + i + 1]].transpose(0, 1)
@@ -92,15 +101,15 @@ def test_attention_in_a_forest_alone_and_decoded(H, K, C):
             assert torch.equal(decoded, torch.stack([out[first + i]] * 3))
 
 
-def tiny(kind):
+def tiny(kind, dtype):
     """A model of two layers and 3 heads on one key/value head, with the biases or norms of its family."""
     raw = {"model_type": kind, "vocab_size": 101, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2,
            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
            "tie_word_embeddings": kind == "qwen3"}
-    model = Model.random(ModelConfig.from_dict(raw), seed=1, device=DEVICE, dtype=DTYPE).requires_grad_(False)
+    model = Model.random(ModelConfig.from_dict(raw), seed=1, device=DEVICE, dtype=dtype).requires_grad_(False)
     for name, x in model.named_parameters():  # else biases and norms would hide mistakes
         if x.ndim == 1:
-            x += normal(*x.shape, seed=len(name)) / 10
+            x += normal(dtype, *x.shape, seed=len(name)) / 10
         else:
             x *= 8
     model.n_vocab = 97
@@ -120,10 +129,10 @@ def sampled_and_scored(model, n, n_slots, **options):
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_the_sampler_gives_the_trainers_bits(kind):
+def test_the_sampler_gives_the_trainers_bits(kind, dtype):
     """Log-probabilities: sampled in groups of 2 with continuous batching, scored in a forest; then a rollout scored as
     a sequence of its own, and a group sampled again alone, and greedily: all the same bits."""
-    model = tiny(kind)
+    model = tiny(kind, dtype)
     model.impl = "invariant"
     rollouts, sampled, scored = sampled_and_scored(model, 2, 4, temperature=0.8, seed=4)
     assert len(sampled) == 18 and sampled.min() > -20 and sampled.std() > 0.5
@@ -139,10 +148,10 @@ def test_the_sampler_gives_the_trainers_bits(kind):
     assert torch.equal(sampled, scored)
 
 
-def test_the_default_path_differs():
+def test_the_default_path_differs(dtype):
     """The control: the same comparison on the default path agrees to rounding, and not to the bit."""
-    model = tiny("qwen2")
+    model = tiny("qwen2", dtype)
     model.impl = "torch"
     _, sampled, scored = sampled_and_scored(model, 3, 6, temperature=0.8, seed=4)
     assert len(sampled) == 27 and not torch.equal(sampled, scored)
-    assert (sampled - scored).abs().max() < (1e-4 if DTYPE == torch.float32 else 0.3)
+    assert (sampled - scored).abs().max() < (1e-4 if dtype == torch.float32 else 0.3)

@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file
 import model as model_py
 from model import Forest, Model, ModelConfig, pack
 
-torch.set_num_threads(1)
-
 QWEN2 = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=97, hidden_size=48,
              intermediate_size=80,
              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_act="silu", rms_norm_eps=1e-5,

@@ -25,7 +25,6 @@ from reward import prompt_path  # noqa: E402
 from sample import (Batch, Config, Sampler, Sampling, choose, load_model, prompt_key, read_texts,  # noqa: E402
                     uniforms)
 
-torch.set_num_threads(1)
 SHARED = (ROOT / os.environ.get("RM_SHARED", "../shared")).resolve()
 
 QWEN2 = dict(model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
