@@ -1,4 +1,4 @@
-"""report.py and its page. Oracles: rubrics cut by hand; the page's data unpacked again in Python; in headless Chromium,
+"""report/ and its page. Oracles: rubrics cut by hand; the page's data unpacked again in Python; in headless Chromium,
 filters against counts made from the records, and a record full of markup that must be shown, letter by letter, and not
 run. Browser tests need playwright and a Chromium on PATH."""
 
@@ -18,8 +18,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from report import (  # noqa: E402
-    Chunks, Config, build, find, main, outcome, page_json, parts, rubric_items, section, write)
+from benchmarks.scores import section, wilson  # noqa: E402
+from report.__main__ import Config, main  # noqa: E402
+from report.build import Chunks, build, page_json, write  # noqa: E402
+from report.judgement import outcome, parts, rubric_items  # noqa: E402
+from report.read import find  # noqa: E402
 
 # ---- records made for the tests
 
@@ -269,27 +272,27 @@ def test_training_rows_with_nan_and_gaps(tmp_path):
 
 
 @pytest.mark.parametrize("file, text, said", [
-    ("judgements.jsonl", '{"id": "x"}\n', "judgements.jsonl:1: 'source' is missing, need str"),
+    ("judgements.jsonl", '{"id": "x"}\n', 'judgements.jsonl:1: no "source" (found "id"): add it'),
     ("judgements.jsonl", json.dumps(judgement(pair(1))) + "\n{nope\n", "judgements.jsonl:2: not JSON"),
     ("judgements.jsonl", "\n[1]\n", "judgements.jsonl:2: not a JSON object"),
     ("judgements.jsonl", "[" * 100_000 + "\n", "judgements.jsonl:1: not JSON"),
     ("judgements.jsonl", (json.dumps(judgement(pair(1))) + "\n") * 2,
      "judgements.jsonl:2: id 'reward-bench/1' is also at"),
     ("judgements.jsonl", json.dumps(judgement(pair(1)) | {"verdict": "A"}),
-     "judgements.jsonl:1: 'verdict' is 'A', need 'a', 'b' or null"),
+     'judgements.jsonl:1: "verdict" is "A": write "a", "b" or null'),
     ("judgements.jsonl", json.dumps(judgement(pair(1)) | {"votes": [7]}),
-     "judgements.jsonl:1: a vote is not an object"),
+     'judgements.jsonl:1: "votes" holds an integer: it may only hold an object'),
     ("judgements.jsonl", b'{"id": "\xff"}\n', "judgements.jsonl:1: not JSON"),
-    ("pairs.jsonl", json.dumps(pair(1) | {"answer_a": 5}), "pairs.jsonl:1: 'answer_a' is 5, need str or list"),
-    ("pairs.jsonl", json.dumps(pair(1) | {"prompt": ["x"]}), "pairs.jsonl:1: a message is not an object"),
-    ("metrics.jsonl", '{"step": 1}\n{"reward": 2}\n', "metrics.jsonl:2: 'step' is missing, need int or float"),
+    ("pairs.jsonl", json.dumps(pair(1) | {"answer_a": 5}), 'pairs.jsonl:1: "answer_a" is an integer: it must be a string or a list'),
+    ("pairs.jsonl", json.dumps(pair(1) | {"prompt": ["x"]}), 'pairs.jsonl:1: "prompt" holds a string: it may only hold an object'),
+    ("metrics.jsonl", '{"step": 1}\n{"reward": 2}\n', 'metrics.jsonl:2: no "step" (found "reward"): add it'),
     ("metrics.jsonl", '{"step": 1}\n{"st\n', "metrics.jsonl:2: not JSON"),
     ("metrics.jsonl", '{"step": NaN}\n', "metrics.jsonl:1: 'step' is nan, need a number below 2**53"),
     ("metrics.jsonl", '{"step": 1}\n{"step": 100000000000000000}', "metrics.jsonl:2: 'step' is 100000000000000000"),
-    ("judgements.jsonl", json.dumps(judgement(pair(1)) | {"item": {}}), "judgements.jsonl:1: 'item' is {}, need str"),
+    ("judgements.jsonl", json.dumps(judgement(pair(1)) | {"item": {}}), 'judgements.jsonl:1: "item" is an object: it must be a string'),
     ("judgements.jsonl", json.dumps(judgement(pair(1))).replace('"n_tokens"', '"at": {"512": {}}, "n_tokens"'),
-     "judgements.jsonl:1: '512' is {}, need str or null"),
-    ("scores.json", '{"settings": ' + "[" * 990 + "]" * 990 + "}", "scores.json: not JSON (maximum recursion"),
+     'judgements.jsonl:1: "512" is an object: it must be a string or null'),
+    ("scores.json", '{"settings": ' + "[" * 990 + "]" * 990 + "}", "scores.json: not JSON (JSON nested too deeply"),
     ("scores.json", "{", "scores.json: not JSON"),
     ("notes.txt", "hello", "nothing to report there"),
 ])
