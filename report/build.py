@@ -2,9 +2,9 @@
 
 The page is page.html with the style, the scripts and the data put in, the data in two forms. An *index* of numbers and
 names, from which the browser draws the scores and the list: JSON in a script tag of a type that is not run, every "<"
-written as \\u003c. And *chunks* of texts, deflated and in base64, unpacked when a judgement in them is read or searched:
-so 40,000 judgements open at once. The page's own script never makes markup of a text, and its Content-Security-Policy
-names that script by its hash and allows nothing else to run or to load.
+written as \\u003c. And *chunks* of texts, deflated and in base64, unpacked when a judgement in them is read or
+searched: so 40,000 judgements open at once. The page's own script never makes markup of a text, and its
+Content-Security-Policy names that script by its hash and allows nothing else to run or to load.
 """
 
 import base64
@@ -128,28 +128,26 @@ class Page:
 
     def evaluation(self, file, loose):
         """Adds one model's judgements; loose: id -> (place, pair), for those without a pairs.jsonl beside them."""
-        folder, own = file.parent, file.name in OWN
-        scores = read_object(folder / "scores.json") if own and file.name != UNFINISHED else {}
+        own, model = file.name in OWN, len(self.models)
+        scores = read_object(file.with_name("scores.json")) if own and file.name != UNFINISHED else {}
         tables = {key: scores[key] for key in scores if key not in ("model", "models")}
         tables |= {key: table_rows(scores, key) for key in TABLES}
-        model = len(self.models)
-        self.models.append({**tables, "name": self.free_name(scores, folder.resolve().name if own else file.stem),
-                            "folder": str(folder)})
+        name = self.free_name(scores, file.parent.resolve().name if own else file.stem)
+        self.models.append({**tables, "name": name, "folder": str(file.parent)})
         own_pairs, pair_numbers, seen = {}, {}, {}     # a pair that nobody has judged stays out of the page
-        if own and (folder / "pairs.jsonl").exists():
-            for place, record in lines(folder / "pairs.jsonl"):
-                with at(place):
-                    own_pairs[need(record, "id", str)] = place, record
+        for place, record in lines(pairs_beside(file)) if pairs_beside(file) else ():
+            with at(place):
+                own_pairs[need(record, "id", str)] = place, record
         for place, r in lines(file) if file.name != "scores.json" else ():
             if file.name == UNFINISHED and place.endswith(":1"):
                 continue
             with at(place):
-                name, swapped = need(r, "id", str), "swapped" in r and bool(r["swapped"])
-                row = {"id": name, "model": model, "swapped": int(swapped), **self.judgement(r)}
-            if name in seen:
-                raise ValueError(f"{place}: id {name[:60]!r} is also at {seen[name]}: delete one of the lines")
-            seen[name] = place
-            base = name.removesuffix(SWAPPED) if swapped else name
+                id, swapped = need(r, "id", str), "swapped" in r and bool(r["swapped"])
+                row = {"id": id, "model": model, "swapped": int(swapped), **self.judgement(r)}
+            if id in seen:
+                raise ValueError(f"{place}: id {id[:60]!r} is also at {seen[id]}: delete one of the lines")
+            seen[id] = place
+            base = id.removesuffix(SWAPPED) if swapped else id
             if base not in pair_numbers:
                 pair_numbers[base] = self.pair_for(base, r, own_pairs, loose)
             self.rows.append(row | {"pair": pair_numbers[base]})
@@ -181,7 +179,8 @@ class Page:
         votes = vote_items(r)
         types = [v["parts"]["type"] for v in votes if "type" in v["parts"]]
         tokens = [v["n_tokens"] for v in votes]
-        named = {"benchmark": TITLES.get(r["source"], r["source"]), "section": section(r), "subset": texts["subset"] or ""}
+        named = {"benchmark": TITLES.get(r["source"], r["source"]), "section": section(r),
+                 "subset": texts["subset"] or ""}
         self.chunks["judgement"].add({"votes": votes, "n_prompt_tokens": number(r, "n_prompt_tokens"),
                                       "item": texts["item"]})
         return {**{key: self.names[key].setdefault(name, len(self.names[key])) for key, name in named.items()},
@@ -192,22 +191,22 @@ class Page:
 
     def counted_rows(self, model):
         """Rows as in scores.json for a model without one: the share right, by benchmark and section."""
-        benchmarks, sections = list(self.names["benchmark"]), list(self.names["section"])
-        groups = {}
+        benchmarks, sections, groups = list(self.names["benchmark"]), list(self.names["section"]), {}
         for row in self.rows:
-            if row["model"] == model and OUTCOMES[row["outcome"]] != "unlabelled":
-                benchmark, section_name = benchmarks[row["benchmark"]], sections[row["section"]]
-                for group in (("all pairs", "overall", "overall"), (benchmark, "overall", "overall"),
-                              (benchmark, "section", section_name)):
-                    groups.setdefault(group, []).append(OUTCOMES[row["outcome"]])
+            found, benchmark = OUTCOMES[row["outcome"]], benchmarks[row["benchmark"]]
+            if row["model"] == model and found != "unlabelled":
+                groups.setdefault(("all pairs", "overall", "overall"), []).append(found)
+                groups.setdefault((benchmark, "overall", "overall"), []).append(found)
+                groups.setdefault((benchmark, "section", sections[row["section"]]), []).append(found)
         if len({benchmark for benchmark, _, _ in groups}) == 2:  # "all pairs" and a single benchmark: the same
             del groups["all pairs", "overall", "overall"]
         rows = []
         for (benchmark, kind, name), found in groups.items():
             n, right = len(found), found.count("right")
             low, high = wilson(right, n)
-            rows.append({"benchmark": benchmark, "kind": kind, "name": name, "n": n, "right": right, "score": right / n,
-                         "low": low, "high": high, "no_verdict": found.count("none") / n, "ties": found.count("tie") / n})
+            rows.append({"benchmark": benchmark, "kind": kind, "name": name, "n": n, "right": right,
+                         "score": right / n, "low": low, "high": high, "no_verdict": found.count("none") / n,
+                         "ties": found.count("tie") / n})
         return rows
 
     def run(self, file):
@@ -234,11 +233,13 @@ class Page:
     def data(self):
         for chunks in self.chunks.values():
             chunks.close()
+        # a run is called by its folder, without what all the runs' folders begin with
         common = os.path.commonpath([run["name"] for run in self.runs]) if len(self.runs) > 1 else ""
+        shown = [os.path.relpath(run["name"], common) if common else Path(run["name"]).name for run in self.runs]
+        runs = [{**run, "name": name or run["name"]} for name, run in zip(shown, self.runs)]
         return {"models": self.models, "names": {key: list(numbers) for key, numbers in self.names.items()},
                 "columns": {key: [row[key] for row in self.rows] for key in COLUMNS}, "previews": self.previews,
-                "chunks": {kind: chunks.starts for kind, chunks in self.chunks.items()},
-                "runs": [{**run, "name": shown_name(run["name"], common)} for run in self.runs]}
+                "chunks": {kind: chunks.starts for kind, chunks in self.chunks.items()}, "runs": runs}
 
 
 def table_rows(scores, key):
@@ -248,24 +249,25 @@ def table_rows(scores, key):
         row[name] is None or isinstance(row[name], str) for name in ("benchmark", "kind", "name") if name in row)]
 
 
-def shown_name(folder, common):
-    """A run's folder, without what all the runs' folders begin with."""
-    return os.path.relpath(folder, common) if common else Path(folder).name or folder
+def pairs_beside(file):
+    """The pairs.jsonl of an evaluation, or None."""
+    path = file.with_name("pairs.jsonl")
+    return path if file.name in OWN and path.exists() else None
 
 
 def build(found):
     """The Page of all that was found."""
     page, loose, wanted = Page(), {}, set()
-    for file in found.evaluations if found.pairs else ():
-        if file.name not in OWN or file.name != "scores.json" and not file.with_name("pairs.jsonl").exists():
+    for file in found["evaluation"] if found["pairs"] else ():
+        if file.name != "scores.json" and not pairs_beside(file):
             wanted |= {str(record["id"]).removesuffix(SWAPPED) for _, record in lines(file) if "id" in record}
-    for file in found.pairs if wanted else ():
+    for file in found["pairs"] if wanted else ():
         for place, record in lines(file):
             if all(key in record for key in ("id", "source", "domain", "winner")) and str(record["id"]) in wanted:
                 loose.setdefault(str(record["id"]), (place, record))
-    for file in found.evaluations:
+    for file in found["evaluation"]:
         page.evaluation(file, loose)
-    for file in found.runs:
+    for file in found["run"]:
         page.run(file)
     return page
 

@@ -52,7 +52,7 @@ function cutQuotes(text) {   // [string | {kind, side, text, block}]: one pass; 
   return [...out, text.slice(at)];
 }
 
-// a part of the judgement as elements; its quotations go into book.quotes. book.texts: {A: [normal text], B: ...} or null
+// A part of the judgement as elements; its quotations go into book.quotes. book.texts: {A: [normal text], B: ...}
 const quoted = (text, book) => div("text data", cutQuotes(text).map(piece =>
   typeof piece === "string" ? piece : quotation(piece, book)));
 
@@ -65,9 +65,9 @@ function quotation({kind, side, text, block}, book) {
   if (found === "part") note += ", only in part";
   if (found === "none") note = `not found in answer ${side}`;
   if (found === "none" && locate(text, book.texts[other]).found === "all") note += `, but in ${other}`;
+  const press = linked && {title: "show in the answer", ...pressable(() => flash(`mark[data-q~="${n}"]`))};
   return h("span", {class: `quote ${name}${linked ? " linked" : ""}${found === "none" ? " lost" : ""}`, "data-n": n,
-    "data-found": found, ...(linked && {title: "show in the answer", ...pressable(() => flash(`mark[data-q~="${n}"]`))})},
-    span("who", note), text);
+    "data-found": found, ...press}, span("who", note), text);
 }
 
 const marksIn = (book, i, side) => book.quotes.filter(q => !side || q.side === side).flatMap(q =>   // in text i
@@ -158,7 +158,7 @@ async function drawJudgement(top) {
   light();
   drawList();
   const next = rows[position.get(j) + 1];
-  if (next != null) Promise.all([item("judgement", next), item("pair", J.pair[next])]).catch(() => {});   // unpacked ahead
+  if (next != null) Promise.all([item("judgement", next), item("pair", J.pair[next])]).catch(() => 0);   // ahead
 }
 
 const answersOf = (pair, swapped) => swapped ? {A: messagesOf(pair.b), B: messagesOf(pair.a)}
@@ -194,7 +194,7 @@ const tall = () => {
 
 function factsOf(j, x, v, book) {
   const where = unique(["benchmark", "section", "subset"].map(key => D.names[key][J[key][j]]).filter(Boolean));
-  const lost = book.quotes.filter(q => !q.places.length).length, n = book.quotes.length, cut = text => span("cut", text);
+  const n = book.quotes.length, lost = book.quotes.filter(q => !q.places.length).length;
   const facts = [
     where.map((name, i) => [i > 0 && " › ", h("b", {class: "data"}, name)]),
     h("a", {class: "data mono", id: "permalink", href: address({j}), title: "link to this judgement"}, J.id[j]),
@@ -202,12 +202,12 @@ function factsOf(j, x, v, book) {
     v && (v.n_tokens != null ? [b(count(v.n_tokens)), " tokens"] : [b(count(v.text.length)), " characters"]),
     v && v.seconds != null && [b(v.seconds.toFixed(1)), " s"],
     v && v.finished === true && "finished",
-    v && v.finished === false && cut("cut off by the token limit"),
+    v && v.finished === false && span("cut", "cut off by the token limit"),
     x.n_prompt_tokens != null && ["prompt ", b(count(x.n_prompt_tokens)), " tokens"],
     v && ["type ", b(v.parts.type ?? "unknown")],
-    v && v.parts.type && !v.parts.well_formed && cut("not well-formed"),
+    v && v.parts.type && !v.parts.well_formed && span("cut", "not well-formed"),
     J.swapped[j] > 0 && ["A and B ", b("swapped"), " (was B and A)"],
-    n > 0 && [b(n), n > 1 ? " quotations" : " quotation", lost > 0 && cut(`, ${lost} not found`)],
+    n > 0 && [b(n), n > 1 ? " quotations" : " quotation", lost > 0 && span("cut", `, ${lost} not found`)],
     v && v.at && Object.entries(v.at).map(([tokens, side]) => [`at ${tokens}: `, b(SIDE[SIDES.indexOf(side)]), "  "]),
     x.item != null && !J.id[j].includes(x.item) && ["item ", span("data mono", x.item)],
   ];
@@ -216,9 +216,10 @@ function factsOf(j, x, v, book) {
 
 function pillsOf(j, x) {   // a button for each vote, where there are several
   const markOf = verdict => OUTCOMES[verdict === null ? 2 : verdict === SIDES[J.label[j]] ? 0 : 1][1];
-  return x.votes.length > 1 && h("div", {class: "pills votes", role: "group", "aria-label": "Votes"}, x.votes.map((v, i) =>
-    button({"data-vote": i, "aria-pressed": String(i === state.vote), onclick: () => showVote(i)},
-      `vote ${i + 1}: ${v.verdict ? v.verdict.toUpperCase() : "none"} `, J.label[j] < 2 && markOf(v.verdict))));
+  const pill = (v, i) => button({"data-vote": i, "aria-pressed": String(i === state.vote), onclick: () => showVote(i)},
+    `vote ${i + 1}: ${v.verdict ? v.verdict.toUpperCase() : "none"} `, J.label[j] < 2 && markOf(v.verdict));
+  const several = x.votes.length > 1;
+  return several && h("div", {class: "pills votes", role: "group", "aria-label": "Votes"}, x.votes.map(pill));
 }
 
 const showVote = vote => show({j: current, vote}, false);
@@ -232,7 +233,8 @@ function twinsOf(j) {   // links to the other judgements of the same pair
 }
 
 function asked(j, pair, answers, book) {   // the question and the answers
-  if (!pair) return remark("Texts", "The question and the answers are not on disk beside these judgements.", "no-texts");
+  const missing = "The question and the answers are not on disk beside these judgements.";
+  if (!pair) return remark("Texts", missing, "no-texts");
   if (pair.rendered)
     return card("As shown to the judge", conversation(pair.rendered, i => marksIn(book, i)), "rendered");
   const side = letter => {
@@ -272,5 +274,6 @@ function rubricTable(items, book) {
   const sum = weights.reduce((x, y) => x + y, 0), inPercent = items.some(([, weight]) => /%/.test(weight ?? ""));
   if (sum && items.length > 1 && inPercent && Math.abs(sum - 100) > 0.5)
     rows.push([td("soft", "sum"), td("wrong", `${+sum.toFixed(2)}%`), td("")]);
-  return table("rubric", [th("", "Criterion"), th("", "Weight"), th("", items.some(x => x[2]) && "What meets it")], rows);
+  const head = ["Criterion", "Weight", items.some(x => x[2]) && "What meets it"];
+  return table("rubric", head.map(text => th("", text)), rows);
 }

@@ -42,7 +42,7 @@ def parts(text):
     return {key: value for key, value in found.items() if value and key != "verdict"}
 
 
-# A head is "1." or "2)" (m[2]) or a bullet (m[3]), after m[1] blanks. A weight is "(weight: 40%)", "weight 0.4", "- 40%".
+# A head: m[1] blanks, then "1." or "2)" (m[2]) or a bullet (m[3]). Weights: "(weight: 40%)", "weight 0.4", "- 40%".
 HEAD = re.compile(r"(\s*)[#*_ ]{0,8}?(?:(\d{1,2})[.)]|([-*\u2022]))(?:\*\*|__)?\s+(?=\S)")
 WEIGHT = (re.compile(r"\s*[(\[]\s*(?:weight\w*\s*[:=]?\s*)?(\d{1,3}(?:\.\d{1,4})?\s*(?:%|points?|percent)?)"
                      r"(?:\s*weight\w*)?\s*[)\]]", re.I),

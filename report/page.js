@@ -18,11 +18,8 @@ function put(el, props, kids) {   // attributes, listeners ("onclick") and child
 }
 const h = (name, props, ...kids) => put(document.createElement(name), props, kids);
 const s = (name, props, ...kids) => put(document.createElementNS("http://www.w3.org/2000/svg", name), props, kids);
-const div = (className, ...kids) => h("div", {class: className}, kids);
-const span = (className, ...kids) => h("span", {class: className}, kids);
-const td = (className, ...kids) => h("td", {class: className}, kids);
-const th = (className, ...kids) => h("th", {class: className}, kids);
-const p = (className, ...kids) => h("p", {class: className}, kids);
+const [div, span, td, th] = ["div", "span", "td", "th"].map(name => (className, ...kids) =>
+  h(name, {class: className}, kids));
 const b = (...kids) => h("b", {}, kids);
 const h2 = text => h("h2", {}, text);
 const button = (props, ...kids) => h("button", props, kids);
@@ -61,9 +58,7 @@ const plainNumber = text => text !== "" && Number.isFinite(+text) ? String(+text
 const phone = () => matchMedia("(max-width: 760px)").matches;
 const unique = list => [...new Set(list)];
 
-// 95% interval of a share: the twin of wilson in benchmarks/scores.py, for what the reader's filters leave. A test holds
-// the two together.
-function wilson(right, n, z = 1.96) {
+function wilson(right, n, z = 1.96) {   // the twin of wilson in benchmarks/scores.py, for what the filters leave
   if (!n) return [0, 1];
   const p = right / n, zz = z * z / n, middle = (p + zz / 2) / (1 + zz);
   const half = z * Math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz);
@@ -82,16 +77,11 @@ const LENGTH = byTokens ? J.tokens : J.chars, UNIT = byTokens ? "tokens" : "char
 const CACHE_CHUNKS = 48, cache = new Map();
 
 async function item(kind, n) {
-  const k = D.chunks[kind].findLastIndex(first => first <= n);
-  return (await chunk(kind + k))[n - D.chunks[kind][k]];
-}
-
-function chunk(id) {   // a promise of the items in one chunk; the chunks used last are kept
-  const items = cache.get(id) || unpack(id);
-  cache.delete(id);
-  cache.set(id, items);
+  const k = D.chunks[kind].findLastIndex(first => first <= n), items = cache.get(kind + k) ?? unpack(kind + k);
+  cache.delete(kind + k);   // and in again: the chunks used last are kept
+  cache.set(kind + k, items);
   if (cache.size > CACHE_CHUNKS) cache.delete(cache.keys().next().value);
-  return items;
+  return (await items)[n - D.chunks[kind][k]];
 }
 
 async function unpack(id) {
@@ -211,7 +201,8 @@ function filter() {
   const choices = (f, chosen) => ({...f, counts: f.names.map(() => 0),
     keeps: j => !chosen.length || chosen.includes(f.names[f.column[j]])});
   const facets = FACETS.map(f => choices(f, state[f.key] === "" ? [] : [state[f.key]]));
-  const outcomes = choices(facet("is", "Outcome", J.outcome, OUTCOMES.map(o => o[0])), state.is ? state.is.split(",") : []);
+  const chosen = state.is ? state.is.split(",") : [];
+  const outcomes = choices(facet("is", "Outcome", J.outcome, OUTCOMES.map(o => o[0])), chosen);
   const counted = [...facets, outcomes], tests = [...counted];
   if (state.min !== "" || state.max !== "") {
     const min = state.min === "" ? -1 : +state.min, max = state.max === "" ? Infinity : +state.max;
@@ -231,11 +222,10 @@ function filter() {
   const order = ORDER[state.sort];
   if (order) rows.sort((x, y) => order(x) - order(y) || x - y);
   position = new Map(rows.map((j, i) => [j, i]));
-  drawControls(facets, outcomes.counts);
+  drawControls(facets, outcomes.counts, chosen);
 }
 
-function drawControls(facets, counts) {
-  const chosen = state.is ? state.is.split(",") : [];
+function drawControls(facets, counts, chosen) {
   fill($("outcomes"), OUTCOMES.map(([kind, mark, name], k) => {
     const on = chosen.includes(kind), others = chosen.filter(x => x !== kind);
     return (counts[k] || on || k < 3) && button({"aria-pressed": String(on), "data-is": kind,

@@ -35,8 +35,7 @@ function smooth(points) {   // mean over a window of a thirtieth of the run
 
 const ends = list => list.reduce(([low, high], x) => [Math.min(low, x), Math.max(high, x)], [Infinity, -Infinity]);
 
-// The scale from the values low..high to the pixels from..to; with log, from their logarithms.
-function scale(low, high, from, to, log) {
+function scale(low, high, from, to, log) {   // from the values low..high to the pixels from..to
   const f = log ? Math.log : x => x;
   return x => from + (to - from) * ((f(x) - f(low)) / (f(high) - f(low)));
 }
@@ -48,22 +47,16 @@ function yRange(ys, log, share) {   // lowest and highest value of a plot, with 
     if (low === high || low < 0 || low > pad) low -= pad;
     high += pad;
   }
-  if (share && ys.length) {   // within 0 and 1, and no closer than a twentieth
-    low = Math.max(0, Math.min(low, high - .05));
+  if (share) {   // within 0 and 1, and no closer than a twentieth
     high = Math.min(1, high);
-    if (high - low < .05) [low, high] = high < .05 ? [0, .05] : [high - .05, high];
+    low = Math.max(0, Math.min(low, high - .05));
+    high = Math.max(high, low + .05);
   }
   return [Math.max(low, -8e307), Math.min(high, 8e307)];   // so that high - low is a number
 }
 
-function decades(low, high) {
-  const powers = [];
-  for (let k = Math.floor(Math.log10(low)); k <= Math.log10(high); k++) if (10 ** k >= low) powers.push(10 ** k);
-  return powers.filter((_, i) => i % Math.ceil(powers.length / 5) === 0);
-}
-
-// series: [{name, m: number of its colour, points: [[x, y]], bad: [[x, what]]}]; log: "x" or "y", where the values allow
-// it; share: within 0 and 1; onpick(x) on click; group: plots that share a cursor
+// series: [{name, m: number of its colour, points: [[x, y]], bad: [[x, what]]}]; log: "x" or "y", where the values
+// allow it; share: within 0 and 1; onpick(x) on click; group: plots that share a cursor
 function linePlot({title, what, series: given, log = "", share = false, onpick, group = []}) {
   const series = given.map(x => ({bad: [], ...x, points: x.points.filter(point => point.every(Number.isFinite))}));
   const W = 320, H = 170, L = 40, R = W - 12, T = 8, B = H - 22;
@@ -75,7 +68,8 @@ function linePlot({title, what, series: given, log = "", share = false, onpick, 
   const X = scale(x0, x1, L, R, logX), toY = scale(y0, y1, B, T, logY), Y = y => toY(Math.max(y0, Math.min(y1, y)));
   const xTicks = logX ? steps.filter((_, i) => i % Math.ceil(steps.length / 6) === 0)
     : niceTicks(x0, x1).filter(Number.isInteger);
-  const yTicks = logY ? decades(y0, y1) : niceTicks(y0, y1);
+  const decades = () => niceTicks(Math.log10(y0), Math.log10(y1)).filter(Number.isInteger).map(k => 10 ** k);
+  const yTicks = logY ? decades() : niceTicks(y0, y1);
 
   const path = points => "M" + thin(points).map(([x, y]) => X(x).toFixed(1) + " " + Y(y).toFixed(1)).join("L");
   const curve = ({m, points, bad}) => {

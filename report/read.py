@@ -8,7 +8,6 @@ that have no pairs.jsonl of their own. checkpoints/ and model/ are not searched.
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from files import NotJson, parse_json
@@ -58,15 +57,9 @@ def finite(x):
     return [finite(value) for value in x] if isinstance(x, list) else x
 
 
-@dataclass(frozen=True)
-class Found:
-    evaluations: list  # files of judgements, or scores.json where the judgements are gone
-    runs: list         # files metrics.jsonl
-    pairs: list        # files of pairs that are no evaluation's own
-
-
 def find(paths):
-    """What there is to report under the paths; ValueError if a path has nothing."""
+    """{"evaluation": files of judgements (scores.json where the judgements are gone), "run": files metrics.jsonl,
+    "pairs": files of pairs that are no evaluation's own} under the paths; ValueError if a path has nothing."""
     kinds = {}  # file -> what it is; the same file is named once, whatever leads to it
     for path in map(Path, paths):
         if not path.exists():
@@ -76,9 +69,9 @@ def find(paths):
             raise ValueError(f"{path}: nothing to report there: no judgements.jsonl, scores.json or metrics.jsonl; "
                              "name a folder that evaluate.py, judge.py, distill.py or grpo.py wrote")
         kinds |= here
-    found = Found(*([file for kind, file in kinds.values() if kind == wanted]
-                    for wanted in ("evaluation", "run", "pairs")))
-    if not found.evaluations and not found.runs:
+    found = {wanted: [file for kind, file in kinds.values() if kind == wanted]
+             for wanted in ("evaluation", "run", "pairs")}
+    if not found["evaluation"] and not found["run"]:
         raise ValueError(f"{paths[0]}: pairs, but no judgements: name the judgements too")
     return found
 

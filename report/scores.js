@@ -9,6 +9,7 @@ for (const m of D.models)   // no prototype, so that r[key] finds nothing but da
 const heading = key => PLAIN[key] ?? key.replaceAll("_", " ");
 const keysOf = list => unique(list.flatMap(Object.keys));
 const interval = r => r.low == null ? "" : ` [${percent(r.low)}, ${percent(r.high)}]`;
+const range = r => r.low == null ? "" : `${percent(r.low)} to ${percent(r.high)}`;
 const isShare = (key, x) => x >= -1 && x <= 1 && !/^(n|of|right|wrong|tokens|seconds|budget|n_.*|.*_n)$/.test(key);
 
 function valueText(key, x) {
@@ -20,8 +21,8 @@ function valueText(key, x) {
 
 // a model has a colour, of page.css, and a form
 const inColour = m => "m" + m % 8;
-const FORMS = [["circle", {r: 4.5}], ["rect", {x: -4, y: -4, width: 8, height: 8}], ["path", {d: "M0 -5.5L5.2 4H-5.2Z"}],
-  ["path", {d: "M0 -6L5 0L0 6L-5 0Z"}]];
+const FORMS = [["circle", {r: 4.5}], ["rect", {x: -4, y: -4, width: 8, height: 8}],
+  ["path", {d: "M0 -5.5L5.2 4H-5.2Z"}], ["path", {d: "M0 -6L5 0L0 6L-5 0Z"}]];
 const dot = (m, x, y, [name, shape] = FORMS[m % 4]) => s("svg", {x, y, overflow: "visible", width: 1, height: 1},
   s(name, {class: "fill", ...shape}));
 const swatch = m => s("svg", {width: 14, height: 14, class: inColour(m), "aria-hidden": "true"}, dot(m, 7, 7));
@@ -56,20 +57,20 @@ function madeOf(m) {
 }
 
 const flat = x => x && typeof x === "object" && !Array.isArray(x) ? x : {};
-const pairsTable = x => table("", [], Object.entries(x).map(([key, y]) => [th("data", key), td("data mono text", asText(y))]));
+const pairsTable = x => table("", [], Object.entries(x).map(([key, y]) =>
+  [th("data", key), td("data mono text", asText(y))]));
 
 function headline(models) {   // one model: a tile for each benchmark; several: a table
   const isHead = r => r.kind === "overall" || r.benchmark === "average";
-  const range = r => div("soft", r.low == null ? "" : `${percent(r.low)} to ${percent(r.high)}`);
   const of = r => r.of && r.of !== r.n ? ` of ${count(r.of)}` : "";
   const about = r => div("soft", r.benchmark === "average" ? "of the benchmarks" : `${count(r.n)}${of(r)} counted`);
   const names = unique(models.flatMap(m => m.rows.filter(isHead).map(r => r.benchmark)));
   const found = names.map(name => models.map(m => m.rows.find(r => r.benchmark === name && isHead(r))));
   if (models.length === 1) return div("tiles", found.map(([r]) => div("tile", h("h3", {class: "data"}, r.benchmark),
-    div("big", percent(r.score), span("soft", "%")), range(r), about(r))));
+    div("big", percent(r.score), span("soft", "%")), div("soft", range(r)), about(r))));
   const cell = (r, all) => {
     const best = r && r.score === Math.max(...all.map(x => x ? x.score : -1));
-    return td("num" + (best ? " best" : ""), r ? [percent(r.score), range(r)] : "–");
+    return td("num" + (best ? " best" : ""), r ? [percent(r.score), div("soft", range(r))] : "–");
   };
   return div("card headline", div("body", table("",
     [th("", "Model"), found.map((all, i) => th("num", span("data", names[i]), about(all.find(Boolean))))],
@@ -101,12 +102,12 @@ function dotPlot(models) {   // a line for each score, with a dot and its interv
     s("line", {class: "ink", "stroke-width": 2.5, x1: x(r.low), x2: x(r.high), y1: y, y2: y}), dot(r.i, x(r.score), y));
   const line = same => {
     const found = models.map((m, i) => same.find(r => r.i === i)).filter(Boolean), height = H * found.length;
-    const title = r => `${models[r.i].name}: ${percent(r.score)}% (${percent(r.low)} to ${percent(r.high)}), n = ${count(r.n)}`;
+    const title = r => `${models[r.i].name}: ${percent(r.score)}% (${range(r)}), n = ${count(r.n)}`;
     return [div("data" + (same[0].kind === "overall" ? " over" : ""), same[0].name),
       s("svg", {height, role: "img"}, s("title", {}, found.map(title).join("\n")),
         ticks.map(t => rule("grid", t, height)), floor < 0.5 && rule("chance", 0.5, height),
         found.map((r, k) => mark(r, H * (k + .5)))),
-      div("num", found.map(r => h("div", {}, percent(r.score), span("soft wide", ` ±${percent((r.high - r.low) / 2)}`))))];
+      div("num", found.map(r => div("", percent(r.score), span("soft wide", ` ±${percent((r.high - r.low) / 2)}`))))];
   };
   const block = ([benchmark, rows]) => {
     const lines = [...Map.groupBy(rows, r => r.kind + "\n" + r.name).values()];
@@ -215,5 +216,4 @@ function lengths(models) {
   return div("plots", models.slice(0, 12).map(histogram));
 }
 
-const plot = (title, what, svg, read) => div("plot", div("head", h("h3", {class: "data"}, title)), div("what", what),
-  svg, read);
+const plot = (title, what, svg, read) => div("plot", h("h3", {class: "data"}, title), div("what", what), svg, read);

@@ -75,7 +75,7 @@ function metricPlot(key, runs, group) {
   const bad = series.reduce((n, x) => n + x.bad.length, 0);
   return linePlot({title, series, group, log: LOGGED.includes(key) ? "y" : "", share: /accuracy|frac/.test(key),
     onpick: pickStep,
-    what: [key in METRICS && span("mono", key), " ", what, bad > 0 && h("b", {class: "wrong"}, ` × ${bad} not finite`)]});
+    what: [key in METRICS && span("mono", key), " ", what, bad > 0 && span("wrong", ` × ${bad} not finite`)]});
 }
 
 // ---- samples: what the model wrote at a step
