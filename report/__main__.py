@@ -1,8 +1,33 @@
-"""python -m report"""
+"""The page of what lies in some folders, to be opened in a browser.
 
-from files import one_line_errors
+    python -m report runs/eval                                  # an evaluation: runs/eval/report.html
+    python -m report runs/demo-s0 --out demo.html               # all that lies in a folder: evaluations, training runs
+    python -m report runs/eval-7b runs/eval-14b runs/grpo       # several, side by side
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
 from common import parse_config
-from report import Config, main
+from files import one_line_errors
+from report import build, find, write
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tuple[str, ...]  # folders of evaluations or training runs, folders that hold such, or judgements .jsonl files
+    out: str | None = None  # the page to write; without it, report.html in the first folder
+
+
+def main(cfg):
+    page = build(find(cfg.runs))
+    first = Path(cfg.runs[0])
+    out = Path(cfg.out) if cfg.out else (first if first.is_dir() else first.parent) / "report.html"
+    write(page, out)
+    counted = {"judgement": len(page.rows), "model": len(page.models), "training run": len(page.runs)}
+    judged, models, runs = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counted.items())
+    print(f"{out}: {judged} of {models}, {runs}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
 
 if __name__ == "__main__":
     with one_line_errors():

@@ -1,4 +1,4 @@
-"""report.py and its page. Oracles: rubrics cut by hand; the page's data unpacked again in Python; in headless Chromium,
+"""report/ and its page. Oracles: rubrics cut by hand; the page's data unpacked again in Python; in headless Chromium,
 filters against counts made from the records, and a record full of markup that must be shown, letter by letter, and not
 run. Browser tests need playwright and a Chromium on PATH."""
 
@@ -18,8 +18,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from report import (  # noqa: E402
-    Chunks, Config, build, find, main, outcome, page_json, parts, rubric_items, section, write)
+from benchmarks.scores import section, wilson  # noqa: E402
+from report.__main__ import Config, main  # noqa: E402
+from report.build import Chunks, build, page_json, write  # noqa: E402
+from report.judgement import outcome, parts, rubric_items  # noqa: E402
+from report.read import find  # noqa: E402
 
 # ---- records made for the tests
 
@@ -249,6 +252,26 @@ def test_outcome_tables_and_scores_without_judgements(tmp_path):
     assert index["models"][1]["rows"] == [{"benchmark": "x", "score": "NaN"}]
 
 
+def test_shares_are_counted_where_there_is_no_scores_json(tmp_path):
+    """Counted by hand: right, wrong, a tie and no verdict in one section, right in another; no label does not count."""
+    pairs = [pair(i, domain="Safety" if i == 4 else "Chat", winner=None if i == 5 else "a") for i in range(6)]
+    verdicts = ["a", "b", "ab", "-", "a", "a"]
+    write_lines(tmp_path / "one" / "judgements.jsonl", [judgement(p, v) for p, v in zip(pairs, verdicts)])
+    write_lines(tmp_path / "two" / "judgements.jsonl", [judgement(pair(1)), judgement(pair(1, "rmb"), "b")])
+    one, two = unpack(built(tmp_path, tmp_path / "r.html"))[0]["models"]
+    low, high = wilson(2, 5)
+    assert one["counted"] and one["rows"] == [
+        {"benchmark": "RewardBench", "kind": "overall", "name": "overall", "n": 5, "right": 2, "score": .4, "low": low,
+         "high": high, "no_verdict": .2, "ties": .2},
+        {"benchmark": "RewardBench", "kind": "section", "name": "Chat", "n": 4, "right": 1, "score": .25,
+         "low": wilson(1, 4)[0], "high": wilson(1, 4)[1], "no_verdict": .25, "ties": .25},
+        {"benchmark": "RewardBench", "kind": "section", "name": "Safety", "n": 1, "right": 1, "score": 1.0,
+         "low": wilson(1, 1)[0], "high": 1.0, "no_verdict": 0.0, "ties": 0.0}]
+    assert [(r["benchmark"], r["name"], r["score"]) for r in two["rows"]] == [
+        ("all pairs", "overall", .5), ("RewardBench", "overall", 1), ("RewardBench", "Chat", 1), ("RMB", "overall", 0),
+        ("RMB", "BoN Chat", 0)]
+
+
 def test_training_rows_with_nan_and_gaps(tmp_path):
     run = tmp_path / "grpo"
     run.mkdir()
@@ -269,27 +292,30 @@ def test_training_rows_with_nan_and_gaps(tmp_path):
 
 
 @pytest.mark.parametrize("file, text, said", [
-    ("judgements.jsonl", '{"id": "x"}\n', "judgements.jsonl:1: 'source' is missing, need str"),
+    ("judgements.jsonl", '{"id": "x"}\n', 'judgements.jsonl:1: no "source" (found "id"): add it'),
     ("judgements.jsonl", json.dumps(judgement(pair(1))) + "\n{nope\n", "judgements.jsonl:2: not JSON"),
     ("judgements.jsonl", "\n[1]\n", "judgements.jsonl:2: not a JSON object"),
     ("judgements.jsonl", "[" * 100_000 + "\n", "judgements.jsonl:1: not JSON"),
     ("judgements.jsonl", (json.dumps(judgement(pair(1))) + "\n") * 2,
      "judgements.jsonl:2: id 'reward-bench/1' is also at"),
     ("judgements.jsonl", json.dumps(judgement(pair(1)) | {"verdict": "A"}),
-     "judgements.jsonl:1: 'verdict' is 'A', need 'a', 'b' or null"),
+     'judgements.jsonl:1: "verdict" is "A": write "a", "b" or null'),
     ("judgements.jsonl", json.dumps(judgement(pair(1)) | {"votes": [7]}),
-     "judgements.jsonl:1: a vote is not an object"),
+     'judgements.jsonl:1: "votes" holds an integer: it may only hold an object'),
     ("judgements.jsonl", b'{"id": "\xff"}\n', "judgements.jsonl:1: not JSON"),
-    ("pairs.jsonl", json.dumps(pair(1) | {"answer_a": 5}), "pairs.jsonl:1: 'answer_a' is 5, need str or list"),
-    ("pairs.jsonl", json.dumps(pair(1) | {"prompt": ["x"]}), "pairs.jsonl:1: a message is not an object"),
-    ("metrics.jsonl", '{"step": 1}\n{"reward": 2}\n', "metrics.jsonl:2: 'step' is missing, need int or float"),
+    ("pairs.jsonl", json.dumps(pair(1) | {"answer_a": 5}),
+     'pairs.jsonl:1: "answer_a" is an integer: it must be a string or a list'),
+    ("pairs.jsonl", json.dumps(pair(1) | {"prompt": ["x"]}),
+     'pairs.jsonl:1: "prompt" holds a string: it may only hold an object'),
+    ("metrics.jsonl", '{"step": 1}\n{"reward": 2}\n', 'metrics.jsonl:2: no "step" (found "reward"): add it'),
     ("metrics.jsonl", '{"step": 1}\n{"st\n', "metrics.jsonl:2: not JSON"),
     ("metrics.jsonl", '{"step": NaN}\n', "metrics.jsonl:1: 'step' is nan, need a number below 2**53"),
     ("metrics.jsonl", '{"step": 1}\n{"step": 100000000000000000}', "metrics.jsonl:2: 'step' is 100000000000000000"),
-    ("judgements.jsonl", json.dumps(judgement(pair(1)) | {"item": {}}), "judgements.jsonl:1: 'item' is {}, need str"),
+    ("judgements.jsonl", json.dumps(judgement(pair(1)) | {"item": {}}),
+     'judgements.jsonl:1: "item" is an object: it must be a string'),
     ("judgements.jsonl", json.dumps(judgement(pair(1))).replace('"n_tokens"', '"at": {"512": {}}, "n_tokens"'),
-     "judgements.jsonl:1: '512' is {}, need str or null"),
-    ("scores.json", '{"settings": ' + "[" * 990 + "]" * 990 + "}", "scores.json: not JSON (maximum recursion"),
+     'judgements.jsonl:1: "512" is an object: it must be a string or null'),
+    ("scores.json", '{"settings": ' + "[" * 990 + "]" * 990 + "}", "scores.json: not JSON (JSON nested too deeply"),
     ("scores.json", "{", "scores.json: not JSON"),
     ("notes.txt", "hello", "nothing to report there"),
 ])
@@ -343,7 +369,8 @@ def test_runs_that_are_still_being_written(tmp_path):
 
 def test_command_line(tmp_path):
     def run(*args):
-        return subprocess.run([sys.executable, "-m", "report", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-m", "report", *map(str, args)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     folder = evaluation(tmp_path / "e", [pair(1)], [judgement(pair(1))])
     out = tmp_path / "page.html"
     out.write_text("the page before")
@@ -613,6 +640,13 @@ def test_keys(visit, report):
     page.wait_for_selector(".evaluation")
     page.keyboard.press("1")
     assert page.locator("#scores").is_visible() and not page.locator("#read").is_visible()
+
+
+def test_the_intervals_of_the_page_are_those_of_the_scores(visit, report):
+    """Wilson's formula stands twice, for filters need it in the browser; here the two are held together."""
+    grid = [(right, n) for n in (0, 1, 2, 7, 30, 800, 2985) for right in sorted({0, n // 3, n // 2, n - 1, n} - {-1})]
+    found = visit(report[0]).evaluate("grid => grid.map(([right, n]) => wilson(right, n))", grid)
+    assert found == [pytest.approx(wilson(right, n), abs=1e-15) for right, n in grid]
 
 
 def test_link_to_one_judgement_reload_and_back(visit, report):
