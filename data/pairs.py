@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from files import NotJson, parse_json, write_records
-from data.fields import SIDES, Bad, clean, keys_of, kind_of, need, need_object, need_side, need_text, show, text_or
+from data.fields import Bad, clean, keys_of, kind_of, need, need_object, need_side, need_text, show, text_or
 
 ROLES = ("system", "user", "assistant")
 SWAPPED = "/swapped"  # ends the id of a pair's judgement in the other order
