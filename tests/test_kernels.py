@@ -217,7 +217,8 @@ def attention_bounds(dtype, q_nhc, k_mkc, v_mkc, seen_nm, grad_nhc=None):
     times what cancels, since where one key has all the weight, pull is delta.
     """
     u, w = unit(dtype), unit(wide(dtype))
-    C, share = k_mkc.shape[2], q_nhc.shape[1] // k_mkc.shape[1]
+    M, K, C = k_mkc.shape
+    share = q_nhc.shape[1] // K
     q, k, v = q_nhc.to(DEVICE), *(x.to(DEVICE).repeat_interleave(share, 1) for x in (k_mkc, v_mkc))
     score_hnm = torch.einsum("nhc,mhc->hnm", q, k) / math.sqrt(C)
     weight_hnm = score_hnm.masked_fill(~seen_nm, -math.inf).softmax(-1)
