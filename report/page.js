@@ -99,7 +99,8 @@ async function unpack(id) {
 
 // ---- state: what is shown, kept in the address
 
-const facet = (key, label, column, names) => ({key, label, column, names: names.map(wellFormed)});
+const facetName = name => wellFormed(name) || "(none)";
+const facet = (key, label, column, names) => ({key, label, column, names: names.map(facetName)});
 const FACETS = [
   facet("model", "Model", J.model, D.models.map(m => m.name)),
   facet("benchmark", "Benchmark", J.benchmark, D.names.benchmark),
@@ -236,7 +237,7 @@ function drawControls(facets, counts, chosen) {
     h("select", {id: "by-" + f.key, onchange: e => change({[f.key]: f.names[e.target.value] ?? ""})},
       h("option", {value: ""}, "all"),
       f.names.map((name, k) => (f.counts[k] > 0 || name === state[f.key]) && h("option",
-        {value: k, selected: name === state[f.key]}, (name || "(none)") + "  " + count(f.counts[k])))))));
+        {value: k, selected: name === state[f.key]}, name + "  " + count(f.counts[k])))))));
   for (const key of ["min", "max", "sort"]) if (plainNumber($(key).value) !== state[key]) $(key).value = state[key];
   if ($("q") !== document.activeElement || $("q").value.trim() !== state.q) $("q").value = state.q;
   const active = FILTERS.filter(key => state[key] !== "");

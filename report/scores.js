@@ -143,7 +143,7 @@ function linkTo(row) {   // a row's name, leading to its judgements where the fi
   const name = row.name ?? "", chosen = {};
   const choose = (key, value) => {
     if (!D.names[key].includes(value)) return false;
-    chosen[key] = wellFormed(value);
+    chosen[key] = facetName(value);
     return true;
   };
   const [section, subset] = row.kind === "domain and difficulty" ? name.split(" ") : [name, null];

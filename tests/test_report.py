@@ -540,6 +540,19 @@ def test_each_filter_keeps_what_it_says(visit, report, box, name, keeps):
     assert page.locator(f"{box} option").all_text_contents() == options, "the other choices keep their counts"
 
 
+def test_what_has_no_subset_can_be_filtered_too(visit, tmp_path):
+    pairs = [pair(i, subset=("", "easy", "\ud83d")[i % 3]) for i in range(9)]
+    rows = [("m", p["id"]) for p in pairs]
+    evaluation(tmp_path, pairs, [judgement(p) for p in pairs], {"model": "m"})
+    write(build(find([str(tmp_path)])), tmp_path / "r.html")
+    page = visit(tmp_path / "r.html", "#view=read", "tall")
+    for start, name in ((0, "(none)"), (1, "easy"), (2, "\ufffd")):
+        page.select_option("#by-subset", label=f"{name}  3")
+        kept = [[None, id] for _, id in rows[start::3]]
+        wait_listed(page, kept)
+        wait_listed(visit(tmp_path / "r.html", page.evaluate("location.hash"), "tall"), kept)
+
+
 @pytest.mark.parametrize("kinds", [["right"], ["wrong"], ["none"], ["tie"], ["unlabelled"], ["wrong", "tie"]],
                          ids="+".join)
 def test_outcomes(visit, report, kinds):
