@@ -1,6 +1,7 @@
 """The rooms of the house: who may import whom. Oracle: the table below, against the import statements in the files."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,3 +76,16 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "model", "kernels", "tokenizer", "reward", "data",
                        "common", "files"}
+
+
+def test_readme_counts_the_lines_as_they_are():
+    """Its table of what to read, and the list below it, to a tenth: who plans an afternoon by it is not misled."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## The order to read"):text.index("## The method")]
+    counted = re.findall(r"`([a-z/.]+)`(?: \| | \()([\d,]+)", section)
+    assert {name for name, _ in counted} >= {"grpo.py", "sample.py", "kernels/", "judge.py", "report/", "data/"}
+    for name, count in counted:
+        path = ROOT / name
+        files = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in (".py", ".js", ".css", ".html")]
+        lines = sum(len(f.read_text(encoding="utf-8").splitlines()) for f in files)
+        assert abs(lines - int(count.replace(",", ""))) <= lines / 10, f"{name}: README says {count}, it has {lines}"
