@@ -3,9 +3,10 @@ and the two-rank tests would look for two; kernels run there in Triton's interpr
 
     RM_TEST_DEVICE=cuda python -m pytest tests/test_kernels.py    the kernels compiled, on the GPU
 
-As on other machines, which sum in other orders (nothing may fail; MKL and oneDNN take the same hints):
+As on other machines, which sum in other orders; nothing may fail (numpy, which runs the interpreter, has OpenBLAS):
 
-    RM_TEST_THREADS=2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 DNNL_MAX_CPU_ISA=AVX2 python -m pytest
+    export ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 DNNL_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+    RM_TEST_THREADS=2 python -m pytest
 """
 
 import os
@@ -16,6 +17,15 @@ else:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("RM_TEST_THREADS", "1")))
+
+
+@pytest.fixture
+def mended_interpreter():
+    """Kernels on the CPU give what a GPU gives: interpreter.py."""
+    from interpreter import mended
+    with mended():
+        yield

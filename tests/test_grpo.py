@@ -560,7 +560,7 @@ def test_the_papers_recipes():
     assert set(rates) == set(grpo.RECIPES)
 
 
-def test_batch_invariant_training_has_no_mismatch(made, tmp_path):
+def test_batch_invariant_training_has_no_mismatch(made, tmp_path, mended_interpreter):
     """The trainer's log-probabilities are the sampler's bits, so mismatch is 0.0 and nothing is clipped; on the default
     path it is not 0, in the same step. Two groups of two, in Triton's interpreter."""
     small = dict(n_prompts=2, mini_prompts=2, group_size=2, steps=1, micro_tokens=400, max_new_tokens=6,

@@ -121,6 +121,19 @@ def test_dot_of_sums():
         assert torch.equal(dot(a.to(BF16), b.to(BF16)), (a @ b).float())
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_dot_has_one_order(dtype):
+    """Oracle: a plain loop in float32, first product to last, bit for bit; wherever a row or column lies in its tile.
+    A library's order may depend on the processor and on the place."""
+    a, b = (torch.randn(*shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i, shape in
+            enumerate([(16, 64), (64, 32)]))
+    total = torch.zeros(16, 32)
+    for d in range(64):
+        total += a[:, d:d + 1].float() * b[d].float()
+    with mended():
+        assert same(dot(a, b), total) and same(dot(b.t(), a.t()), total.t())
+
+
 def test_arithmetic_rounds_once():
     """Oracle: PyTorch's bfloat16, of every pair of kinds and of 4,000 random bit patterns. (PyTorch's maximum of NaN is
     NaN, Triton's is the other number.)"""

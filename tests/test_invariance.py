@@ -9,21 +9,15 @@ import pytest
 import torch
 
 import kernels
-from interpreter import mended
 from kernels import Prompts, attention, decode_attention, linear, linear_logp, rms_norm, rope, swiglu
 from model import Model, ModelConfig, pack
 from sample import Sampler, Sampling
 
 DEVICE = os.environ.get("RM_TEST_DEVICE", "cpu")
 DTYPES = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.bfloat16]
-pytestmark = [pytest.mark.skipif(not kernels.runs_triton(DEVICE, torch.float32), reason="no GPU, no interpreter"),
+pytestmark = [pytest.mark.usefixtures("mended_interpreter"),
+              pytest.mark.skipif(not kernels.runs_triton(DEVICE, torch.float32), reason="no GPU, no interpreter"),
               pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bfloat16_as_on_a_gpu():
-    with mended():
-        yield
 
 
 def normal(dtype, *shape, seed=0):

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import interpreter
 import kernels
 from kernels import (Prompts, add_rms_norm, attention, decode_attention, linear, linear_logp, linear_logp_ref, logits,
                      rms_norm, rope, swiglu, wide)
@@ -40,14 +39,10 @@ EVERY = PLAIN + KERNELS
 ONE_OF_EACH = PLAIN + [("triton", F32), ("triton", BF16), ("invariant", F32), ("invariant", BF16)]
 FENCE = 1024  # elements before and after a tensor
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN in free slots, which nobody reads
+pytestmark = [pytest.mark.usefixtures("mended_interpreter"),
+              pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NaN in free slots, which nobody reads
+              pytest.mark.filterwarnings("ignore::RuntimeWarning:interpreter")]
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="compiled kernels need a GPU: RM_TEST_DEVICE=cuda")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bfloat16_as_on_a_gpu():
-    with interpreter.mended():
-        yield
 
 
 def shown(x):

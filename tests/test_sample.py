@@ -174,7 +174,7 @@ def test_sampler_and_trainer_agree(raw, temperature):
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on the CPU with TRITON_INTERPRET=1 only")
 @pytest.mark.parametrize("raw, temperature", [(QWEN2, 0.6), (QWEN3, 0.0)], ids=["Qwen2", "Qwen3 greedy"])
-def test_invariant_sampler_has_the_trainers_bits(raw, temperature):
+def test_invariant_sampler_has_the_trainers_bits(raw, temperature, mended_interpreter):
     model = tiny(raw)
     model.impl = "invariant"
     sampling = Sampling(2, 12, temperature=temperature, stop={17, 18}, seed=5)
