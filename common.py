@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from files import append, fail, whole, write_whole
+from files import append, fail, remove, whole, write_whole
 
 # -------------------------------------------------------------------------------------------------------------- options
 
@@ -275,8 +275,8 @@ def optimizer_step(model, optimizers, lr, max_norm):
 
 def gathered(x, ranks, dtype=None):
     """The whole tensor on rank 0's CPU, None elsewhere; every rank must ask for it."""
-    whole = full(x.detach())
-    return whole.to("cpu", dtype or x.dtype).contiguous() if ranks.main else None
+    tensor = full(x.detach())
+    return tensor.to("cpu", dtype or x.dtype).contiguous() if ranks.main else None
 
 
 def save_model(folder, model, ranks, add_files, dtype=None):
@@ -286,10 +286,14 @@ def save_model(folder, model, ranks, add_files, dtype=None):
     """
     weights = {name: gathered(x, ranks, dtype) for name, x in model.named_parameters()}
     if ranks.main:
+        old = Path(f"{folder}.old")
         with whole(folder) as temporary:
             model.save_pretrained(temporary, weights)
             add_files(temporary)
-            shutil.rmtree(folder, ignore_errors=True)  # an older one makes room
+            remove(old)
+            if Path(folder).exists():  # an older one makes room, and goes only when the new one is there
+                os.replace(folder, old)
+        remove(old)
     ranks.barrier()
 
 

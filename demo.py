@@ -55,7 +55,7 @@ def judge_all(model_folder, pairs, temperature, seed, out):
     tokenizer = Tokenizer(model_folder)
     model = Model.from_pretrained(model_folder).requires_grad_(False)
     model.n_vocab = tokenizer.n_vocab
-    sampling = Sampling(1, 96, temperature, stop=tokenizer.stop_ids, seed=seed)
+    sampling = Sampling(max_new_tokens=96, temperature=temperature, stop=tokenizer.stop_ids, seed=seed)
     judge = Judge(Sampler(model), tokenizer, load_prompt("toy"), sampling)
     done = dict(tqdm(judge.judge(pairs), f"judge {out.name}", len(pairs), leave=False))
     records = [done[i] for i in range(len(pairs))]

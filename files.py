@@ -94,7 +94,7 @@ def parse_json(data):
         line = 1 + e.object.count(b"\n", 0, e.start)
         number = e.start - e.object.rfind(b"\n", 0, e.start)  # from 1
         byte = f"byte {number} of the line, 0x{e.object[e.start]:02x}"
-        raise NotJson(line, f"{byte}, is not UTF-8 (is it in another encoding?)") from None
+        raise NotJson(line, f"{byte}, is not UTF-8 (convert a file in another encoding)") from None
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:

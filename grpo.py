@@ -17,8 +17,8 @@ each of its *mini-batches* is one optimizer step; a *micro-batch* is what one ra
 
 Departures from the paper and its released code:
   1. p_old is the sampler's own log-probability, since sampler and trainer are one model. They differ by rounding, which
-     `mismatch` logs every step: 3e-5 nats at most in float32, up to 0.06 in bfloat16; exactly 0 with --batch-invariant.
-     (Stacks with two engines recompute it.)
+     `mismatch` logs every step: 3e-5 nats at most in float32, up to 0.06 in bfloat16; exactly 0 with --batch-invariant
+     (shown in the tests' interpreter so far). Stacks with two engines recompute it.
   2. The loss averages over the tokens of the whole mini-batch; the released code averages per micro-batch and then over
      those, the paper writes a mean per judgement.
   3. A judgement that was cut off earns -1 whatever its last characters spell, and so does one whose verdict stands
@@ -358,7 +358,9 @@ def main(cfg):
         # 2. updates: one optimizer step per mini-batch. After the first the policy is no longer the one that wrote the
         #    rollouts: that is what the ratio and the clip are for
         began = time.perf_counter()
-        tally, norms, mismatches, n_trained = Tally(), [], [], 0
+        tally = Tally()
+        norms, mismatches = [], []  # of each optimizer step; of each micro-batch before the first of them
+        n_trained = 0
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
         for first in range(0, cfg.n_prompts, cfg.mini_prompts):
             mini_batch = groups[first:first + cfg.mini_prompts]

@@ -21,7 +21,7 @@ from common import Ranks, parse_config
 from data.pairs import SWAPPED, Pair, read_pairs
 from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
 from reward import Prompt, benchmark_verdict, load_prompt, majority, prompt_of, render
-from sample import Sampler, Sampling, check_options, load_model, prompt_key
+from sample import Sampler, Sampling, check_options, load_model, prompt_key, sampling_of
 from tokenizer import StreamDecoder, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- one pair
@@ -297,8 +297,7 @@ def load_judge(cfg, budgets=()):
         torch.set_num_threads(cfg.threads)
     prompt = prompt_of(cfg.model, cfg.prompt)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant)
-    sampling = Sampling(cfg.votes, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, tokenizer.stop_ids,
-                        cfg.seed)
+    sampling = sampling_of(cfg, cfg.votes, tokenizer)
     return Judge(Sampler(model, cfg.n_slots), tokenizer, load_prompt(prompt), sampling, budgets)
 
 

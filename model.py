@@ -331,9 +331,9 @@ class Model(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         # transformers 5 writes "dtype", older ones "torch_dtype"; both read both
         spelling = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
-        write_whole(path / "config.json", json.dumps(self.config.raw | {spelling: dtype}, indent=2))
-        with whole(path / "model.safetensors") as temporary:
+        with whole(path / "model.safetensors") as temporary:  # a disk that is full leaves the folder as it was
             save_file(state, temporary, metadata={"format": "pt"})
+            write_whole(path / "config.json", json.dumps(self.config.raw | {spelling: dtype}, indent=2))
         (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded model that was here before
 
 

@@ -56,10 +56,10 @@ def prompt_path(name_or_path):
     return PROMPTS / f"{name_or_path}.txt" if bare else Path(name_or_path)
 
 
-def prompt_of(model, prompt=None):
+def prompt_of(model, prompt):
     """The prompt given, or the one that the model in this folder was trained with, as load_prompt takes it."""
     own = Path(model) / "prompt.txt"
-    if prompt is None and Path(model).is_dir() and not own.exists():
+    if not prompt and Path(model, "config.json").is_file() and not own.exists():
         raise ValueError(f"{model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, direct "
                          "or a file")
     return prompt or str(own)
@@ -124,7 +124,7 @@ def training_verdict(text):
     This is the rule the reward is paid by, as in RM-R1's training code. It looks at the end only, so a judge may quote
     or weigh a label while it thinks; an output that does so earns +1 here and an error by benchmark_verdict, so neither
     rule can stand in for the other. A text that the token limit cuts off just behind a quoted verdict does get that
-    verdict: a loop that wants no such luck treats unfinished rollouts apart.
+    verdict: `reward` pays nothing for it.
     """
     end = text[-VERDICT_CHARS:]
     return _only("<answer>[[A]]</answer>" in end, "<answer>[[B]]</answer>" in end)

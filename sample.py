@@ -15,7 +15,6 @@ channels of a head, D width, V vocabulary.
 """
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass, field
 
@@ -24,7 +23,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from common import copy_weights, parse_config
-from files import one_line_errors, refuse_existing, write_records
+from files import NotJson, one_line_errors, parse_json, refuse_existing, write_records
 from kernels import Prompts, attention, decode_attention, linear_logp, logits, runs_triton
 from model import Model, pack
 from tokenizer import StreamDecoder, Tokenizer
@@ -209,7 +208,8 @@ class Batch:
         (positions 0 to 9, last_b = 9) after 3 drawn tokens; the third is at position 12 and sees 10 + 3 keys.
         An empty slot is computed like the others; it sees itself alone, and nobody reads what comes of it.
         """
-        B, n, n_rows = len(self.slots), self.sampling.n, 1 + max(self.rows.values())
+        B, n = len(self.slots), self.sampling.n
+        n_rows = 1 + max(self.rows.values())
         drawn_b = np.ones(B, dtype=np.int64)
         last_b = np.zeros(B, dtype=np.int64)
         key_b = np.zeros(B, dtype=np.int64)
@@ -231,9 +231,13 @@ class Batch:
 
         def uploaded(array):
             return torch.from_numpy(array).to(self.device)
-        self.drawn_b, self.last_b = uploaded(drawn_b), uploaded(last_b)
-        self.key_b, self.sample_b = uploaded(key_b), uploaded(sample_b)
-        self.place_b, self.slot_pg, self.length_p = uploaded(place_b), uploaded(slot_pg), uploaded(length_p)
+        self.drawn_b = uploaded(drawn_b)
+        self.last_b = uploaded(last_b)
+        self.key_b = uploaded(key_b)
+        self.sample_b = uploaded(sample_b)
+        self.place_b = uploaded(place_b)
+        self.slot_pg = uploaded(slot_pg)
+        self.length_p = uploaded(length_p)
         self.active_a = uploaded(np.array(self.active, dtype=np.int64))
         self.longest_prompt = int(length_p.max())
         self.stale = False
@@ -348,7 +352,8 @@ class Batch:
 
 def _packs(sizes, limit):
     """Consecutive ranges (first, last) whose sizes add up to at most `limit`, or hold one item."""
-    packs, first, total = [], 0, 0
+    packs = []
+    first, total = 0, 0
     for i, size in enumerate(sizes):
         if i > first and total + size > limit:
             packs.append((first, i))
@@ -503,20 +508,27 @@ def check_options(cfg):
         raise ValueError("--dtype is auto, float32 or bfloat16; --device is auto, cpu or cuda")
 
 
-def read_texts(path):
-    """(the object, its messages) of every line of a file of texts."""
+def sampling_of(cfg, n, tokenizer):
+    """The Sampling that a script's options describe (this one's Config, judge.py's or evaluate.py's)."""
+    return Sampling(n=n, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
+                    top_k=cfg.top_k, stop=tokenizer.stop_ids, seed=cfg.seed)
+
+
+def read_texts(path, tokenizer):
+    """(the object, its prompt's ids) of every line of a file of texts."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["text"]}]
-                is_text = all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages)
-            except (ValueError, KeyError, TypeError):
-                is_text = False
-            if not is_text:
-                raise ValueError(f'{path}:{number}: is not {{"text": "..."}} or {{"messages": [...]}}')
-            rows.append((row, messages))
+                rows.append((row, tokenizer.chat(messages)))
+            except NotJson as e:
+                raise ValueError(f"{path}:{number}: {e.fault}") from None
+            except (KeyError, TypeError):
+                raise ValueError(f'{path}:{number}: is not {{"text": "..."}} or {{"messages": [...]}}') from None
+            except ValueError as e:
+                raise ValueError(f"{path}:{number}: {e}") from None
     return rows
 
 
@@ -527,10 +539,10 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant)
     sampler = Sampler(model, cfg.n_slots)
-    sampling = Sampling(cfg.n, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, tokenizer.stop_ids, cfg.seed)
+    sampling = sampling_of(cfg, cfg.n, tokenizer)
     if cfg.texts:
-        rows = read_texts(cfg.texts)
-        groups = sampler.generate([tokenizer.chat(messages) for _, messages in rows], sampling)
+        rows = read_texts(cfg.texts, tokenizer)
+        groups = sampler.generate([ids for _, ids in rows], sampling)
         write_records(cfg.out, [row | {"completions": [completion(r, tokenizer) for r in rollouts]}
                                 for (row, _), rollouts in zip(rows, groups)])
         print(f"{len(rows)} texts, {cfg.n} completions each: {cfg.out}")

@@ -12,8 +12,9 @@ operation, first the plain PyTorch, NAME_ref, then its kernels; tiles.py is what
 `impl` chooses: None (Triton for CUDA tensors, else PyTorch), "torch", "triton", or "invariant": Triton with tiles,
 splits and rounding that depend on nothing but a row's own sequence, so that a token's numbers are the same bits alone,
 in any batch, in a forest and when decoded. Softmax statistics and sums are float32 (float64 for float64 inputs, which
-PyTorch computes). No operation but `logits` holds [tokens, tokens] scores of a whole batch or [tokens, vocabulary]
-logits: they are made in blocks, reduced and forgotten. Nothing uses atomics: every sum has one order.
+PyTorch computes). No operation but `logits` holds [tokens, tokens] scores of a whole batch, or [tokens, vocabulary]
+logits of more than a block: they are made in blocks, reduced and forgotten. Nothing uses atomics: every sum has one
+order.
 
 Letters: N packed tokens, S segments, B decode slots with T positions, P prompts with U positions and G slots each, H
 query heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads

@@ -36,7 +36,7 @@ class LinearLogpChunked(torch.autograd.Function):
         N, dtype = len(hidden_nd), wide(hidden_nd.dtype)
         max_n = hidden_nd.new_full((N,), torch.finfo(dtype).min, dtype=dtype)
         sum_n, moment_n, logit_n = (torch.zeros_like(max_n) for _ in range(3))
-        for first, z_nv, spare_nv in _logit_blocks(hidden_nd, weight_vd, temperature):
+        for first, z_nv, spare_nv in _logit_blocks(hidden_nd, weight_vd, temperature, n_blocks=2):
             within_n = target_n - first  # z[target] is in one block; clamped for the others, whose find is not used
             inside_n = (within_n >= 0) & (within_n < z_nv.shape[1])
             target_z_n = z_nv.gather(1, within_n.clamp(0, z_nv.shape[1] - 1)[:, None])[:, 0]
@@ -65,7 +65,7 @@ class LinearLogpChunked(torch.autograd.Function):
         grad_hidden_nd = torch.zeros_like(hidden_nd, dtype=grad_n.dtype) if ctx.needs_input_grad[0] else None
         grad_weight_vd = torch.empty_like(weight_vd) if ctx.needs_input_grad[1] else None
         scale_n1 = -(grad_n / ctx.temperature)[:, None]  # dz = scale (softmax(z) - onehot(target))
-        for first, z_nv, _ in _logit_blocks(hidden_nd, weight_vd, ctx.temperature):
+        for first, z_nv in _logit_blocks(hidden_nd, weight_vd, ctx.temperature, n_blocks=1):
             last = first + z_nv.shape[1]
             dz_nv = z_nv.sub_(max_n[:, None]).sub_(log_sum_n[:, None]).exp_().mul_(scale_n1)
             rows = ((target_n >= first) & (target_n < last)).nonzero()[:, 0]
@@ -81,22 +81,22 @@ class LinearLogpChunked(torch.autograd.Function):
         return grad_hidden_nd, grad_weight_vd, None, None
 
 
-def _logit_blocks(hidden_nd, weight_vd, temperature):
-    """(first column, its block of logits z at the temperature, a spare block like it), of LOGIT_CHUNK elements.
+def _logit_blocks(hidden_nd, weight_vd, temperature, n_blocks):
+    """(first column, its block of logits z at the temperature, n_blocks - 1 spare ones), of LOGIT_CHUNK elements.
 
     The blocks are allocated once: on a CPU fresh memory of this size costs more (page faults) than the softmax in it.
     """
     N, V = len(hidden_nd), len(weight_vd)
     step = max(1, min(V, LOGIT_CHUNK // max(N, 1)))
-    memory = hidden_nd.new_empty(2, N * step, dtype=wide(hidden_nd.dtype))
+    memory = hidden_nd.new_empty(n_blocks, N * step, dtype=wide(hidden_nd.dtype))
     for first in range(0, V, step):
         block_vd = weight_vd[first:first + step]
-        z_nv, spare_nv = (x[:N * len(block_vd)].view(N, len(block_vd)) for x in memory)  # the last one is narrower
+        z_nv, *spare = (x[:N * len(block_vd)].view(N, len(block_vd)) for x in memory)  # the last one is narrower
         if z_nv.dtype == hidden_nd.dtype:
             torch.mm(hidden_nd, block_vd.t(), out=z_nv)
         else:  # half precision: the product arrives in memory of its own
             z_nv.copy_(logits_ref(hidden_nd, block_vd))
-        yield first, z_nv.div_(temperature), spare_nv
+        yield first, z_nv.div_(temperature), *spare
 
 
 def logits_ref(hidden_nd, weight_vd):

@@ -174,12 +174,13 @@ class RopeTriton(torch.autograd.Function):
         assert cos_nc.dtype == sin_nc.dtype == torch.float32 and cos_nc.is_contiguous() and sin_nc.is_contiguous()
         N, H, C = x_nhc.shape
         normed = weight_c is not None
-        ctx.shapes = H, C // 2, normed, triton.next_power_of_2(H), triton.next_power_of_2(C // 2)
+        ctx.sizes = dict(H=H, HALF=C // 2, NORM=normed, BLOCK_H=triton.next_power_of_2(H),
+                         BLOCK_C=triton.next_power_of_2(C // 2))
         ctx.strides = x_nhc.stride()[:2]
         ctx.eps = eps
         out_nhc = x_nhc.new_empty(N, H, C)
         if N:
-            _rope_fwd_kernel[N,](x_nhc, cos_nc, sin_nc, weight_c, out_nhc, eps, *ctx.strides, *ctx.shapes, **POINTWISE)
+            _rope_fwd_kernel[N,](x_nhc, cos_nc, sin_nc, weight_c, out_nhc, eps, *ctx.strides, **ctx.sizes, **POINTWISE)
         # without a norm the gradient does not depend on x: nothing of it is kept
         ctx.save_for_backward(x_nhc if normed else None, cos_nc, sin_nc, weight_c)
         return out_nhc
@@ -194,7 +195,7 @@ class RopeTriton(torch.autograd.Function):
         part_pc = None if weight_c is None else cos_nc.new_empty(n_programs, C)
         if N:
             _rope_bwd_kernel[n_programs,](x_nhc, cos_nc, sin_nc, weight_c, grad_nhc, grad_x_nhc, part_pc, N, ctx.eps,
-                                          *ctx.strides, *ctx.shapes, **POINTWISE)
+                                          *ctx.strides, **ctx.sizes, **POINTWISE)
         grad_weight_c = None if weight_c is None else part_pc.sum(0).to(weight_c.dtype)
         return grad_x_nhc, None, None, grad_weight_c, None
 

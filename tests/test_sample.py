@@ -24,6 +24,7 @@ from model import Model, ModelConfig, pack  # noqa: E402
 from reward import prompt_path  # noqa: E402
 from sample import (Batch, Config, Sampler, Sampling, choose, load_model, prompt_key, read_texts,  # noqa: E402
                     uniforms)
+from tokenizer import Tokenizer  # noqa: E402
 
 SHARED = (ROOT / os.environ.get("RM_SHARED", "../shared")).resolve()
 
@@ -529,9 +530,12 @@ def test_wrong_options_end_in_one_line(argv, said, capsys):
     assert e.value.code == 2 and error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ['{"text": 3}', '{"messages": "hi"}', "{}", "[]", "no json",
-                                  '{"text": "a"}\n{"tex": "b"}'])
-def test_a_bad_line_of_texts_is_named(tmp_path, text):
-    (tmp_path / "texts.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=rf"texts.jsonl:{text.count(chr(10)) + 1}: is not"):
-        read_texts(tmp_path / "texts.jsonl")
+@pytest.mark.parametrize("data", [b'{"text": 3}', b'{"messages": "hi"}', b'{"messages": []}', b"{}", b"[]", b"no json",
+                                  b'{"messages": [{"role": "judge", "content": "x"}]}', b'{"text": "\\ud83d"}',
+                                  b'{"text": "\xff"}', b'{"text": "sort 31"}\n{"tex": "b"}'], ids=str)
+def test_a_bad_line_of_texts_is_named(tmp_path, data):
+    """File and line stand first, before anything is sampled."""
+    toy.write_tokenizer(tmp_path)
+    (tmp_path / "texts.jsonl").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"texts.jsonl:{data.count(10) + 1}: [a-z]"):
+        read_texts(tmp_path / "texts.jsonl", Tokenizer(tmp_path))
