@@ -199,9 +199,9 @@ def main(cfg):
         row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_tokens": n_tokens, "step_s": seconds,
                "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
         if held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
-            whole = whole_model(model, dtype)
-            refresh(whole, model)
-            scores, records = held_out.judge(whole)
+            sampled_model = whole_model(model, dtype)
+            refresh(sampled_model, model)
+            scores, records = held_out.judge(sampled_model)
             row |= scores
             for record in records[:cfg.n_samples]:
                 run.row("samples.jsonl", {"step": done, **record})

@@ -110,27 +110,27 @@ def judge_all(cfg, pairs, out, ranks):
     sampler's statistics."""
     judge = load_judge(cfg, budgets_of(cfg))
     settings = judge_settings(cfg, judge) | {"order": cfg.order}
-    whole = out / "judgements.jsonl"
+    file = out / "judgements.jsonl"
     exchanged = [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs] if cfg.swap else []
     encoded = encode_all(judge, pairs + exchanged, cfg.skip_bad, quiet=not ranks.main)
-    if ranks.main and whole.exists():
-        reopen(whole, settings, {key_of(pair, ids) for pair, ids in encoded})
+    if ranks.main and file.exists():
+        reopen(file, settings, {key_of(pair, ids) for pair, ids in encoded})
 
     def begin():
         write_whole(out / "settings.json", json.dumps(settings))
         write_pairs(out / "pairs.jsonl", pairs)
 
-    return judge_file(judge, encoded, whole, settings, ranks, begin), settings, judge.sampler.stats()
+    return judge_file(judge, encoded, file, settings, ranks, begin), settings, judge.sampler.stats()
 
 
-def reopen(whole, settings, wanted):
+def reopen(file, settings, wanted):
     """Turns a finished judgements file back into a partial one: what it lacks is judged, what it has is not."""
-    beside = whole.with_name("settings.json")
+    beside = file.with_name("settings.json")
     check_settings(beside, beside.read_text(encoding="utf-8") if beside.exists() else "", settings)
-    text = whole.read_text(encoding="utf-8")
-    refuse_others(whole, judged(whole, text.split("\n")[:-1]), wanted)
-    write_whole(f"{whole}.partial", json.dumps(settings) + "\n" + text)
-    whole.unlink()
+    text = file.read_text(encoding="utf-8")
+    refuse_others(file, judged(file, text.split("\n")[:-1]), wanted)
+    write_whole(f"{file}.partial", json.dumps(settings) + "\n" + text)
+    file.unlink()
 
 
 def save_recorded(source, out, pairs, records, settings):

@@ -18,9 +18,9 @@ order.
 
 Letters: N packed tokens, S segments, B decode slots with T positions, P prompts with U positions and G slots each, H
 query heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads
-key/value head h // (H / K). In the attention kernels, as usual, m counts query rows and n keys; a query row is a
-(token, head) pair: the H / K heads that share a key/value head are rows of one tile, so that keys are loaded once for
-all of them and their gradients need no sum over heads afterwards.
+key/value head h // (H / K). In the attention kernels, as usual, m counts query rows and n keys (m are scored tokens in
+model.py and grpo.py). A query row is a (token, head) pair: the H / K heads that share a key/value head are rows of one
+tile, so that keys are loaded once for all of them and their gradients need no sum over heads afterwards.
 """
 
 import torch

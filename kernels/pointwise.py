@@ -36,7 +36,7 @@ def _rms_norm_bwd_kernel(x_ptr, weight_ptr, rstd_ptr, grad_ptr, grad_sum_ptr, gr
                          ADD: tl.constexpr, BLOCK_D: tl.constexpr):
     """With h = x rstd:  grad_x = rstd (weight grad - h mean(weight grad h)) (+ grad_sum);  grad_weight = sum_n grad h.
 
-    Program p of P takes rows p, p + P, p + 2 P .. and leaves its part of grad_weight, a row of `part`, which PyTorch
+    Program i of I takes rows i, i + I, i + 2 I .. and leaves its part of grad_weight, a row of `part`, which PyTorch
     sums: rows added up with atomics would have no fixed order.
     """
     d = tl.arange(0, BLOCK_D)
@@ -82,13 +82,13 @@ class AddRmsNormTriton(torch.autograd.Function):
         grad_sum_nd = grads[0].contiguous() if ctx.add else None
         grad_x_nd = torch.empty_like(sum_nd)
         n_programs = min(N, 1024)  # enough for any GPU; more would leave more parts to sum
-        part_pd = rstd_n.new_empty(n_programs, D)
+        part_id = rstd_n.new_empty(n_programs, D)
         if N:
-            _rms_norm_bwd_kernel[n_programs,](sum_nd, weight_d, rstd_n, grad_out_nd, grad_sum_nd, grad_x_nd, part_pd, N,
+            _rms_norm_bwd_kernel[n_programs,](sum_nd, weight_d, rstd_n, grad_out_nd, grad_sum_nd, grad_x_nd, part_id, N,
                                               D, ctx.add, triton.next_power_of_2(D), num_warps=_row_warps(D),
                                               **POINTWISE)
         # x and delta enter as a sum: their gradients are the same tensor
-        return grad_x_nd, grad_x_nd if ctx.add else None, part_pd.sum(0).to(weight_d.dtype), None
+        return grad_x_nd, grad_x_nd if ctx.add else None, part_id.sum(0).to(weight_d.dtype), None
 
 
 def _row_warps(D):
@@ -192,11 +192,11 @@ class RopeTriton(torch.autograd.Function):
         grad_nhc = grad_nhc.contiguous()
         grad_x_nhc = torch.empty_like(grad_nhc)
         n_programs = min(N, 1024)
-        part_pc = None if weight_c is None else cos_nc.new_empty(n_programs, C)
+        part_ic = None if weight_c is None else cos_nc.new_empty(n_programs, C)
         if N:
-            _rope_bwd_kernel[n_programs,](x_nhc, cos_nc, sin_nc, weight_c, grad_nhc, grad_x_nhc, part_pc, N, ctx.eps,
+            _rope_bwd_kernel[n_programs,](x_nhc, cos_nc, sin_nc, weight_c, grad_nhc, grad_x_nhc, part_ic, N, ctx.eps,
                                           *ctx.strides, **ctx.sizes, **POINTWISE)
-        grad_weight_c = None if weight_c is None else part_pc.sum(0).to(weight_c.dtype)
+        grad_weight_c = None if weight_c is None else part_ic.sum(0).to(weight_c.dtype)
         return grad_x_nhc, None, None, grad_weight_c, None
 
 
