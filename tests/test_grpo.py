@@ -501,9 +501,13 @@ def test_two_ranks_train_as_one_does(made, tmp_path, recorded):
         for row, other in zip(one, two, strict=True):
             assert other == pytest.approx(row, rel=1e-4, abs=1e-5), name
         assert sum(row["n_updates"] for row in one) > 0, name
-        x, y = (Model.from_pretrained(tmp_path / name / ranks / "model").state_dict() for ranks in "12")
-        for weight in x:
-            torch.testing.assert_close(y[weight], x[weight], rtol=0, atol=2e-4, msg=f"{name} {weight}")
+        # Adam divides by the gradient's own size: where that is rounding, a step of either sign is right, and no single
+        # number need agree. Of gradients off by e of their norm, a share e is so small: sqrt(e) of the way, e = 1e-5.
+        start, x, y = (Model.from_pretrained(path).state_dict() for path in
+                       (cfg.model, tmp_path / name / "1/model", tmp_path / name / "2/model"))
+        apart, way = ({weight: float((a[weight] - b[weight]).norm()) for weight in x} for a, b in ((y, x), (x, start)))
+        assert math.hypot(*apart.values()) < math.sqrt(1e-5) * math.hypot(*way.values()), name
+        assert all(apart[weight] <= 0.1 * way[weight] for weight in x), name
 
 
 # ---- a user's mistakes

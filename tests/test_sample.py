@@ -147,13 +147,13 @@ def test_greedy_equals_the_uncached_model_token_by_token(raw, monkeypatch):
                                      dict(temperature=1.3, top_p=0.9, top_k=7)], ids=str)
 def test_logps_are_those_of_the_sampling_distribution(raw, options):
     """Oracle: the uncached model's logits, tempered, cut and renormalized by `exact`."""
-    model = tiny(raw)
+    model = tiny(raw, torch.float64)
     done = Sampler(model, n_slots=6).generate(PROMPTS, Sampling(2, 20, **options, stop={17}, seed=3))
     for prompt, rollouts in zip(PROMPTS, done):
         for r in rollouts:
             rows = model.logits(prompt + r.ids)[len(prompt) - 1:-1].double().numpy()
             p = [exact(row, **options)[token] for row, token in zip(rows, r.ids, strict=True)]
-            np.testing.assert_allclose(r.logps, np.log(p), atol=1e-5)
+            np.testing.assert_allclose(r.logps, np.log(p), atol=1e-10)
 
 
 @pytest.mark.parametrize("raw", [QWEN2, QWEN3], ids=["Qwen2", "Qwen3"])
