@@ -29,7 +29,6 @@ from sample import Sampler, Sampling, prompt_key  # noqa: E402
 from test_sample import QWEN2, SHARED, make_folder, tiny  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
-torch.set_num_threads(1)
 
 # ---- judging: a folder with a tiny model, and a file of judgements
 
