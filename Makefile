@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-demo: .venv/runtime  ## the embedded default: set-up, three stages of training, one table
+demo: .venv/runtime  ## a tiny model on a generated task: set-up, three stages of training, one table
 	.venv/bin/python demo.py
 
 test: .venv/dev  ## the same set-up with the development packages, then the tests

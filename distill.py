@@ -11,7 +11,7 @@ Departures from the paper and its released code:
   3. Norm weights and biases are never decayed.
   4. Embedded default only: the blocks' matrices are trained with Muon (--optimizer muon); the recipes use AdamW.
 
-The embedded default, one GPU, four GPUs:
+The embedded default (a generated task and a tiny model: data/toy.py, all under runs/toy), one GPU, four GPUs:
 
     python distill.py
     python distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl --out runs/distill
