@@ -103,8 +103,8 @@ def parse_options(argv=None):
     parser.add_argument("--revision", help="commit, tag or branch of the one thing named; default: as in SOURCES")
     parser.add_argument("--files", help="a parquet file, or a folder of them, to convert instead of downloading the "
                         "one set named")
-    parser.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="skip unusable rows and count them, instead of "
-                        "stopping at the first")
+    parser.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
+                        help="skip unusable rows and count them, instead of stopping at the first")
     options = parser.parse_args(argv)
     try:
         sources = [source_of(name) for name in options.what]

@@ -1,4 +1,5 @@
-"""The generated task, which the demo and the scripts without options train on: small enough for a 0.86M-parameter model, verifiable, worth thinking.
+"""The generated task, which the demo and the scripts without options train on: small enough for a 0.86M-parameter
+model, verifiable, worth thinking.
 
     python data/toy.py --out runs/toy/data --seed 0
 
