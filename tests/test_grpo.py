@@ -10,7 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from data.pairs import Pair, read_pairs
 from grpo import Config, Group, advantages, micro_step, n_tree_tokens, steps_pairs, token_losses, trees
 from model import Model, ModelConfig
 from sample import Rollout, Sampling, whole_model
+from test_distill import flags
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,18 +76,6 @@ def metrics(out):
     """The logged rows but for the seconds; null, which pytest.approx cannot take, as -99."""
     return [{key: -99 if value is None else value for key, value in json.loads(line).items() if not key.endswith("_s")}
             for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def flags(cfg):
-    """The command line that gives cfg."""
-    out = []
-    for name, value in asdict(cfg).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            out += [flag, "" if value is None else str(value)]
-    return out
 
 
 @pytest.fixture
