@@ -4,7 +4,7 @@ demo: .venv/runtime  ## a tiny model on a generated task: set-up, three stages o
 	.venv/bin/python demo.py
 
 test: .venv/dev  ## the same set-up with the development packages, then the tests
-	.venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	.venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-gpu: .venv/dev  ## the kernels compiled and tested on this machine's GPU, bfloat16 included
 	RM_TEST_DEVICE=cuda .venv/bin/python -m pytest -q tests/test_kernels.py tests/test_invariance.py
