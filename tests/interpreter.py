@@ -66,10 +66,10 @@ def mended_methods():
         return shipped_cast(self, in_float32(src), dst_type)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        """a b + d: the products in memory as [m, d, n], so that sum(1) adds whole rows of n, one after the other."""
-        a_mdn, b_mdn = in_float32(a).data[:, :, None], in_float32(b).data[None]
-        product_mdn = np.multiply(a_mdn, b_mdn, dtype=d.data.dtype, order="C")
-        return TensorHandle(product_mdn.sum(1) + d.data, d.dtype.scalar)
+        """a b + d: the products in memory as [d, m, n], so that sum(0) adds whole tiles, one after the other."""
+        a_dmn, b_dmn = in_float32(a).data.T[:, :, None], in_float32(b).data[:, None, :]
+        product_dmn = np.multiply(a_dmn, b_dmn, dtype=d.data.dtype, order="C")
+        return TensorHandle(product_dmn.sum(0) + d.data, d.dtype.scalar)
 
     def binary_op(self, lhs, rhs, op):
         if not is_bfloat16(lhs):
