@@ -27,10 +27,8 @@ from data.pairs import read_pairs, write_pairs
 from evaluate import write_scores
 from files import one_line_errors, write_records
 from judge import Judge
-from model import Model
 from reward import load_prompt
-from sample import Sampler, Sampling
-from tokenizer import Tokenizer
+from sample import Sampler, Sampling, load_model
 
 TITLES = {"untrained": "untrained", "answer_only": "answer-only SFT", "distilled": "distilled",
           "grpo": "distilled + GRPO"}
@@ -52,9 +50,7 @@ class Config:
 def judge_all(model_folder, pairs, temperature, seed, out):
     """Judges the pairs, leaves a folder like evaluate.py's; returns the scores by name, and the shares of judgements
     that begin with the right solution or rubric and that check both answers."""
-    tokenizer = Tokenizer(model_folder)
-    model = Model.from_pretrained(model_folder).requires_grad_(False)
-    model.n_vocab = tokenizer.n_vocab
+    model, tokenizer = load_model(model_folder, "cpu", "float32")
     sampling = Sampling(max_new_tokens=96, temperature=temperature, stop=tokenizer.stop_ids, seed=seed)
     judge = Judge(Sampler(model), tokenizer, load_prompt("toy"), sampling)
     done = dict(tqdm(judge.judge(pairs), f"judge {out.name}", len(pairs), leave=False))

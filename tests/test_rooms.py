@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "benchmarks": "data reward",
     "evaluate": "benchmarks common data files judge model",
     "report": "benchmarks common data files reward",
-    "demo": "common data distill evaluate files grpo judge model reward sample tokenizer",
+    "demo": "common data distill evaluate files grpo judge reward sample",
 }
 
 
