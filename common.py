@@ -1,22 +1,18 @@
-"""What the scripts share: options, ranks, optimizer and schedule, micro-batches, checkpoints, the run folder.
+"""What the training loops share: ranks, micro-batches, optimizer and schedule, checkpoints, the run folder.
 
 Nothing here knows what a pair, a rollout or a loss is.
 """
 
-import argparse
 import atexit
 import dataclasses
 import gc
-import inspect
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-import typing
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,71 +24,8 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from files import append, fail, remove, whole, write_whole
-
-# -------------------------------------------------------------------------------------------------------------- options
-
-
-def parse_config(cls, recipes=None, argv=None):
-    """An instance of the frozen dataclass `cls` from the command line: one flag a field, its trailing comment the help.
-
-    A field without a default is a positional argument, and one of type tuple[str, ...] takes one or more values. An
-    empty value of an option that may be None is None: --eval-data "" evaluates on nothing. `recipes` maps a name to
-    overrides that --recipe applies before the flags. Unknown, abbreviated or mistyped flags, and values that
-    cls.__post_init__ refuses with ValueError, end the program with one line and status 2.
-    """
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{Path(sys.argv[0]).name}: {message} (--help lists the options)")
-    if recipes:
-        parser.add_argument("--recipe", choices=recipes, help="a set of options; flags given beside it win")
-    types = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        add_option(parser, f, types[f.name], trailing_comment(cls, f.name))
-    given = vars(parser.parse_args(argv))
-    recipe = given.pop("recipe", None)
-    options = dict(recipes[recipe]) if recipe else {}
-    for name, value in given.items():
-        if isinstance(value, list):
-            value = tuple(value)
-        if value == "" and type(None) in typing.get_args(types[name]):
-            value = None
-        options[name] = value
-    try:
-        return cls(**options)
-    except ValueError as e:
-        parser.error(str(e))
-
-
-def trailing_comment(cls, name):
-    found = re.search(rf"^    {name}:.*?  # (.+)$", inspect.getsource(cls), re.M)
-    assert found, f"{cls.__name__}.{name} needs a trailing comment: it is the option's help"
-    return found[1].replace("%", "%%")  # argparse formats it
-
-
-def add_option(parser, field, kind, text):
-    """The flag of one field. Its default is suppressed: what comes back is what was given, and wins over a recipe."""
-    flag = "--" + field.name.rstrip("_").replace("_", "-")
-    if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=field.name,
-                            help=f"{text} (default: {field.default})")
-        return
-    several = "+" if typing.get_origin(kind) is tuple else None
-    kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # str of tuple[str, ...], str | None
-    if field.default is dataclasses.MISSING:
-        parser.add_argument(field.name, type=kind, help=text, metavar=field.name.upper(), nargs=several)
-        return
-    default = " ".join(field.default) if several else field.default
-    parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), dest=field.name,
-                        help=f"{text} (default: {default})", nargs=several)
-
-
-def check_at_least(cfg, low, *names):
-    """ValueError names the first of these options that is below `low`, or not a number."""
-    for name in names:
-        if not getattr(cfg, name) >= low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(cfg, name)}")
-
+from files import append, fail, parse_json, refuse_file, remove, whole, write_whole
+from options import flag_of, saved_options
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
 
@@ -259,15 +192,21 @@ def learning_rate(step, n_steps, peak, n_warmup, final_frac=1.0):
     return peak * (final_frac + (1 - final_frac) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def optimizer_step(model, optimizers, lr, max_norm):
-    """Clips the gradient of the whole model to max_norm, steps, clears it; returns the norm before clipping."""
-    norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+def optimizer_step(model, optimizers, lr, max_norm, loss):
+    """Clips the gradient of the whole model to max_norm, steps, clears it; returns the norm before clipping.
+
+    If that norm or the loss (a float, of all ranks) is not finite, the step is left out and NaN comes back: one such
+    step would make every weight NaN.
+    """
+    norm = float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+    finite = math.isfinite(norm) and math.isfinite(loss)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if finite:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm if finite else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -319,11 +258,9 @@ def save_checkpoint(folder, model, optimizers, state, ranks, add_files):
 
 
 def latest_checkpoint(folder):
-    """The newest step-N folder of a run's checkpoints; ValueError if there is none."""
+    """The newest step-N folder of a run's checkpoints, or None."""
     found = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
-    if not found:
-        raise ValueError(f"{folder}: no checkpoint to resume from; delete the run and start it again")
-    return max(found, key=lambda p: int(p.name[5:]))
+    return max(found, key=lambda p: int(p.name[5:]), default=None)
 
 
 def restore(folder, model, optimizers):
@@ -351,46 +288,94 @@ def restore(folder, model, optimizers):
 # ----------------------------------------------------------------------------------------------------------- run folder
 
 
+MAX_SKIPPED = 3  # optimizer steps in a row without a finite loss and gradient, and the run ends
+
+
 class Run:
     """runs/NAME/: config.json, metrics.jsonl (a flat row a step), samples.jsonl, checkpoints/step-N/. Rank 0 writes."""
 
-    def __init__(self, folder, config, ranks, resume, may_differ=()):
-        """A new run refuses a folder that already holds one; a resumed one refuses other options than the run's own."""
-        self.folder, self.ranks = Path(folder), ranks
-        options = dataclasses.asdict(config)
-        file = self.folder / "config.json"
-        if resume:
-            if not file.exists():
-                raise ValueError(f"{file}: no run to resume there; drop --resume to start one")
-            try:
-                before = json.loads(file.read_text(encoding="utf-8"))["options"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}: is not a run's config.json; the run cannot be resumed") from None
-            for name in sorted(set(options) | set(before)):
-                if name not in ("resume", "out", *may_differ) and options.get(name) != before.get(name):
-                    raise ValueError(f"{file}: the run was started with {name}={before.get(name)!r}, "
-                                     f"not {options.get(name)!r}; resume it with its own options")
+    def __init__(self, config, ranks, may_change=None):
+        """Checks the folder config.out and writes nothing. A new run refuses a folder that already holds one; with
+        config.resume other options than the run's own are refused, but for those of may_change: {name: what changes
+        with it, or ""}."""
+        self.folder, self.ranks, self.config = Path(config.out), ranks, config
+        self.before, self.changed = None, {}
+        refuse_file(self.folder)
+        if config.resume:
+            self.before = saved_options(type(config), self.folder)
+            self.changed = self.changes(may_change or {})
         elif (self.folder / "metrics.jsonl").exists():
-            raise ValueError(f"{self.folder}: already holds a run; --resume continues it, --out chooses another "
-                             "folder, or delete it")
+            raise ValueError(f"{self.folder}: already holds a run; --resume continues it, --out chooses another folder")
+        self.checkpoint = latest_checkpoint(self.folder / "checkpoints") if config.resume else None
         ranks.barrier()
-        if ranks.main and not resume:
+
+    def changes(self, may_change):
+        """{name: [before, now]} of the options that have changed; ValueError if one of them may not."""
+        options = dataclasses.asdict(self.config)
+        changed = {}
+        for name, value in options.items():
+            # what an earlier version of a script did not have, its runs had at the default
+            before = self.before[name] if name in self.before else getattr(type(self.config), name)
+            if name in ("resume", "out") or value == before:
+                continue
+            if name not in may_change:
+                raise ValueError(f"{self.folder / 'config.json'}: the run was started with {flag_of(name)} {before}, "
+                                 f"not {value}; leave the option out to go on with the run's own")
+            changed[name] = [before, value]
+            if may_change[name] and self.ranks.main:
+                print(f"note: {flag_of(name)} was {before}, is {value} from here on: {may_change[name]}")
+        return changed
+
+    def begin(self, step, n_steps):
+        """Before the first step that this process makes, `step` being done: writes config.json, and drops the rows
+        that an interrupted run wrote after its last checkpoint."""
+        if step > n_steps:
+            raise ValueError(f"{self.folder}: {step} steps are done already, so it cannot end after {n_steps}")
+        if self.ranks.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({"options": options, "command": sys.argv, **machine(ranks)}, indent=2))
+            file = self.folder / "config.json"
+            options, start = dataclasses.asdict(self.config), {"command": sys.argv, **machine(self.ranks)}
+            record = {"options": options, **start}
+            if self.before is not None:
+                first = parse_json(file.read_bytes())
+                record = first | {"options": options | {"resume": False}}
+                record["resumed"] = first.get("resumed", []) + [{"step": step, "changed": self.changed, **start}]
+                print(f"{self.folder}: goes on after step {step} of {n_steps}")
+            write_whole(file, json.dumps(record, indent=2))
+            self.truncate(step)
+        self.ranks.barrier()
+
+    def close(self):
+        pass
 
     def row(self, file, row):
+        """Adds a row; a number that is not finite is null in it, since JSON has no other word for it."""
         if self.ranks.main:
-            append(self.folder / file, row)
+            finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+            append(self.folder / file, finite)
 
     def truncate(self, step):
-        """Drops rows past `step`, which an interrupted run wrote after its last checkpoint, and a half-written line."""
+        """Drops rows past `step`, and a half-written line."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
-            if self.ranks.main and path.exists():
+            if path.exists():
                 lines = path.read_text(encoding="utf-8").split("\n")[:-1]
                 lines = [line for line in lines if json.loads(line)["step"] <= step]
                 write_whole(path, "".join(line + "\n" for line in lines))
-        self.ranks.barrier()
+
+    def best(self):
+        """The best eval_accuracy so far, if the model that had it was kept; else -1."""
+        metrics = self.folder / "metrics.jsonl"
+        if not (self.folder / "best").exists() or not metrics.exists():
+            return -1.0
+        rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+        return max((row["eval_accuracy"] for row in rows if "eval_accuracy" in row), default=-1.0)
+
+    def stop(self, why):
+        """Ends the run with one line and no model/."""
+        kept = latest_checkpoint(self.folder / "checkpoints")
+        raise ValueError(f"{self.folder}: stopped, {why}; no model/ is written, the last good weights are in "
+                         f"{kept or self.config.model}: start again with a lower --lr")
 
 
 def machine(ranks):

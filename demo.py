@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 import distill
 import grpo
-from common import parse_config
 from data import toy
 from data.pairs import read_pairs, write_pairs
 from evaluate import write_scores
-from files import one_line_errors, write_records
+from files import one_line_errors, refuse_file, write_records
 from judge import Judge
+from options import check_at_least, check_between, parse_config
 from reward import load_prompt
 from sample import Sampler, Sampling, load_model
 
@@ -43,8 +43,9 @@ class Config:
     pairs: int = 800  # held-out pairs that every model judges
 
     def __post_init__(self):
-        if self.pairs < 20 or self.threads < 0 or self.seed < 0:
-            raise ValueError("--pairs must be at least 20, --threads and --seed at least 0")
+        check_at_least(self, 20, "pairs")
+        check_between(self, 0, 4096, "threads")
+        check_between(self, 0, 2**40 - 1, "seed")
 
 
 def judge_all(model_folder, pairs, temperature, seed, out):
@@ -71,6 +72,7 @@ def main(cfg):
     out = Path(cfg.out)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    refuse_file(out)
     if out.exists():
         if not (out / MARK).exists():
             raise ValueError(f"{out}: is there and was not made by a demo; choose another --out")
@@ -80,10 +82,10 @@ def main(cfg):
     distill.make_embedded_default(out, cfg.seed)
     data = {name: str(out / "data" / f"{name}.jsonl") for name in ("distill", "rl", "heldout")}
 
-    sft = distill.Config(model=str(out / "untrained"), data=data["distill"], eval_data=None, save_every=0,
-                         seed=cfg.seed, threads=cfg.threads)
-    rl = grpo.Config(model=str(out / "distilled/model"), data=data["rl"], eval_data=data["heldout"], save_every=0,
-                     seed=cfg.seed, threads=cfg.threads)
+    sft = replace(distill.Config(**distill.RECIPES["toy"]), model=str(out / "untrained"), data=data["distill"],
+                  eval_data=None, save_every=0, seed=cfg.seed, threads=cfg.threads)
+    rl = replace(grpo.Config(**grpo.RECIPES["toy"]), model=str(out / "distilled/model"), data=data["rl"],
+                 eval_data=data["heldout"], save_every=0, seed=cfg.seed, threads=cfg.threads)
     stages = [("answer_only", distill.main, replace(sft, answer_only=True)), ("distilled", distill.main, sft),
               ("grpo", grpo.main, rl)]
     seconds = {"untrained": 0.0}

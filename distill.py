@@ -9,15 +9,19 @@ Departures from the paper and its released code:
   1. The assistant header belongs to the prompt and is not trained on (the released code trains on it).
   2. The learning rate follows the paper for every size (the released scripts use the 7B value throughout).
   3. Norm weights and biases are never decayed.
-  4. Embedded default only: the blocks' matrices are trained with Muon (--optimizer muon); the recipes use AdamW.
+  4. Embedded default only: the blocks' matrices are trained with Muon (--recipe toy); the paper's sizes use AdamW.
 
-The embedded default (a generated task and a tiny model: data/toy.py, all under runs/toy), one GPU, four GPUs:
+The options' defaults are the paper's for 7B. Without --model and --data it trains "the embedded default" (--recipe toy):
+a generated task and a tiny model, data/toy.py, all under runs/toy. Then the same with data of one's own, on one GPU and
+on four, and a run that was interrupted:
 
     python distill.py
-    python distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl --out runs/distill
-    torchrun --nproc_per_node 4 distill.py --recipe qwen2.5-7b --model DIR --data chains.jsonl --out runs/distill
+    python distill.py --model DIR --data chains.jsonl --prompt instruct --out runs/distill
+    torchrun --nproc_per_node 4 distill.py --model DIR --data chains.jsonl --prompt instruct --out runs/distill
+    torchrun --nproc_per_node 4 distill.py --out runs/distill --resume
 """
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -27,64 +31,79 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (Run, Tally, check_at_least, init_ranks, latest_checkpoint, learning_rate, make_optimizers,
-                    micro_batches, optimizer_step, parse_config, restore, save_checkpoint, save_model, shard)
+from common import (MAX_SKIPPED, Run, Tally, init_ranks, learning_rate, make_optimizers, micro_batches, optimizer_step,
+                    restore, save_checkpoint, save_model, shard)
 from data import toy
-from data.pairs import read_chains
+from data.pairs import read_chains, without_equal_answers
 from files import one_line_errors
 from judge import HeldOut
 from model import Model, ModelConfig, pack
-from reward import load_prompt, prompt_path, render
-from sample import refresh, whole_model
+from options import check_at_least, check_between, check_choice, check_training, parse_config
+from reward import load_prompt, prompt_path, prompt_to_keep, render
+from sample import is_finite, refresh, whole_model
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "runs/toy/untrained"  # Hugging Face folder to start from (the default is generated, like its data)
-    data: str = "runs/toy/data/distill.jsonl"  # chains: pairs with a "judgement", or {"messages": [...]} rows
-    prompt: str = "toy"  # prompt in data/prompts (instruct, reasoning, direct, toy), or a file of your own
-    out: str = "runs/toy/distill"  # run folder; the trained model is left in its model/
+    model: str | None = None  # Hugging Face folder to start from
+    data: str | None = None  # chains: pairs with a "judgement", or {"messages": [...]} rows
+    prompt: str | None = None  # prompt in data/prompts (instruct, reasoning, direct, toy), or a file of your own
+    out: str = "runs/distill"  # run folder; the trained model is left in its model/
     answer_only: bool = False  # train on the bare verdict instead of the chain: the baseline without reasoning
-    batch_size: int = 32  # chains per optimizer step, all ranks together
+    skip_bad: bool = False  # drop unreadable chains and those of two equal answers, and count them
+    batch_size: int = 128  # chains per optimizer step, all ranks together
     epochs: int = 1  # passes over the data
     max_steps: int = 0  # stop after so many optimizer steps, 0 = after the epochs
-    max_length: int = 1024  # tokens of prompt and judgement; longer chains are dropped and counted
-    micro_tokens: int = 16384  # packed tokens that one rank runs through the model at once
-    optimizer: str = "muon"  # adamw, or muon for the blocks' matrices and adamw for the rest
-    lr: float = 4e-3  # peak
-    warmup_frac: float = 0.08  # share of the steps that warm up
-    final_lr_frac: float = 0.05  # the cosine ends at this share of lr
+    max_length: int = 12288  # tokens of prompt and judgement; longer chains are dropped and counted
+    micro_tokens: int = 12288  # packed tokens that one rank runs through the model at once
+    optimizer: str = "adamw"  # adamw, or muon for the blocks' matrices and adamw for the rest
+    lr: float = 5e-6  # peak; 7B's
+    warmup_frac: float = 0.03  # share of the steps that warm up
+    final_lr_frac: float = 0.1  # the cosine ends at this share of lr
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
-    weight_decay: float = 0.1  # of matrices and embeddings
+    weight_decay: float = 0.0  # of matrices and embeddings
     max_norm: float = 1.0  # gradient clipping
-    dtype: str = "float32"  # of the computation, float32 or bfloat16; master weights and moments are float32
-    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
-    eval_data: str | None = "runs/toy/data/heldout.jsonl"  # pairs to judge every eval_every steps
+    dtype: str = "bfloat16"  # of the computation, float32 or bfloat16; master weights and moments are float32
+    gradient_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more time
+    eval_data: str | None = None  # pairs to judge every eval_every steps
     eval_pairs: int = 200  # how many of them
     eval_every: int = 0  # steps between evaluations; the last step always evaluates; 0 = only then
-    eval_tokens: int = 128  # longest judgement in an evaluation
+    eval_tokens: int = 8192  # longest judgement in an evaluation
     n_samples: int = 4  # judgements of an evaluation that samples.jsonl keeps
-    save_every: int = 200  # steps between checkpoints, 0 = none
-    seed: int = 0  # of the data order
+    save_every: int = 20  # steps between checkpoints, 0 = none
+    keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
+    seed: int = 42  # of the data order
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
-    resume: bool = False  # continue the run in --out from its newest checkpoint
+    wandb: str | None = None  # log to this project of Weights & Biases, too (needs the package wandb)
+    tensorboard: bool = False  # log for TensorBoard, too (needs the package tensorboard)
+    resume: bool = False  # continue the run in --out from its newest checkpoint, with its own options
 
     def __post_init__(self):
+        check_training(self)
         check_at_least(self, 2, "max_length")  # a token of the prompt, one of the judgement
-        check_at_least(self, 1, "batch_size", "epochs", "micro_tokens", "eval_pairs", "eval_tokens")
-        check_at_least(self, 0, "max_steps", "lr", "warmup_frac", "final_lr_frac", "weight_decay", "max_norm",
-                       "eval_every", "n_samples", "save_every", "seed", "threads")
-        if self.optimizer not in ("adamw", "muon") or self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--optimizer is adamw or muon, --dtype float32 or bfloat16; got {self.optimizer}, "
-                             f"{self.dtype}")
+        check_at_least(self, 1, "batch_size", "epochs", "eval_tokens")
+        check_at_least(self, 0, "max_steps")
+        check_between(self, 0, 1, "warmup_frac")
+        check_choice(self, "optimizer", "adamw", "muon")
 
 
-PAPER = dict(prompt="instruct", batch_size=128, epochs=1, max_length=12288, micro_tokens=12288, optimizer="adamw",
-             warmup_frac=0.03, final_lr_frac=0.1, weight_decay=0.0, max_norm=1.0, dtype="bfloat16",
-             gradient_checkpointing=True, eval_data=None, eval_tokens=8192, save_every=20, seed=42)
-RECIPES = {"qwen2.5-7b": PAPER | {"lr": 5e-6}, "qwen2.5-14b": PAPER | {"lr": 3e-6}, "qwen2.5-32b": PAPER | {"lr": 2e-6}}
+INSTRUCT = {"prompt": "instruct"}
+RECIPES = {  # what differs from the defaults
+    "qwen2.5-7b": INSTRUCT, "qwen2.5-14b": INSTRUCT | {"lr": 3e-6}, "qwen2.5-32b": INSTRUCT | {"lr": 2e-6},
+    "toy": dict(model="runs/toy/untrained", data="runs/toy/data/distill.jsonl", prompt="toy", out="runs/toy/distill",
+                batch_size=32, max_length=1024, micro_tokens=16384, optimizer="muon", lr=4e-3, warmup_frac=0.08,
+                final_lr_frac=0.05, weight_decay=0.1, dtype="float32", gradient_checkpointing=False,
+                eval_data="runs/toy/data/heldout.jsonl", eval_tokens=128, save_every=200, seed=0),
+}
+SCHEDULE = "its learning rates are those of a run of the new length"
+ROUNDING = "sums are added in another order, so it is not bit for bit the run without the change"
+MAY_CHANGE = {  # on --resume; and what changes with it
+    "epochs": SCHEDULE, "max_steps": SCHEDULE, "micro_tokens": ROUNDING, "threads": ROUNDING, "eval_data": "",
+    "eval_pairs": "", "eval_every": "", "eval_tokens": "", "n_samples": "", "save_every": "", "keep_best": "",
+    "wandb": "", "tensorboard": "",
+}
 
 
 @dataclass(frozen=True)
@@ -106,17 +125,19 @@ def encode_chain(chain, prompt, tokenizer, answer_only):
 
 
 def read_examples(cfg, tokenizer, say):
-    prompt, chains = load_prompt(cfg.prompt), read_chains(cfg.data)
+    """The chains of cfg.data as Examples, without those that are too long; and their pairs."""
+    chains = without_equal_answers(read_chains(cfg.data, cfg.skip_bad), cfg.data, cfg.skip_bad, say)
     if cfg.answer_only and any(chain.pair.winner is None for chain in chains):
         raise ValueError(f"{cfg.data}: --answer-only needs a winner in every row")
-    examples = [encode_chain(chain, prompt, tokenizer, cfg.answer_only)
-                for chain in tqdm(chains, "tokenize", leave=False, disable=not say)]
+    prompt = load_prompt(cfg.prompt) if cfg.prompt else None
+    with tqdm(chains, "tokenize", leave=False, disable=not say) as bar:  # closed before an error is printed
+        examples = [encode_chain(chain, prompt, tokenizer, cfg.answer_only) for chain in bar]
     kept = [e for e in examples if len(e.ids) <= cfg.max_length]
     if not kept:
         raise ValueError(f"{cfg.data}: all {len(examples)} chains are longer than --max-length {cfg.max_length}")
     if say and len(kept) < len(examples):
         print(f"dropped {len(examples) - len(kept)} of {len(examples)} chains longer than {cfg.max_length} tokens")
-    return kept
+    return kept, [chain.pair for chain in chains]
 
 
 def batch_of_step(step, n, batch_size, seed):
@@ -148,32 +169,34 @@ def make_embedded_default(folder, seed=0):
 
 def main(cfg):
     ranks = init_ranks(cfg.threads)
+    run = Run(cfg, ranks, MAY_CHANGE)
     if ranks.main:
-        if cfg.model == Config.model and not Path(cfg.model, "prompt.txt").exists():  # which is written last
+        if cfg.model == RECIPES["toy"]["model"] and not Path(cfg.model, "prompt.txt").exists():  # it is written last
             make_embedded_default(Path(cfg.model).parent)
     ranks.barrier()
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
-    examples = read_examples(cfg, tokenizer, ranks.main)
+    examples, pairs = read_examples(cfg, tokenizer, ranks.main)
+    kept_prompt = prompt_to_keep(cfg.prompt, pairs, ranks.main)
     n_steps = cfg.epochs * -(-len(examples) // cfg.batch_size)
     n_steps = min(n_steps, cfg.max_steps) if cfg.max_steps else n_steps
     held_out = None
     if cfg.eval_data:
-        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, cfg.prompt, cfg.eval_tokens, tokenizer, ranks)
+        prompt = load_prompt(cfg.prompt) if cfg.prompt else None
+        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt, cfg.eval_tokens, tokenizer, ranks)
 
-    run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=("micro_tokens", "threads", "save_every", "n_samples"))
-    checkpoint = latest_checkpoint(run.folder / "checkpoints") if cfg.resume else None
-    model = Model.from_pretrained(checkpoint or cfg.model, ranks.loading_device, torch.float32)
-    model.n_vocab, model.gradient_checkpointing = tokenizer.n_vocab, cfg.gradient_checkpointing
+    model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
+    model.gradient_checkpointing = cfg.gradient_checkpointing
     model = shard(model, ranks, dtype)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-
-    first_step = restore(checkpoint, model, optimizers) if checkpoint else 0
-    run.truncate(first_step)
+    first_step = restore(run.checkpoint, model, optimizers) if run.checkpoint else 0
+    run.begin(first_step, n_steps)
 
     def add_files(folder):
         tokenizer.save(folder)
-        shutil.copyfile(prompt_path(cfg.prompt), folder / "prompt.txt")  # it will be asked as it was trained
+        if kept_prompt:
+            shutil.copyfile(prompt_path(kept_prompt), folder / "prompt.txt")  # it will be asked as it was trained
 
+    best, n_skipped = run.best(), 0  # optimizer steps skipped in a row
     bar = tqdm(range(first_step, n_steps), "answer-only" if cfg.answer_only else "distill", initial=first_step,
                total=n_steps, disable=not ranks.main)
     for step in bar:
@@ -192,13 +215,18 @@ def main(cfg):
             tally.add("loss", weight * nll, n_mine)
             tally.add("entropy", weight * entropy, n_mine)
 
+        means = tally.means(ranks)
         lr = learning_rate(step, n_steps, cfg.lr, round(cfg.warmup_frac * n_steps), cfg.final_lr_frac)
-        norm = optimizer_step(model, optimizers, lr, cfg.max_norm)
+        norm = optimizer_step(model, optimizers, lr, cfg.max_norm, means["loss"])
+        n_skipped = 0 if math.isfinite(norm) else n_skipped + 1
 
-        done, means, seconds = step + 1, tally.means(ranks), time.perf_counter() - began
-        row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_tokens": n_tokens, "step_s": seconds,
-               "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
-        if held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
+        done, seconds = step + 1, time.perf_counter() - began
+        row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_skipped": int(n_skipped > 0),
+               "n_tokens": n_tokens, "step_s": seconds, "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
+        evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
+        saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
+        dead = (evaluates or saves) and not is_finite(model, examples[0].ids)
+        if evaluates and not dead:
             sampled_model = whole_model(model, dtype)
             refresh(sampled_model, model)
             scores, records = held_out.judge(sampled_model)
@@ -207,12 +235,21 @@ def main(cfg):
                 run.row("samples.jsonl", {"step": done, **record})
         run.row("metrics.jsonl", row)
         bar.set_postfix(loss=f"{means['loss']:.3f}", tok_s=f"{row['train_tok_s']:.0f}")
-        if cfg.save_every and (done % cfg.save_every == 0 or done == n_steps):
+        if n_skipped == MAX_SKIPPED:
+            run.stop(f"loss or gradient were not finite in {n_skipped} steps in a row")
+        if dead:
+            run.stop("the model's log-probabilities are not finite any more")
+
+        if cfg.keep_best and row.get("eval_accuracy", -1) > best:
+            best = row["eval_accuracy"]
+            save_model(run.folder / "best", model, ranks, add_files, dtype)
+        if saves and cfg.save_every:
             save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
                             {"step": done, "seed": cfg.seed}, ranks, add_files)
     save_model(run.folder / "model", model, ranks, add_files, dtype)
+    run.close()
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_config(Config, RECIPES))
+        main(parse_config(Config, RECIPES, embedded="toy"))

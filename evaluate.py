@@ -26,21 +26,22 @@ from pathlib import Path
 
 from benchmarks import scores
 from benchmarks.records import read_benchmark, read_recorded
-from common import init_ranks, parse_config
+from common import init_ranks
 from data.pairs import SWAPPED, read_pairs, swapped, write_pairs
-from files import one_line_errors, write_records, write_whole
+from files import one_line_errors, refuse_file, write_records, write_whole
 from judge import (check_judging, check_settings, encode_all, judge_file, judge_settings, judged, key_of, load_judge,
                    refuse_others)
 from model import read_json
+from options import check_choice, parse_config
 
 
 @dataclass(frozen=True)
 class Config:
-    model: tuple[str, ...] = ("runs/toy/grpo/model",)  # Hugging Face folder of the judge; several stand side by side
+    model: tuple[str, ...] = ()  # Hugging Face folder of the judge; several stand side by side
     rewardbench: str | None = None  # RewardBench's rows as JSON lines
     rmbench: str | None = None  # RM-Bench's total_dataset.json, or the file of a domain, or a folder of such
     rmb: str | None = None  # RMB's folder, with Pairwise_set and BoN_set in it
-    data: str | None = None  # labelled pairs in any format that data/pairs.py reads; by default the generated task's
+    data: str | None = None  # labelled pairs in any format that data/pairs.py reads
     from_: tuple[str, ...] = ()  # score recorded outputs instead: judgements.jsonl, RM-R1's logs (a file or a folder)
     out: str = "runs/eval"  # folder for pairs.jsonl, judgements.jsonl and scores.json
     prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
@@ -63,12 +64,15 @@ class Config:
 
     def __post_init__(self):
         check_judging(self)
-        if self.order not in ("balanced", "published"):
-            raise ValueError(f"--order is balanced or published, got {self.order}")
+        check_choice(self, "order", "balanced", "published")
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         others = [name for name in changed if name not in ("from_", "out", "skip_bad", "threads")]
         if self.from_ and others:
             raise ValueError(f"--from scores what was recorded: --{others[0].replace('_', '-')} does not go with it")
+        to_judge = self.rewardbench or self.rmbench or self.rmb or self.data
+        if bool(self.model) != bool(to_judge):
+            raise ValueError("--model and what it is to judge (--data, --rewardbench, --rmbench or --rmb) need each other; "
+                             "without both, the generated task's")
         if self.order == "published" and (self.skip_bad or not {"rewardbench", "rmbench", "rmb"} & set(changed)):
             raise ValueError("--order published is of the three benchmarks, and of all their records: give one of "
                              "--rewardbench, --rmbench and --rmb, without --skip-bad")
@@ -87,11 +91,10 @@ def read_all(cfg):
     """The pairs of every file given, in the order in which they will be judged."""
     files = {"reward-bench": cfg.rewardbench, "rm-bench": cfg.rmbench, "rmb": cfg.rmb}
     parts = [read_benchmark(path, source, cfg.order, cfg.seed, cfg.skip_bad) for source, path in files.items() if path]
-    if cfg.data or not parts:
-        path = cfg.data or "runs/toy/data/heldout.jsonl"
-        parts.append(read_pairs(path, cfg.seed, cfg.skip_bad))
+    if cfg.data:
+        parts.append(read_pairs(cfg.data, cfg.seed, cfg.skip_bad))
         if all(pair.winner is None for pair in parts[-1]):
-            raise ValueError(f"{path}: no pair has a winner, nothing to score; judge.py judges unlabelled pairs")
+            raise ValueError(f"{cfg.data}: no pair has a winner, nothing to score; judge.py judges unlabelled pairs")
     pairs = []
     for part in parts:
         names = [pair.item or pair.id for pair in part]  # whole items: nine pairs, or a best-of-n
@@ -249,8 +252,9 @@ def places(sources, out):
 
 
 def main(cfg):
-    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
-        raise ValueError(f"{cfg.out}: is a file; --out is a folder")
+    refuse_file(cfg.out)
+    if not (cfg.model or cfg.from_):  # the embedded default, as grpo.py leaves it
+        cfg = replace(cfg, model=("runs/toy/grpo/model",), data="runs/toy/data/heldout.jsonl")
     ranks = init_ranks(cfg.threads)
     if cfg.from_ and ranks.world > 1:
         raise ValueError("--from needs one process: start it with python, not torchrun")

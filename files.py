@@ -25,7 +25,8 @@ def one_line_errors():
     except (ValueError, OSError) as e:
         if os.environ.get("RM_TRACEBACK"):
             raise
-        fail(str(e))
+        system = isinstance(e, OSError) and e.filename and e.strerror
+        fail(f"{e.filename}: {e.strerror}" if system else str(e))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -111,5 +112,15 @@ def parse_json(data):
 
 
 def refuse_existing(path):
+    """Before a file is written: nothing that is there already is overwritten."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; --out is the file to write")
     if Path(path).exists():
-        raise ValueError(f"{path}: already there and whole; delete it or choose another --out")
+        raise ValueError(f"{path}: is already there; choose another --out")
+
+
+def refuse_file(path):
+    """Before a folder is written: neither its name nor the folders above it may be a file's."""
+    for place in (Path(path), *Path(path).parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place}: is a file; --out is a folder")

@@ -26,97 +26,109 @@ Departures from the paper and its released code:
      that are searched.
   4. Weight decay spares norms and biases.
   5. On the generated task only: groups whose rewards are all equal have no gradient from (2) and are left out of the
-     update, with their KL term; their tokens stay in the denominator (--skip-zero-spread, off in the recipes). And the
-     learning rate falls along a cosine (--final-lr-frac); the recipes keep it constant.
+     update, with their KL term; their tokens stay in the denominator (--skip-zero-spread). And the learning rate falls
+     along a cosine (--final-lr-frac); the paper keeps it constant.
 
-Without --model and --data it trains on a generated task, from a tiny model that distill.py makes first if it is not
-there ("the embedded default": data/toy.py, all under runs/toy). Then the same on eight GPUs with data of one's own:
+The options' defaults are the paper's for 7B. Without --model and --data it trains "the embedded default" (--recipe toy):
+a generated task, data/toy.py, and a tiny model that distill.py trains first if it is not there, all under runs/toy. Then
+the same on eight GPUs with data of one's own, and a run that was interrupted:
 
     python grpo.py
-    torchrun --nproc_per_node 8 grpo.py --recipe qwen2.5-7b --model DISTILLED --data pairs.jsonl --out runs/grpo
+    torchrun --nproc_per_node 8 grpo.py --model DISTILLED --data pairs.jsonl --out runs/grpo
+    torchrun --nproc_per_node 8 grpo.py --out runs/grpo --resume
 """
 
+import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (Run, Tally, check_at_least, init_ranks, latest_checkpoint, learning_rate, make_optimizers,
-                    micro_batches, optimizer_step, parse_config, restore, save_checkpoint, save_model, shard)
-from data.pairs import Pair, read_pairs
+from common import (MAX_SKIPPED, Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers,
+                    micro_batches, optimizer_step, restore, save_checkpoint, save_model, shard)
+from data.pairs import Pair, read_pairs, without_equal_answers
 from files import one_line_errors
 from judge import HeldOut
 from model import Model, pack
-from reward import load_prompt, prompt_of, prompt_path, render, reward, training_verdict
-from sample import Rollout, Sampler, Sampling, model_impl, refresh, whole_model
+from options import check_at_least, check_between, check_training, parse_config
+from reward import load_prompt, prompt_of, prompt_path, prompt_to_keep, render, reward, training_verdict
+from sample import Rollout, Sampler, Sampling, is_finite, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "runs/toy/distill/model"  # Hugging Face folder: the policy's start, and the frozen reference
-    data: str = "runs/toy/data/rl.jsonl"  # labelled pairs, in any format that data/pairs.py reads
+    model: str | None = None  # Hugging Face folder: the policy's start, and the frozen reference
+    data: str | None = None  # labelled pairs, in any format that data/pairs.py reads
     prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
-    out: str = "runs/toy/grpo"  # run folder; the trained model is left in its model/
-    n_prompts: int = 64  # pairs per step, all ranks together (P)
-    mini_prompts: int = 32  # pairs per optimizer step; n_prompts / mini_prompts updates follow each rollout
+    out: str = "runs/grpo"  # run folder; the trained model is left in its model/
+    skip_bad: bool = False  # drop unreadable pairs and those of two equal answers, and count them
+    n_prompts: int = 1024  # pairs per step, all ranks together (P)
+    mini_prompts: int = 128  # pairs per optimizer step; n_prompts / mini_prompts updates follow each rollout
     group_size: int = 7  # judgements per pair (G)
-    steps: int = 50  # rollout steps; 0 = one pass over the data
+    steps: int = 0  # rollout steps; 0 = one pass over the data
     temperature: float = 1.0  # of the rollouts, and of every log-probability
-    max_prompt_tokens: int = 1024  # pairs with longer prompts are dropped and counted
-    max_new_tokens: int = 96  # longest judgement
+    max_prompt_tokens: int = 4096  # pairs with longer prompts are dropped and counted
+    max_new_tokens: int = 8192  # longest judgement
     clip: float = 0.2  # e in (5)
     kl_coef: float = 1e-3  # beta in (5)
-    skip_zero_spread: bool = True  # leave groups with equal rewards out of the update (see departure 5)
-    lr: float = 1.5e-4  # AdamW, after the warm-up
-    warmup_steps: int = 3  # rollout steps of linear warm-up
-    final_lr_frac: float = 0.05  # a cosine ends at this share of lr; 1 = constant, as in the paper
+    skip_zero_spread: bool = False  # leave groups with equal rewards out of the update (see departure 5)
+    lr: float = 1e-6  # AdamW, after the warm-up; 7B's
+    warmup_steps: int = 0  # rollout steps of linear warm-up
+    final_lr_frac: float = 1.0  # a cosine ends at this share of lr; 1 = constant
     beta1: float = 0.9  # AdamW
-    beta2: float = 0.99  # AdamW
-    weight_decay: float = 0.0  # of matrices and embeddings
+    beta2: float = 0.999  # AdamW
+    weight_decay: float = 0.01  # of matrices and embeddings
     max_norm: float = 1.0  # gradient clipping
-    dtype: str = "float32"  # of the computation, float32 or bfloat16; master weights and moments are float32
-    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    dtype: str = "bfloat16"  # of the computation, float32 or bfloat16; master weights and moments are float32
+    gradient_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more time
     batch_invariant: bool = False  # one order for every sum: mismatch becomes exactly 0; slower, needs a GPU
-    micro_tokens: int = 16384  # packed tokens that one rank runs through the model at once
-    n_slots: int = 256  # judgements that one rank writes at once
-    eval_data: str | None = "runs/toy/data/heldout.jsonl"  # pairs to judge every eval_every steps
+    micro_tokens: int = 12288  # packed tokens that one rank runs through the model at once
+    n_slots: int = 32  # judgements that one rank writes at once
+    eval_data: str | None = None  # pairs to judge every eval_every steps
     eval_pairs: int = 200  # how many of them
     eval_every: int = 10  # steps between evaluations; the last step always evaluates; 0 = only then
-    save_every: int = 20  # steps between checkpoints, 0 = none
+    save_every: int = 10  # steps between checkpoints, 0 = none
+    keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
     n_samples: int = 2  # rollouts decoded into samples.jsonl each step
-    seed: int = 0  # of the data order and the rollouts
+    seed: int = 1  # of the data order and the rollouts
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
-    resume: bool = False  # continue the run in --out from its newest checkpoint
+    wandb: str | None = None  # log to this project of Weights & Biases, too (needs the package wandb)
+    tensorboard: bool = False  # log for TensorBoard, too (needs the package tensorboard)
+    resume: bool = False  # continue the run in --out from its newest checkpoint, with its own options
 
     def __post_init__(self):
-        check_at_least(self, 2, "group_size")  # a judgement is measured against its siblings
-        check_at_least(self, 1, "n_prompts", "mini_prompts", "max_new_tokens", "max_prompt_tokens", "micro_tokens",
-                       "n_slots", "eval_pairs")
-        check_at_least(self, 0, "steps", "lr", "clip", "kl_coef", "eval_every", "save_every", "seed", "threads",
-                       "max_norm", "weight_decay", "warmup_steps", "final_lr_frac", "n_samples")
+        check_training(self)
+        check_between(self, 2, 1024, "group_size")  # a judgement is measured against its siblings
+        check_at_least(self, 1, "n_prompts", "mini_prompts", "max_new_tokens", "max_prompt_tokens", "n_slots")
+        check_at_least(self, 0, "steps", "clip", "kl_coef", "warmup_steps")
         if self.n_prompts % self.mini_prompts:
             raise ValueError(f"--n-prompts {self.n_prompts} must be a multiple of --mini-prompts {self.mini_prompts}")
-        if self.seed >= 2**40:
-            raise ValueError("--seed must be below 2^40")
-        if not 0 < self.temperature < float("inf") or self.dtype not in ("float32", "bfloat16"):
-            raise ValueError("--temperature must be positive and --dtype float32 or bfloat16; "
-                             f"got {self.temperature}, {self.dtype}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"--temperature must be positive, got {self.temperature}")
 
 
-PAPER = dict(n_prompts=1024, mini_prompts=128, group_size=7, steps=0, temperature=1.0, max_prompt_tokens=4096,
-             max_new_tokens=8192, n_slots=32, clip=0.2, kl_coef=1e-3, skip_zero_spread=False, warmup_steps=0,
-             final_lr_frac=1.0, beta1=0.9, beta2=0.999, weight_decay=0.01, max_norm=1.0, dtype="bfloat16",
-             gradient_checkpointing=True, micro_tokens=12288, eval_data=None, save_every=10, seed=1)
-THINKER = PAPER | {"prompt": "reasoning"}
-RECIPES = {
-    "qwen2.5-7b": PAPER | {"lr": 1e-6}, "deepseek-distill-7b": THINKER | {"lr": 1e-6},
-    "qwen2.5-14b": PAPER | {"lr": 7e-7}, "deepseek-distill-14b": THINKER | {"lr": 1e-6},
-    "qwen2.5-32b": PAPER | {"lr": 5e-7}, "deepseek-distill-32b": THINKER | {"lr": 8e-7},
+THINKER = {"prompt": "reasoning"}
+RECIPES = {  # what differs from the defaults
+    "qwen2.5-7b": {}, "deepseek-distill-7b": THINKER,
+    "qwen2.5-14b": {"lr": 7e-7}, "deepseek-distill-14b": THINKER,
+    "qwen2.5-32b": {"lr": 5e-7}, "deepseek-distill-32b": THINKER | {"lr": 8e-7},
+    "toy": dict(model="runs/toy/distill/model", data="runs/toy/data/rl.jsonl", out="runs/toy/grpo", n_prompts=64,
+                mini_prompts=32, steps=50, max_prompt_tokens=1024, max_new_tokens=96, skip_zero_spread=True, lr=1.5e-4,
+                warmup_steps=3, final_lr_frac=0.05, beta2=0.99, weight_decay=0.0, dtype="float32",
+                gradient_checkpointing=False, micro_tokens=16384, n_slots=256,
+                eval_data="runs/toy/data/heldout.jsonl", save_every=20, seed=0),
+}
+ROUNDING = "sums are added in another order, so it is not bit for bit the run without the change"
+MAY_CHANGE = {  # on --resume; and what changes with it
+    "steps": "with a --final-lr-frac below 1, its learning rates are those of a run of the new length",
+    "n_slots": f"without --batch-invariant {ROUNDING}", "micro_tokens": ROUNDING, "threads": ROUNDING, "eval_data": "",
+    "eval_pairs": "", "eval_every": "", "n_samples": "", "save_every": "", "keep_best": "", "wandb": "",
+    "tensorboard": "",
 }
 
 
@@ -165,9 +177,10 @@ def token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, clip, kl_coef):
 
 def read_prompts(cfg, tokenizer, prompt, ranks):
     """The labelled pairs of cfg.data whose prompts are short enough, and {pair id: prompt ids}."""
-    labelled = [pair for pair in read_pairs(cfg.data) if pair.winner is not None]
-    prompts = {pair.id: tokenizer.chat(render(prompt, pair))
-               for pair in tqdm(labelled, "tokenize", leave=False, disable=not ranks.main)}
+    labelled = [pair for pair in read_pairs(cfg.data, skip_bad=cfg.skip_bad) if pair.winner is not None]
+    labelled = without_equal_answers(labelled, cfg.data, cfg.skip_bad, ranks.main)
+    with tqdm(labelled, "tokenize", leave=False, disable=not ranks.main) as bar:  # closed before an error is printed
+        prompts = {pair.id: tokenizer.chat(render(prompt, pair)) for pair in bar}
     pairs = [pair for pair in labelled if len(prompts[pair.id]) <= cfg.max_prompt_tokens]
     if ranks.main and len(pairs) < len(labelled):
         print(f"dropped {len(labelled) - len(pairs)} of {len(labelled)} pairs with over {cfg.max_prompt_tokens} "
@@ -255,8 +268,8 @@ def micro_step(model, reference, micro, cfg, device):
 
 
 def accumulate_gradients(cfg, ranks, model, reference, groups, tally, fresh):
-    """Backward passes of (5) over a mini-batch; returns the packed tokens trained on and each micro-batch's largest
-    mismatch.
+    """Backward passes of (5) over a mini-batch; returns the packed tokens trained on, the loss of all ranks, and each
+    micro-batch's largest mismatch.
 
     `fresh`: no optimizer step since the rollouts, so that sampler and trainer differ by rounding only; the mismatch is
     logged of such mini-batches alone.
@@ -269,16 +282,17 @@ def accumulate_gradients(cfg, ranks, model, reference, groups, tally, fresh):
         tally.add(name, 0.0, 0)  # null in the log if no group is trained on
     trained = [group for group in groups if group.has_spread or not cfg.skip_zero_spread]
     if not trained:
-        return 0, []
+        return 0, 0.0, []
     items = trees(trained, cfg.micro_tokens)
     sizes = [n_tree_tokens(item) for item in items]
-    mismatches = []
+    total, mismatches = torch.zeros((), device=ranks.device), []
     for shares in micro_batches(sizes, cfg.micro_tokens, ranks.world):
         mine = [items[i] for i in shares[ranks.rank]]
         # a rank without trees still runs one, at weight zero: the others wait for its share of the collectives
         loss, sums, largest_mismatch = micro_step(model, reference, mine or items[:1], cfg, ranks.device)
         weight = 1.0 if mine else 0.0
         (weight * loss / n_tokens).backward()
+        total += weight * loss.detach() / n_tokens
         n_mine = sum(len(group.rollouts[g].ids) for group, part in mine for g in part)
         tally.add("loss", weight * loss, 0)
         for name in ("entropy", "kl", "clip_frac"):
@@ -287,7 +301,7 @@ def accumulate_gradients(cfg, ranks, model, reference, groups, tally, fresh):
             tally.add("mismatch", weight * sums["mismatch"], n_mine)
         if fresh and mine:
             mismatches.append(float(largest_mismatch))
-    return sum(sizes), mismatches
+    return sum(sizes), float(ranks.sum(total)), mismatches
 
 
 def rollout_metrics(groups):
@@ -314,37 +328,39 @@ def sample_row(step, group, g, tokenizer):
 def main(cfg):
     ranks, dtype = init_ranks(cfg.threads), getattr(torch, cfg.dtype)
     impl = model_impl(cfg.batch_invariant, ranks.device, dtype)
-    if cfg.model == Config.model and not Path(cfg.model).exists():  # the embedded default begins with its first stage
+    run = Run(cfg, ranks, MAY_CHANGE)
+    if cfg.model == RECIPES["toy"]["model"] and not Path(cfg.model).exists():  # the task begins with its first stage
         import distill
-        begun = any(Path(distill.Config.out, "checkpoints").glob("step-*"))
-        distill.main(distill.Config(threads=cfg.threads, resume=begun))
+        first_stage = distill.Config(**distill.RECIPES["toy"] | {"threads": cfg.threads})
+        begun = latest_checkpoint(Path(first_stage.out, "checkpoints")) is not None
+        distill.main(replace(first_stage, resume=begun))
     tokenizer = Tokenizer(cfg.model)
-    prompt_file = prompt_path(prompt_of(cfg.model, cfg.prompt))
-    pairs, prompts = read_prompts(cfg, tokenizer, load_prompt(str(prompt_file)), ranks)
+    prompt_name = prompt_of(cfg.model, cfg.prompt)
+    prompt = load_prompt(prompt_name) if prompt_name else None
+    pairs, prompts = read_prompts(cfg, tokenizer, prompt, ranks)
+    kept_prompt = prompt_to_keep(prompt_name, pairs, ranks.main)
     n_steps = cfg.steps or len(pairs) // cfg.n_prompts
     held_out = None
     if cfg.eval_data:
-        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt_file, cfg.max_new_tokens, tokenizer, ranks)
+        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt, cfg.max_new_tokens, tokenizer, ranks)
 
-    free = ("micro_tokens", "n_slots", "threads", "save_every", "n_samples")  # a resumed run may choose them anew
-    run = Run(cfg.out, cfg, ranks, cfg.resume, may_differ=free)
-    checkpoint = latest_checkpoint(run.folder / "checkpoints") if cfg.resume else None
-    model = Model.from_pretrained(checkpoint or cfg.model, ranks.loading_device, torch.float32)
-    model.n_vocab, model.impl = tokenizer.n_vocab, impl
-    model.gradient_checkpointing = cfg.gradient_checkpointing
+    model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
+    model.impl, model.gradient_checkpointing = impl, cfg.gradient_checkpointing
     model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
     reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
-    reference.n_vocab, reference.impl = tokenizer.n_vocab, impl
+    reference.impl = impl
     reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    first_step = restore(checkpoint, model, optimizers) if checkpoint else 0
-    run.truncate(first_step)
+    first_step = restore(run.checkpoint, model, optimizers) if run.checkpoint else 0
+    run.begin(first_step, n_steps)
     sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.micro_tokens)
 
     def add_files(folder):
         tokenizer.save(folder)
-        shutil.copyfile(prompt_file, folder / "prompt.txt")  # it will be asked as it was trained
+        if kept_prompt:
+            shutil.copyfile(prompt_path(kept_prompt), folder / "prompt.txt")  # it will be asked as it was trained
 
+    best, n_in_a_row = run.best(), 0  # optimizer steps skipped in a row
     bar = tqdm(range(first_step, n_steps), "grpo", initial=first_step, total=n_steps, disable=not ranks.main)
     for step in bar:
         # 1. rollouts: the current policy writes G judgements of each pair, and their verdicts are paid
@@ -360,25 +376,35 @@ def main(cfg):
         began = time.perf_counter()
         tally = Tally()
         norms, mismatches = [], []  # of each optimizer step; of each micro-batch before the first of them
-        n_trained = 0
+        n_trained, n_skipped = 0, 0
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
         for first in range(0, cfg.n_prompts, cfg.mini_prompts):
             mini_batch = groups[first:first + cfg.mini_prompts]
-            n_packed, mini_mismatches = accumulate_gradients(cfg, ranks, model, reference, mini_batch, tally,
-                                                             fresh=len(norms) == 0)
+            n_packed, loss, mini_mismatches = accumulate_gradients(cfg, ranks, model, reference, mini_batch, tally,
+                                                                   fresh=len(norms) == 0)
             n_trained += n_packed
             mismatches += mini_mismatches
-            if n_packed:  # else no group has anything to say: no optimizer step
-                norms.append(optimizer_step(model, optimizers, lr, cfg.max_norm))
+            if not n_packed:  # no group has anything to say: no optimizer step
+                continue
+            norm = optimizer_step(model, optimizers, lr, cfg.max_norm, loss)
+            if math.isfinite(norm):
+                norms.append(norm)
+                n_in_a_row = 0
+            else:
+                n_skipped += 1
+                n_in_a_row += 1
+            if n_in_a_row == MAX_SKIPPED:
+                break
         update_s = time.perf_counter() - began
 
         # 3. log, evaluate, save
         done = step + 1
         row = {"step": done, **rollout_metrics(groups), **tally.means(ranks),
                "mismatch_max": max(ranks.gather(max(mismatches, default=0.0))),
-               "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "lr": lr,
-               "rollout_s": rollout_s, "update_s": update_s, "update_tok_s": n_trained / update_s, **sampler.stats()}
-        if held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
+               "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "n_skipped": n_skipped,
+               "lr": lr, "rollout_s": rollout_s, "update_s": update_s, "update_tok_s": n_trained / update_s, **sampler.stats()}
+        dead = not is_finite(model, groups[0].prompt_ids)
+        if held_out and not dead and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
             refresh(sampler.model, model)
             scores, _ = held_out.judge(sampler.model)
             row |= scores
@@ -388,12 +414,21 @@ def main(cfg):
         bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", tokens=f"{row['judgement_tok']:.0f}",
                         kl=f"{row['kl'] or 0:.3f}", prefill=f"{row['prefill_tok_s']:.0f}/s",
                         decode=f"{row['decode_tok_s']:.0f}/s")
+        if n_in_a_row == MAX_SKIPPED:
+            run.stop(f"loss or gradient were not finite in {n_in_a_row} optimizer steps in a row")
+        if dead:
+            run.stop("the policy's log-probabilities are not finite any more")
+
+        if cfg.keep_best and row.get("eval_accuracy", -1) > best:
+            best = row["eval_accuracy"]
+            save_model(run.folder / "best", model, ranks, add_files, dtype)
         if cfg.save_every and (done % cfg.save_every == 0 or done == n_steps):
             save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
                             {"step": done, "seed": cfg.seed}, ranks, add_files)
     save_model(run.folder / "model", model, ranks, add_files, dtype)
+    run.close()
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_config(Config, RECIPES))
+        main(parse_config(Config, RECIPES, embedded="toy"))

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import Ranks, parse_config
+from common import Ranks
 from data.pairs import SWAPPED, Pair, read_pairs
 from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
+from options import check_between, check_at_least, parse_config
 from reward import Prompt, benchmark_verdict, load_prompt, majority, prompt_of, render
-from sample import Sampler, Sampling, check_options, load_model, prompt_key, sampling_of
+from sample import Sampler, Sampling, check_model, check_options, load_model, prompt_key, sampling_of
 from tokenizer import StreamDecoder, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- one pair
@@ -74,21 +75,23 @@ class HeldOut:
     """The evaluation inside a training loop: greedy judgements of some pairs, shared out over the ranks."""
 
     def __init__(self, path, n_pairs, prompt, max_new_tokens, tokenizer, ranks):
-        self.pairs = [pair for pair in read_pairs(path) if pair.winner is not None][:n_pairs]
-        if not self.pairs:
+        """prompt: a Prompt, or None where every pair is ready-made."""
+        pairs = [pair for pair in read_pairs(path) if pair.winner is not None][:n_pairs]
+        if not pairs:
             raise ValueError(f"{path}: no labelled pairs to evaluate on")
-        self.prompt = load_prompt(prompt)
+        self.pairs = pairs[ranks.rank::ranks.world]
+        self.prompts = [tokenizer.chat(render(prompt, pair)) for pair in self.pairs]
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop=tokenizer.stop_ids)
-        self.tokenizer, self.ranks = tokenizer, ranks
+        self.prompt, self.tokenizer, self.ranks = prompt, tokenizer, ranks
 
     def judge(self, model):
         """({"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens", "eval_s"}, the records)."""
         began = time.perf_counter()
         judge = Judge(Sampler(model), self.tokenizer, self.prompt, self.sampling)
-        mine = [record for _, record in judge.judge(self.pairs[self.ranks.rank::self.ranks.world])]
+        mine = [record for _, record in judge.judge(self.pairs, prompts=self.prompts)]
         records = [record for share in self.ranks.gather(mine) for record in share]
         metrics = {"eval_accuracy": accuracy(records)}
-        for domain in sorted({record["domain"] for record in records}):
+        for domain in sorted({record["domain"] for record in records if record["domain"]}):
             metrics[f"eval_accuracy_{domain}"] = accuracy([r for r in records if r["domain"] == domain])
         votes = [record["votes"][0] for record in records]
         metrics["eval_no_verdict"] = sum(vote["verdict"] is None for vote in votes) / len(votes)
@@ -145,7 +148,7 @@ def check_settings(file, text, settings):
     try:
         before = dict(json.loads(text))
     except (ValueError, TypeError):
-        raise ValueError(f"{file}: does not begin with a judging run's settings; delete the file") from None
+        raise ValueError(f"{file}: does not begin with a judging run's settings; choose another --out") from None
     for name in settings | before:
         if settings.get(name) != before.get(name):
             raise ValueError(f"{file}: was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}; go on "
@@ -160,8 +163,8 @@ def judged(file, lines, first=1):
             record = json.loads(line)
             done[record["id"], record["prompt_hash"]] = record
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file}:{number}: is no judgement; delete this line, and its pair is judged "
-                             "again") from None
+            raise ValueError(f"{file}:{number}: is no judgement; without this line its pair would be judged again, or "
+                             "choose another --out") from None
     return done
 
 
@@ -245,7 +248,7 @@ def judge_file(judge, encoded, out, settings, ranks=ALONE, begin=lambda: None):
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "runs/toy/grpo/model"  # Hugging Face folder of the judge
+    model: str | None = None  # Hugging Face folder of the judge
     prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
     question: str | None = None  # judge one pair: the question ...
     answer_a: str | None = None  # ... the first answer ...
@@ -271,6 +274,7 @@ class Config:
 
     def __post_init__(self):
         check_judging(self)
+        check_model(self)
         for name in ("question", "answer_a", "answer_b"):
             flag = f"--{name.replace('_', '-')}"
             given, from_file = getattr(self, name) is not None, getattr(self, name + "_file") is not None
@@ -285,8 +289,8 @@ class Config:
 def check_judging(cfg):
     """The options of judging, this script's or evaluate.py's."""
     check_options(cfg)
-    if cfg.votes < 1 or cfg.limit < 0:
-        raise ValueError("--votes must be at least 1, --limit at least 0")
+    check_between(cfg, 1, 1024, "votes")
+    check_at_least(cfg, 0, "limit")
     if cfg.votes > 1 and cfg.temperature == 0:
         raise ValueError("--votes above 1 needs a --temperature above 0: greedy votes are all the same")
 
@@ -295,8 +299,11 @@ def load_judge(cfg, budgets=()):
     """The Judge that a script's options describe (this script's Config or evaluate.py's)."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    prompt = prompt_of(cfg.model, cfg.prompt)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant)
+    prompt = prompt_of(cfg.model, cfg.prompt)
+    if prompt is None:
+        raise ValueError(f"{cfg.model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, direct "
+                         "or a file")
     sampling = sampling_of(cfg, cfg.votes, tokenizer)
     return Judge(Sampler(model, cfg.n_slots), tokenizer, load_prompt(prompt), sampling, budgets)
 

@@ -95,10 +95,11 @@ def check_config(raw, refuse):
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     optional = [key for key in ("num_key_value_heads", "head_dim") if raw.get(key) is not None]
     for key in (*required, *optional):
-        if not isinstance(raw.get(key), int) or raw[key] < 1:
-            refuse(f"{key} must be a positive integer, got {raw.get(key)!r}")
-    if not isinstance(raw.get("rms_norm_eps", 1e-6), float):
-        refuse(f"rms_norm_eps must be a number like 1e-6, got {raw['rms_norm_eps']!r}")
+        largest = 1000 if key == "num_hidden_layers" else 2**24  # beyond any model, and short of an overflow
+        if type(raw.get(key)) is not int or not 1 <= raw[key] <= largest:
+            refuse(f"{key} must be an integer from 1 to {largest}, got {show(raw.get(key))}")
+    if not isinstance(raw.get("rms_norm_eps", 1e-6), float) or not 0 <= raw.get("rms_norm_eps", 1e-6) < 1:
+        refuse(f"rms_norm_eps must be a number like 1e-6, got {show(raw['rms_norm_eps'])}")
     if raw.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {raw['hidden_act']!r} is not supported; only silu is")
     for key in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
@@ -110,6 +111,11 @@ def check_config(raw, refuse):
     for key in ("attention_dropout", "use_mrope", "quantization_config"):
         if raw.get(key):
             refuse(f"{key}={raw[key]!r} is not supported; remove it from the config if you can do without it")
+
+
+def show(value):
+    """A value of somebody else's file, in a line."""
+    return f"{value!r:.40}"
 
 
 def slides(raw):
@@ -132,8 +138,8 @@ def read_rope(raw, head_dim, refuse):
     for key in ("rope_theta", "factor", "original_max_position_embeddings", "max_position_embeddings",
                 "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
         for value in (rope.get(key), raw.get(key)):
-            if value is not None and (not isinstance(value, (int, float)) or value < 0):
-                refuse(f"{key} must be a number, zero or more, got {value!r}")
+            if value is not None and (not isinstance(value, (int, float)) or not 0 <= value < 1e30):
+                refuse(f"{key} must be a number, zero or more, got {show(value)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
         refuse("partial_rotary_factor other than 1 is not supported")
 
@@ -250,7 +256,8 @@ class Model(nn.Module):
         """PyTorch's own initial weights, which are no Qwen's: use from_pretrained or random."""
         super().__init__()
         self.config = config
-        self.n_vocab = config.vocab_size  # rows of the head from here on do not exist: scripts set the tokenizer's size
+        self.n_vocab = config.vocab_size  # rows of the head from here on are padding, see from_pretrained
+        self.name = "the model"  # for errors: the folder it comes from
         self.impl = None  # which kernels compute it: see kernels/; "invariant" makes the sampler's bits the trainer's
         self.gradient_checkpointing = False  # recompute blocks in the backward pass: activations of one at a time
         self.model = nn.ModuleDict({  # named as in the checkpoints: model.layers.0.self_attn.q_proj.weight
@@ -320,6 +327,7 @@ class Model(nn.Module):
         config = ModelConfig.from_dict(read_json(path / "config.json"), path / "config.json")
         with torch.device("meta"):  # shapes without memory: each weight is allocated when its tensor has been read
             model = Model(config)
+        model.name, model.n_vocab = str(path), n_tokens(path, config.vocab_size)
         load_weights(model, path, device, dtype)
         return model
 
@@ -435,6 +443,22 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, need an object")
     return value
+
+
+def n_tokens(path, vocab_size):
+    """How many ids the tokenizer beside a model has: the head's other rows are padding, which nobody trained."""
+    file = path / "tokenizer.json"
+    if not file.exists():
+        return vocab_size
+    spec = read_json(file)
+    try:
+        n = 1 + max([*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"])])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{file}: not a BPE tokenizer of the tokenizers library") from None
+    if n > vocab_size:
+        raise ValueError(f"{path}: tokenizer.json has {n} tokens, but config.json's vocab_size is {vocab_size}: they are "
+                         "not of the same model")
+    return n
 
 
 def weight_files(path):

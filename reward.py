@@ -57,12 +57,52 @@ def prompt_path(name_or_path):
 
 
 def prompt_of(model, prompt):
-    """The prompt given, or the one that the model in this folder was trained with, as load_prompt takes it."""
+    """The prompt given, or the one that the model in this folder was trained with, as load_prompt takes it, or None."""
     own = Path(model) / "prompt.txt"
-    if not prompt and Path(model, "config.json").is_file() and not own.exists():
-        raise ValueError(f"{model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, direct "
-                         "or a file")
-    return prompt or str(own)
+    return prompt or (str(own) if own.exists() else None)
+
+
+def prompt_to_keep(given, pairs, say):
+    """The prompt with which a model that trained on these pairs is to be asked, as load_prompt takes it, or None.
+
+    It is the one given, by which the pairs were shown. But ready-made pairs bring their messages: it must be one that
+    could have made these, too; where all are ready-made, any of data/prompts may.
+    """
+    ready_made = [pair for pair in pairs if pair.rendered is not None]
+    names = [given] if given else []
+    if len(ready_made) == len(pairs):
+        names += sorted(path.stem for path in PROMPTS.glob("*.txt"))
+    for name in names:
+        prompt = load_prompt(name)
+        if all(could_show(prompt, pair.rendered) for pair in ready_made):
+            return name
+    if say:
+        print(f"note: {len(ready_made)} of {len(pairs)} rows bring their own messages, which were not made by "
+              f"{given or 'any prompt of data/prompts'}: no prompt.txt is saved with the model, and the other scripts "
+              "will ask for --prompt")
+    return None
+
+
+def could_show(prompt, messages):
+    """Are these the messages that render makes of some pair with this prompt?"""
+    roles = ["user"] if prompt.system is None else ["system", "user"]
+    if [m["role"] for m in messages] != roles or len(roles) == 2 and messages[0]["content"] != prompt.system:
+        return False
+    return any(fits(template, messages[-1]["content"]) for template in (prompt.user, prompt.user_multi_turn) if template)
+
+
+def fits(template, text):
+    """Can the template's placeholders be filled in such a way that it becomes the text?"""
+    first, *between, last = PLACEHOLDER.split(template)[::2]  # the literal parts; every template has a placeholder
+    if len(text) < len(first) + len(last) or not text.startswith(first) or not text.endswith(last):
+        return False
+    rest = text[len(first):len(text) - len(last)]
+    for literal in between:  # if they can be found in order at all, then each at its first place
+        place = rest.find(literal)
+        if place < 0:
+            return False
+        rest = rest[place + len(literal):]
+    return True
 
 
 def load_prompt(name_or_path):
@@ -95,6 +135,9 @@ def render(prompt, pair):
     """The chat messages that show pair to the judge. A ready-made pair (pair.rendered) is returned as it is."""
     if pair.rendered is not None:
         return pair.rendered
+    if prompt is None:
+        raise ValueError(f"--prompt is missing: give instruct, reasoning, direct or a file of your own, which shows pairs "
+                         f"such as {pair.id} to the model")
     answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
                for answer in (pair.answer_a, pair.answer_b)]
     if [m["role"] for m in pair.prompt] in (["user"], ["system", "user"]) and len(answers[0]) == len(answers[1]) == 1:

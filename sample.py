@@ -15,17 +15,20 @@ channels of a head, D width, V vocabulary.
 """
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from common import copy_weights, parse_config
+from common import copy_weights
 from files import NotJson, one_line_errors, parse_json, refuse_existing, write_records
 from kernels import Prompts, attention, decode_attention, linear_logp, logits, runs_triton
 from model import Model, pack
+from options import check_at_least, check_between, check_choice, parse_config
 from tokenizer import StreamDecoder, Tokenizer
 
 # ------------------------------------------------------------------------------------------- one token's random choice
@@ -57,8 +60,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        assert self.n >= 1 and self.max_new_tokens >= 1, f"{self}: needs at least one rollout of one token"
-        assert self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0, f"{self}: draws from nothing"
+        for name, ok in (("n", self.n >= 1), ("max_new_tokens", self.max_new_tokens >= 1), ("top_k", self.top_k >= 0),
+                         ("temperature", 0 <= self.temperature < math.inf), ("top_p", 0 < self.top_p <= 1)):
+            if not ok:
+                raise ValueError(f"Sampling: {name} is {getattr(self, name)}; n and max_new_tokens are at least 1, "
+                                 "temperature and top_k at least 0, top_p in (0, 1]")
 
 
 def uniforms(seed, prompt_b, sample_b, token_b):
@@ -117,6 +123,7 @@ def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
     point_b = (uniform_b * total_b).minimum(total_b.nextafter(torch.zeros_like(total_b)))
     # the first token whose sum is ABOVE the point (right=True): one of probability 0 adds nothing and is passed over
     id_b = torch.searchsorted(cdf_bv, point_b[:, None], right=True)[:, 0]
+    id_b = id_b.clamp(max=logits_bv.shape[1] - 1)  # of a row of NaN: its logp_b is NaN, which the caller sees
     return id_b, _picked(logits_bv.log_softmax(1), id_b)
 
 
@@ -313,6 +320,9 @@ class Batch:
         self.drawn_b[slot_a] += 1
         ids, logps = torch.stack([id_a.double(), logp_a.double()]).tolist()  # one wait for the device, not two
         for b, token, logp in zip(slots, map(int, ids), logps):
+            if not math.isfinite(logp):
+                raise ValueError(f"{self.model.name}: its logits are not finite (NaN or infinity): the weights are "
+                                 "damaged, or were trained with too high a learning rate")
             slot = self.slots[b]
             slot.rollout.ids.append(token)
             slot.rollout.logps.append(logp)
@@ -386,7 +396,7 @@ class Sampler:
         Continuous batching: slots that become free are taken by waiting prompts while the others go on. Whole groups
         are admitted, so that a prompt is computed once.
         """
-        assert all(prompts), "a prompt must have at least one token"
+        check_prompts(prompts, self.model.config.vocab_size)
         if not prompts:
             return
         n = sampling.n
@@ -419,6 +429,18 @@ class Sampler:
                 "decode_tok_s": self.n_decoded / max(self.decode_s, 1e-9)}
 
 
+def check_prompts(prompts, vocab_size):
+    """ValueError unless each prompt is a list (or array) of one or more ids that the model has."""
+    for i, ids in enumerate(prompts):
+        array = None if isinstance(ids, str) else np.asarray(ids)
+        if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+            raise ValueError(f"prompt {i} is {ids!r:.40}: give a list of prompts, each the list of its token ids, as "
+                             "tokenizer.chat(messages) makes it")
+        if array.min() < 0 or array.max() >= vocab_size:
+            raise ValueError(f"prompt {i} has the token id {array.max() if array.min() >= 0 else array.min()}; the "
+                             f"model's ids are 0 to {vocab_size - 1}")
+
+
 def model_impl(batch_invariant, device, dtype):
     """Model.impl as --batch-invariant wants it; ValueError where its kernels cannot run."""
     if batch_invariant and not runs_triton(device, dtype):
@@ -438,7 +460,7 @@ def whole_model(model, dtype):
     with torch.device("meta"):
         copy = Model(model.config)
     copy = copy.to_empty(device=weight.device).to(dtype).requires_grad_(False)
-    copy.n_vocab, copy.impl = model.n_vocab, model.impl
+    copy.n_vocab, copy.impl, copy.name = model.n_vocab, model.impl, model.name
     return copy
 
 
@@ -446,6 +468,18 @@ def refresh(copy, model):
     """Brings whole_model's copy up to date."""
     if copy is not model:
         copy_weights(model, copy)
+
+
+@torch.no_grad()
+def is_finite(model, ids):
+    """Are the log-probabilities of a sequence numbers? They are not after a step of far too high a learning rate.
+
+    Every rank must ask.
+    """
+    logp_m, _ = model(pack([(ids, [])], model.head_vd.device), torch.arange(1, len(ids), device=model.head_vd.device))
+    if isinstance(model, FSDPModule):
+        model.reshard()  # the backward pass would have done it: the optimizers know the sharded weights only
+    return bool(logp_m.isfinite().all())
 
 
 def load_model(folder, device="auto", dtype="auto", batch_invariant=False):
@@ -460,10 +494,7 @@ def load_model(folder, device="auto", dtype="auto", batch_invariant=False):
     impl = model_impl(batch_invariant, device, dtype)
     tokenizer = Tokenizer(folder)
     model = Model.from_pretrained(folder, device, dtype).requires_grad_(False)
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} tokens, but config.json's vocab_size is "
-                         f"{model.config.vocab_size}: they are not of the same model")
-    model.n_vocab, model.impl = tokenizer.n_vocab, impl
+    model.impl = impl
     return model, tokenizer
 
 
@@ -472,7 +503,7 @@ def load_model(folder, device="auto", dtype="auto", batch_invariant=False):
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "runs/toy/grpo/model"  # Hugging Face folder
+    model: str | None = None  # Hugging Face folder
     text: str | None = None  # a user's message to answer ...
     texts: str | None = None  # ... or a file of JSON lines, {"text": ...} or {"messages": [{"role", "content"}, ...]}
     out: str | None = None  # with --texts: the file to write, the same lines with their "completions"
@@ -490,22 +521,27 @@ class Config:
 
     def __post_init__(self):
         check_options(self)
-        if self.n < 1:
-            raise ValueError(f"--n must be at least 1, got {self.n}")
+        check_model(self)
+        check_between(self, 1, 1024, "n")
         if (self.text is None) == (self.texts is None) or bool(self.texts) != bool(self.out):
             raise ValueError("give either --text, or --texts FILE and --out FILE")
 
 
+def check_model(cfg):
+    if not cfg.model:
+        raise ValueError("--model is missing: a Hugging Face folder, such as the model/ that a run has left")
+
+
 def check_options(cfg):
     """The options that every script which samples has; ValueError names the one that cannot be."""
-    if cfg.max_new_tokens < 1 or cfg.n_slots < 1 or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
-        raise ValueError("--max-new-tokens and --n-slots must be at least 1, --top-k at least 0, --top-p in (0, 1]")
-    if not 0 <= cfg.temperature < float("inf"):
-        raise ValueError(f"--temperature must be a number, at least 0, got {cfg.temperature}")
-    if cfg.threads < 0 or not 0 <= cfg.seed < 2**63:
-        raise ValueError("--threads must be at least 0, --seed in [0, 2^63)")
-    if cfg.dtype not in ("auto", "float32", "bfloat16") or cfg.device not in ("auto", "cpu", "cuda"):
-        raise ValueError("--dtype is auto, float32 or bfloat16; --device is auto, cpu or cuda")
+    check_at_least(cfg, 1, "max_new_tokens", "n_slots")
+    check_at_least(cfg, 0, "temperature", "top_k")
+    if not 0 < cfg.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {cfg.top_p}")
+    check_between(cfg, 0, 4096, "threads")
+    check_between(cfg, 0, 2**63 - 1, "seed")
+    check_choice(cfg, "dtype", "auto", "float32", "bfloat16")
+    check_choice(cfg, "device", "auto", "cpu", "cuda")
 
 
 def sampling_of(cfg, n, tokenizer):

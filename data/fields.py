@@ -35,6 +35,13 @@ def need(record, key, *kinds, of=()):
     return value
 
 
+def need_keys(record, *keys):
+    """All of these at once, so that a record that lacks three is mended once."""
+    missing = [key for key in keys if key not in record]
+    if missing:
+        raise Bad(f'no {", ".join(map(show, missing))} (found {keys_of(record)}): add {"them" if missing[1:] else "it"}')
+
+
 def need_text(record, key):
     return clean(need(record, key, str), key)
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from files import NotJson, parse_json, write_records
-from data.fields import Bad, clean, keys_of, kind_of, need, need_object, need_side, need_text, show, text_or
+from data.fields import Bad, clean, keys_of, kind_of, need, need_keys, need_object, need_side, need_text, show, text_or
 
 ROLES = ("system", "user", "assistant")
 SWAPPED = "/swapped"  # ends the id of a pair's judgement in the other order
@@ -88,6 +88,22 @@ def swapped(pair):
 def read_chains(path, skip_bad=False):
     """All chains under path; errors as in read_pairs."""
     return [Chain(pair, judgement) for pair, judgement in read_records(path, chains_in, skip_bad)]
+
+
+def without_equal_answers(items, path, drop, say):
+    """The Pairs or Chains; with `drop`, only those whose two answers differ. A label between equal answers is a coin's,
+    and teaches none but that: how many there are is said on stdout."""
+    def equal(item):
+        pair = item.pair if isinstance(item, Chain) else item
+        return pair.rendered is None and pair.answer_a == pair.answer_b  # a ready-made pair's answers are not known
+    kept = [item for item in items if not equal(item)]
+    n_equal = len(items) - len(kept)
+    if n_equal and say:
+        print(f"{path}: {n_equal} of {len(items)} have two equal answers, " +
+              ("dropped" if drop else "and are trained on all the same; --skip-bad drops them"))
+    if drop and not kept:
+        raise ValueError(f"{path}: none is left: all {n_equal} have two equal answers")
+    return kept if drop else items
 
 
 def to_json(item):
@@ -164,7 +180,7 @@ def _records(file):
     one_per_line = data.startswith(b"{") and len(lines) > 1 and lines[0].rstrip().endswith(b"}")
     if file.suffix == ".jsonl" or one_per_line:
         for line, raw in enumerate(lines, 1):
-            yield _decode(raw, line) if raw.strip() else (line, Bad("blank line: delete it"))
+            yield _decode(raw, line) if raw.strip() else (line, Bad("blank line: take it out"))
         return
     line, value = _decode(data, 1)
     numbered = isinstance(value, dict) and value and all(
@@ -272,6 +288,7 @@ def chains_in(record, place):
 
 
 def _own(record):
+    need_keys(record, "id", "prompt", "answer_a", "answer_b", "winner", "source", "domain")
     fields = {"winner": need_side(record, "winner"), "id": _id(record),
               "source": need_text(record, "source"), "domain": need_text(record, "domain"),
               "subset": text_or(record, "subset", ""), "item": text_or(record, "item", "")}

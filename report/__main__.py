@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import parse_config
+from options import parse_config
 from files import one_line_errors
 from report import build, find, write
 

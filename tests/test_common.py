@@ -1,4 +1,4 @@
-"""common.py. Oracles: option lists, schedules and micro-batches worked by hand; torch's own optimizers, continued in
+"""common.py. Oracles: schedules and micro-batches worked by hand; torch's own optimizers, continued in
 memory, against ones that went through a checkpoint; a naive search for what a micro-batch split may and may not do."""
 
 import json
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import common
 from common import (Ranks, Run, Tally, latest_checkpoint, learning_rate, make_optimizers, micro_batches,
-                    optimizer_step, parse_config, restore, save_checkpoint, save_model)
+                    optimizer_step, restore, save_checkpoint, save_model)
 from files import one_line_errors
 from model import Model, ModelConfig
 
@@ -27,104 +27,21 @@ QWEN3 = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=
              tie_word_embeddings=True, attention_bias=True)
 
 
-# ---- options
-
 @dataclass(frozen=True)
 class Options:
-    n_steps: int = 3  # how many, 50% of them useful
+    n_steps: int = 3  # how many
     lr: float = 1e-3  # peak
-    data: str | None = None  # a path
-    name: str = "run"  # a name
-    fast: bool = False  # hurry
-    safe: bool = True  # take care
+    model: str = "start"  # a folder
+    out: str = "run"  # a folder
     resume: bool = False  # go on
-
-    def __post_init__(self):
-        if self.n_steps < 0:
-            raise ValueError(f"--n-steps must be at least 0,\ngot {self.n_steps}")
-
-
-@dataclass(frozen=True)
-class Undocumented:
-    a: int = 1  # fine
-    b: int = 2
-
-
-RECIPES = {"big": {"n_steps": 100, "fast": True}, "none": {"data": None}}
-
-
-def test_options_default_to_the_fields_own_values():
-    assert parse_config(Options, argv=[]) == Options()
-    assert parse_config(Options, RECIPES, argv=[]) == Options()
-
-
-def test_options_have_the_types_of_their_fields():
-    got = parse_config(Options,
-                       argv=["--n-steps", "7", "--lr", "2e-4", "--data", "5", "--name=x y", "--fast", "--no-safe"])
-    assert got == Options(7, 2e-4, "5", "x y", True, False)
-    assert [type(value) for value in asdict(got).values()] == [int, float, str, str, bool, bool, bool]
-
-
-def test_an_empty_value_is_none_where_none_is_allowed():
-    assert parse_config(Options, argv=["--data", "", "--name="]) == Options(data=None, name="")
-    assert parse_config(Options, {"full": {"data": "x"}}, ["--data", "", "--recipe", "full"]).data is None
-
-
-@dataclass(frozen=True)
-class Sources:
-    runs: tuple[str, ...]  # a field without a default
-    n: int = 1  # a number
-    from_: tuple[str, ...] = ("x",)  # a name that is a word of Python's
-
-
-def test_fields_of_several_values_and_without_a_default(capsys):
-    assert parse_config(Sources, argv=["a", "b"]) == Sources(("a", "b"))
-    assert parse_config(Sources, argv=["--from", "c", "d", "--n", "2", "--", "a"]) == Sources(("a",), 2, ("c", "d"))
-    for argv, wanted in (([], "required: RUNS"), (["a", "--from"], "--from: expected at least one")):
-        with pytest.raises(SystemExit) as e:
-            parse_config(Sources, argv=argv)
-        assert e.value.code == 2 and wanted in capsys.readouterr().err
-
-
-def test_a_flag_wins_over_its_recipe_wherever_it_stands():
-    assert parse_config(Options, RECIPES, ["--recipe", "big"]) == Options(n_steps=100, fast=True)
-    assert parse_config(Options, RECIPES, ["--n-steps", "5", "--recipe", "big"]) == Options(n_steps=5, fast=True)
-    assert parse_config(Options, RECIPES, ["--recipe", "big", "--n-steps", "3", "--no-fast"]) == Options(n_steps=3)
-
-
-@pytest.mark.parametrize("argv, named", [
-    (["--unknown", "1"], "--unknown"), (["--n-step", "5"], "--n-step"), (["--n-steps", "many"], "--n-steps"),
-    (["--n-steps", "1.5"], "--n-steps"),
-    (["--lr", "1e"], "--lr"), (["--n-steps"], "--n-steps"), (["--fast", "yes"], "yes"), (["word"], "word"),
-    (["--n_steps", "5"], "--n_steps"),
-    (["--recipe", "small"], "small"), (["--n-steps", "-1"], "must be at least 0, got -1"),
-])
-def test_a_wrong_flag_ends_with_one_line_that_names_it_and_status_2(argv, named, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_config(Options, RECIPES, argv)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1 and named in err, err
-
-
-def test_help_tells_each_fields_comment_and_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_config(Options, RECIPES, ["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    assert "how many, 50% of them useful (default: 3)" in text and "--no-safe" in text and "--recipe" in text
-
-
-def test_an_undocumented_field_is_the_programmers_mistake():
-    with pytest.raises(AssertionError, match="Undocumented.b"):
-        parse_config(Undocumented, argv=[])
 
 
 def test_one_line_errors(capsys, monkeypatch):
     monkeypatch.delenv("RM_TRACEBACK", raising=False)
     for error, code, text in ((ValueError("a.jsonl:3: two\n  lines"), 2, "error: a.jsonl:3: two lines\n"),
                               (KeyboardInterrupt(), 130, "interrupted\n"),
-                              (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n")):
+                              (FileNotFoundError(2, "No such file", "x"), 2, "error: x: No such file\n"),
+                              (OSError("no name"), 2, "error: no name\n")):
         with pytest.raises(SystemExit) as stop, one_line_errors():
             raise error
         assert stop.value.code == code and capsys.readouterr().err == text
@@ -211,7 +128,7 @@ def train(model, optimizers, steps):
         rng = torch.Generator().manual_seed(step)
         loss = sum((x * torch.randn(x.shape, generator=rng)).sum() + x.square().sum() for x in model.parameters())
         loss.backward()
-        norms.append(optimizer_step(model, optimizers, 0.01 * (step + 1), 1.0))
+        norms.append(optimizer_step(model, optimizers, 0.01 * (step + 1), 1.0, float(loss.detach())))
     return norms
 
 
@@ -239,11 +156,28 @@ def test_a_step_clips_the_whole_models_gradient_and_clears_it():
     for x in model.parameters():
         x.grad = torch.full_like(x, 0.5)
     n = sum(x.numel() for x in model.parameters())
-    norm = optimizer_step(model, [torch.optim.SGD(model.parameters(), lr=99.0)], 0.1, 2.0)
+    norm = optimizer_step(model, [torch.optim.SGD(model.parameters(), lr=99.0)], 0.1, 2.0, 1.0)
     assert norm == pytest.approx(0.5 * math.sqrt(n), rel=1e-5)
     for name, x in model.named_parameters():
         assert x.grad is None
         torch.testing.assert_close(x.detach(), before[name] - 0.1 * 2.0 / math.sqrt(n), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient, loss", [(math.nan, 1.0), (math.inf, 1.0), (0.5, math.nan), (0.5, -math.inf)])
+def test_a_step_whose_loss_or_gradient_is_not_finite_is_left_out(gradient, loss):
+    """Once it was made, and every weight was NaN from then on. The moments stay as they were, too."""
+    model = small_model()
+    optimizers = make_optimizers(model, "muon", 1e-2, (0.9, 0.95), 0.1)
+    train(model, optimizers, range(2))
+    state = [dict(slots) for optimizer in optimizers for slots in optimizer.state.values()]
+    before = [x.detach().clone() for x in [*model.parameters(), *(v for slots in state for v in slots.values())]]
+    for x in model.parameters():
+        x.grad = torch.full_like(x, 0.5)
+    next(model.parameters()).grad[0, 0] = gradient
+    assert math.isnan(optimizer_step(model, optimizers, 0.1, 2.0, loss))
+    after = [*model.parameters(), *(v for slots in state for v in slots.values())]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert all(x.grad is None for x in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -302,9 +236,7 @@ def test_a_saved_folder_is_whole_or_not_there(tmp_path):
 
 
 def test_the_latest_checkpoint_is_the_highest_number(tmp_path):
-    for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(ValueError, match=f"^{folder}: no checkpoint to resume from"):
-            latest_checkpoint(folder)
+    assert latest_checkpoint(tmp_path / "none") is None and latest_checkpoint(tmp_path) is None
     for name in ("step-9", "step-10", "step-100.tmp", "step-", "step-x", "other-99"):
         (tmp_path / name).mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "step-10"
@@ -314,33 +246,88 @@ def test_the_latest_checkpoint_is_the_highest_number(tmp_path):
 
 def test_a_new_run_writes_its_options_and_refuses_a_used_folder(tmp_path):
     out = tmp_path / "a/b"
-    run = Run(out, Options(n_steps=4), ALONE, False)
+    options = Options(n_steps=4, out=str(out))
+    run = Run(options, ALONE)
+    assert not out.exists() and run.checkpoint is None  # it has only looked
+    run.begin(0, 4)
     record = json.loads((out / "config.json").read_text())
-    assert record["options"] == asdict(Options(n_steps=4))
-    assert record["torch"] == torch.__version__ and record["ranks"] == 1
+    assert record["options"] == asdict(options)
+    assert record["torch"] == torch.__version__ and record["ranks"] == 1 and "resumed" not in record
     assert {"command", "commit", "dirty", "python", "device", "threads"} <= set(record)
-    Run(out, Options(), ALONE, False)  # nothing was logged yet: there is nothing to lose
+    Run(options, ALONE).begin(0, 4)  # nothing was logged yet: there is nothing to lose
     run.row("metrics.jsonl", {"step": 1})
-    with pytest.raises(ValueError, match="already holds a run"):
-        Run(out, Options(), ALONE, False)
+    with pytest.raises(ValueError, match="already holds a run; --resume continues it, --out chooses another folder$"):
+        Run(options, ALONE)
+    for folder in (out / "config.json", out / "config.json/deeper"):
+        with pytest.raises(ValueError, match=f"{out}/config.json: is a file; --out is a folder"):
+            Run(Options(out=str(folder)), ALONE)
 
 
-def test_a_resumed_run_must_have_its_own_options(tmp_path):
-    Run(tmp_path, Options(n_steps=4), ALONE, False)
-    Run(tmp_path, Options(n_steps=4, resume=True), ALONE, True)
-    Run(tmp_path, Options(n_steps=5, resume=True), ALONE, True, may_differ=("n_steps",))
-    assert json.loads((tmp_path / "config.json").read_text())["options"]["n_steps"] == 4
-    with pytest.raises(ValueError, match=r"config.json: .*n_steps=4, not 5"):
-        Run(tmp_path, Options(n_steps=5, resume=True), ALONE, True)
-    with pytest.raises(ValueError, match="lr=0.001, not 0.002"):
-        Run(tmp_path, Options(n_steps=4, lr=2e-3, resume=True), ALONE, True)
-    with pytest.raises(ValueError, match="no run to resume"):
-        Run(tmp_path / "elsewhere", Options(resume=True), ALONE, True)
-    assert not (tmp_path / "elsewhere").exists()
+def test_a_resumed_run_has_its_own_options_but_for_some_and_records_them(tmp_path, capsys):
+    def run(may_change=None, out=tmp_path, **options):
+        return Run(Options(**options, out=str(out), resume=True), ALONE, may_change)
+    Run(Options(n_steps=4, out=str(tmp_path)), ALONE).begin(0, 4)
+    run(n_steps=4).begin(0, 4)
+    assert capsys.readouterr().out == f"{tmp_path}: goes on after step 0 of 4\n"
+    (tmp_path / "checkpoints/step-2").mkdir(parents=True)
+    changed = run({"n_steps": "the rates are others", "lr": ""}, n_steps=5, lr=1e-2)
+    assert changed.checkpoint == tmp_path / "checkpoints/step-2"
+    changed.begin(2, 5)
+    assert "note: --n-steps was 4, is 5 from here on: the rates are others\n" in (said := capsys.readouterr().out)
+    assert "--lr" not in said
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["options"] == asdict(Options(n_steps=5, lr=1e-2, out=str(tmp_path)))
+    assert [(r["step"], r["changed"]) for r in record["resumed"]] == [(0, {}), (2, {"n_steps": [4, 5], "lr": [1e-3, 1e-2]})]
+    assert all({"command", "commit", "ranks", "started"} <= set(r) for r in record["resumed"])
+
+    with pytest.raises(ValueError, match=r"config.json: the run was started with --n-steps 5, not 6; leave the option"):
+        run({"lr": ""}, n_steps=6, lr=1e-2)
+    with pytest.raises(ValueError, match="--lr 0.01, not 0.02"):
+        run({"n_steps": ""}, n_steps=5, lr=2e-2)
+    with pytest.raises(ValueError, match="there is no run to resume") as e:
+        run(out=tmp_path / "elsewhere")
+    assert "delete" not in str(e.value) and not (tmp_path / "elsewhere").exists()
+    with pytest.raises(ValueError, match="2 steps are done already, so it cannot end after 1"):
+        run(n_steps=5, lr=1e-2).begin(2, 1)
+
+
+def test_an_option_that_earlier_runs_did_not_have_was_at_its_default(tmp_path):
+    options = asdict(Options())
+    del options["n_steps"]
+    (tmp_path / "config.json").write_text(json.dumps({"options": options}))
+    Run(Options(out=str(tmp_path), resume=True), ALONE)
+    with pytest.raises(ValueError, match="--n-steps 3, not 4"):
+        Run(Options(n_steps=4, out=str(tmp_path), resume=True), ALONE)
+
+
+def test_a_number_that_is_not_finite_is_null_in_a_row(tmp_path):
+    run = Run(Options(out=str(tmp_path)), ALONE)
+    run.row("metrics.jsonl", {"step": 1, "loss": math.nan, "grad_norm": -math.inf, "lr": 0.5, "kl": None})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.5, "kl": null}\n'
+
+
+def test_the_best_accuracy_counts_if_its_model_was_kept(tmp_path):
+    run = Run(Options(out=str(tmp_path)), ALONE)
+    assert run.best() == -1
+    for step, accuracy in enumerate((0.5, None, 0.75, 0.25), 1):
+        run.row("metrics.jsonl", {"step": step} | ({} if accuracy is None else {"eval_accuracy": accuracy}))
+    assert run.best() == -1
+    (tmp_path / "best").mkdir()
+    assert run.best() == 0.75
+
+
+def test_a_stopped_run_names_its_last_good_weights(tmp_path):
+    run = Run(Options(out=str(tmp_path)), ALONE)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: stopped, too bad; no model/ is written, .* are in start: start"):
+        run.stop("too bad")
+    (tmp_path / "checkpoints/step-7").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoints/step-7: start again with a lower --lr"):
+        run.stop("too bad")
 
 
 def test_truncate_drops_later_rows_and_a_half_written_line(tmp_path):
-    run = Run(tmp_path, Options(), ALONE, False)
+    run = Run(Options(out=str(tmp_path)), ALONE)
     run.truncate(0)  # nothing there
     for step in range(1, 5):
         run.row("metrics.jsonl", {"step": step, "text": "zwölf\u2028[[A]]\n"})
@@ -359,7 +346,9 @@ def test_truncate_drops_later_rows_and_a_half_written_line(tmp_path):
 
 def test_only_rank_0_writes(tmp_path):
     rank_1 = Ranks(1, 1, torch.device("cpu"))
-    run = Run(tmp_path / "run", Options(), rank_1, False)
+    run = Run(Options(out=str(tmp_path / "run")), rank_1)
+    run.begin(0, 1)
+    run.row("metrics.jsonl", {"step": 1})
     assert not (tmp_path / "run").exists()
     save_model(tmp_path / "model", small_model(), rank_1, lambda path: None)
     assert list(tmp_path.iterdir()) == []
@@ -401,14 +390,14 @@ for name in want:
 for name in ("adamw", "muon"):
     optimizers = make_optimizers(model, name, 1e-2, (0.9, 0.95), 0.1)
     gradients(model, rows)
-    optimizer_step(model, optimizers, 1e-2, 1.0)
+    optimizer_step(model, optimizers, 1e-2, 1.0, 0.0)
     save_checkpoint(folder / name, model, optimizers, {"step": 4}, ranks, lambda path: None)
     again = shard(Model.from_pretrained(folder / name), ranks, torch.float32)
     restored = make_optimizers(again, name, 1e-2, (0.9, 0.95), 0.1)
     restore(folder / name, again, restored)
     for m, o in ((model, optimizers), (again, restored)):
         gradients(m, rows)
-        optimizer_step(m, o, 1e-2, 1.0)
+        optimizer_step(m, o, 1e-2, 1.0, 0.0)
     assert all(torch.equal(full(x), full(y)) for x, y in zip(model.parameters(), again.parameters())), name
 ranks.barrier()
 print("fine", flush=True)

@@ -135,10 +135,10 @@ def test_answer_only_trains_on_the_bare_verdict(made):
 
 def test_chains_that_are_too_long_are_dropped_and_counted(made, tmp_path, capsys):
     tokenizer = Tokenizer(made / "model")
-    lengths = [len(e.ids) for e in read_examples(config(made, tmp_path), tokenizer, True)]
+    lengths = [len(e.ids) for e in read_examples(config(made, tmp_path), tokenizer, True)[0]]
     assert len(lengths) == 14 and "dropped" not in capsys.readouterr().out
     limit = sorted(lengths)[9]
-    kept = read_examples(config(made, tmp_path, max_length=limit), tokenizer, True)
+    kept, _ = read_examples(config(made, tmp_path, max_length=limit), tokenizer, True)
     assert [len(e.ids) for e in kept] == [n for n in lengths if n <= limit] and 10 <= len(kept) < 14
     assert f"dropped {14 - len(kept)} of 14 chains longer than {limit} tokens" in capsys.readouterr().out
     with pytest.raises(ValueError, match="chains.jsonl: all 14 chains are longer than --max-length 20"):
@@ -213,8 +213,8 @@ def test_a_run_learns_and_leaves_a_model_that_transformers_loads(raw, made, tmp_
     cfg = config(made, tmp_path / "run", model=str(tmp_path / "model"), epochs=12,
                  eval_data=str(made / "heldout.jsonl"), eval_every=30)
     start, tokenizer = Model.from_pretrained(cfg.model, dtype=torch.float64), Tokenizer(cfg.model)
-    start.n_vocab = tokenizer.n_vocab
-    batch = [read_examples(cfg, tokenizer, False)[i] for i in batch_of_step(0, 14, 4, cfg.seed)]
+    assert start.n_vocab == tokenizer.n_vocab
+    batch = [read_examples(cfg, tokenizer, False)[0][i] for i in batch_of_step(0, 14, 4, cfg.seed)]
     n_tokens = sum(len(e.ids) - e.n_prompt for e in batch)
     distill.main(cfg)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -243,7 +243,7 @@ def test_a_run_learns_and_leaves_a_model_that_transformers_loads(raw, made, tmp_
             [{"role": "user", "content": "sort 76915\nA 15679\nB 12568"}], add_generation_prompt=True,
             return_dict=False)
     with torch.no_grad():
-        torch.testing.assert_close(ours.logits(ids), theirs(torch.tensor([ids])).logits[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.logits(ids), theirs(torch.tensor([ids])).logits[0, :, :ours.n_vocab], rtol=1e-4, atol=1e-4)
 
 
 def interrupt(out, last_kept):
@@ -278,14 +278,15 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(optimizer, made, tmp_path
     assert metrics(again) == metrics(whole)
     assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     if optimizer == "adamw":
-        with pytest.raises(ValueError, match="lr=0.01, not 0.02"):
+        with pytest.raises(ValueError, match="--lr 0.01, not 0.02"):
             distill.main(replace(cfg, out=str(again), resume=True, lr=0.02))
-        shutil.rmtree(again / "checkpoints")
-        with pytest.raises(ValueError, match="checkpoints: no checkpoint to resume from"):
-            distill.main(replace(cfg, out=str(again), resume=True))
-        assert metrics(again) == metrics(whole)
         with pytest.raises(ValueError, match="already holds a run"):
             distill.main(replace(cfg, out=str(again)))
+        shutil.rmtree(again / "checkpoints")  # killed before its first checkpoint, it begins again
+        shutil.rmtree(again / "model")
+        distill.main(replace(cfg, out=str(again), resume=True))
+        assert metrics(again) == metrics(whole)
+        assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 def test_the_micro_batch_split_does_not_change_a_run(made, tmp_path):
@@ -383,7 +384,6 @@ def test_a_narrow_model_learns_recorded_judgements_by_heart(tmp_path):
     assert losses[0] > 11 and losses[-1] < 0.1 * losses[0], losses
 
     tokenizer, model = Tokenizer(tmp_path / "run/model"), Model.from_pretrained(tmp_path / "run/model")
-    model.n_vocab = tokenizer.n_vocab
     prompt = load_prompt(str(tmp_path / "run/model/prompt.txt"))
     prompts = [tokenizer.chat(render(prompt, chain.pair)) for chain in recorded]
     sampled = Sampler(model).generate(prompts, Sampling(max_new_tokens=700, temperature=0, stop=tokenizer.stop_ids))
@@ -425,11 +425,11 @@ def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
         assert errors[0].startswith("error: ") and named in errors[0], errors
     assert not (tmp_path / "run/metrics.jsonl").exists()
     with pytest.raises(ValueError, match="--batch-size must be at least 1"):
-        Config(batch_size=0)
+        config(made, tmp_path, batch_size=0)
     with pytest.raises(ValueError, match="--max-steps must be at least 0"):
-        Config(max_steps=-1)
+        config(made, tmp_path, max_steps=-1)
     with pytest.raises(ValueError, match="--optimizer is adamw or muon"):
-        Config(optimizer="sgd")
+        config(made, tmp_path, optimizer="sgd")
 
     done = subprocess.run([sys.executable, "distill.py", "--recipe", "qwen2.5-8b"], cwd=ROOT, capture_output=True,
                           text=True)
@@ -439,7 +439,7 @@ def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
 def test_the_papers_recipes():
     """Sizes and rates as in paper.md section 4."""
     for size, lr in (("7b", 5e-6), ("14b", 3e-6), ("32b", 2e-6)):
-        cfg = Config(**distill.RECIPES[f"qwen2.5-{size}"])
+        cfg = Config("model", "data", **distill.RECIPES[f"qwen2.5-{size}"])
         assert (cfg.lr, cfg.batch_size, cfg.epochs, cfg.max_length, cfg.warmup_frac,
                 cfg.final_lr_frac) == (lr, 128, 1, 12288, 0.03, 0.1)
         assert (cfg.optimizer, cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.max_norm,

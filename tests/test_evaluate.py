@@ -15,14 +15,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from common import Ranks, parse_config  # noqa: E402
+from common import Ranks  # noqa: E402
+from options import parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, swapped, write_pairs  # noqa: E402
 import evaluate  # noqa: E402
 from evaluate import Config, main, read_all, short_names  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
-from reward import benchmark_verdict, prompt_path  # noqa: E402
-from judge import HeldOut, load_judge  # noqa: E402
+from reward import benchmark_verdict, load_prompt, prompt_path  # noqa: E402
+from judge import Config as JudgeConfig, HeldOut, load_judge  # noqa: E402
 from benchmarks.scores import pairs as score, table, wilson  # noqa: E402
 
 # ---- end to end, with a random model
@@ -279,7 +280,7 @@ def test_a_refused_run_leaves_an_interrupted_one_alone(folder, data, tmp_path):
     main(config(folder, data, tmp_path))
     lines = whole.read_text().split("\n")
     whole.write_text("\n".join([*lines[:2], '{"x": 1}', *lines[3:]]))
-    with pytest.raises(ValueError, match="judgements.jsonl:3: is no judgement; delete this line"):
+    with pytest.raises(ValueError, match="judgements.jsonl:3: is no judgement; without this line"):
         main(config(folder, data, tmp_path))
     whole.write_text("\n".join([*lines[:2], *lines[3:]]))
     main(config(folder, data, tmp_path))
@@ -400,7 +401,7 @@ def test_a_bad_record_stops_before_any_work_or_is_left_out(folder, benchmarks, t
 
 def test_held_out_equals_the_script(folder, data, tmp_path, capsys):
     """Greedy judgements of the labelled pairs, whole and limited; two ranks share them out and get the same numbers."""
-    judge = load_judge(Config(model=str(folder), threads=1))
+    judge = load_judge(JudgeConfig(model=str(folder), threads=1))
     model, tokenizer, one = judge.sampler.model, judge.tokenizer, Ranks(0, 1, torch.device("cpu"))
     main(config(folder, data, tmp_path))
     rows = {r["name"]: r | {"seconds": 0} for r in saved_scores(tmp_path)["rows"]}
@@ -408,7 +409,7 @@ def test_held_out_equals_the_script(folder, data, tmp_path, capsys):
                 for short, name in (("accuracy", "score"), ("no_verdict", "no_verdict"), ("tokens", "tokens"))}
     expected |= {f"eval_accuracy_{domain}": rows[domain]["score"] for domain in ("chat", "reasoning")}
     assert 0 < expected["eval_accuracy"] < 1 and 0 < expected["eval_no_verdict"] < 1, "the case has lost its variety"
-    scores, records = HeldOut(data, 100, "toy", 2, tokenizer, one).judge(model)
+    scores, records = HeldOut(data, 100, load_prompt("toy"), 2, tokenizer, one).judge(model)
     assert scores.pop("eval_s") > 0 and scores == expected
     assert score([r for r in records if r["winner"]])[0] | {"seconds": 0} == rows["all"]
 
@@ -421,8 +422,8 @@ def test_held_out_equals_the_script(folder, data, tmp_path, capsys):
         shelf = []
         for rank in range(2):
             ranks = OfTwo(rank, 2, torch.device("cpu"))
-            shared, _ = HeldOut(data, n_pairs, "toy", 2, tokenizer, ranks).judge(model)
-        alone = HeldOut(data, n_pairs, "toy", 2, tokenizer, one)
+            shared, _ = HeldOut(data, n_pairs, load_prompt("toy"), 2, tokenizer, ranks).judge(model)
+        alone = HeldOut(data, n_pairs, load_prompt("toy"), 2, tokenizer, one)
         assert [pair.id for pair in alone.pairs] == [pair.id for pair in read_pairs(data) if pair.winner][:n_pairs]
         assert sorted(r["id"] for part in shelf for r in part) == sorted(pair.id for pair in alone.pairs)
         scores, _ = alone.judge(model)
@@ -435,7 +436,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="no pair has a winner"):
         main(config(folder, unlabelled, tmp_path / "out"))
     with pytest.raises(ValueError, match="no labelled pairs"):
-        HeldOut(unlabelled, 5, "toy", 2, None, Ranks(0, 1, torch.device("cpu")))
+        HeldOut(unlabelled, 5, load_prompt("toy"), 2, None, Ranks(0, 1, torch.device("cpu")))
     for argv in (["--votes", "2"], ["--limit", "-1"], ["--pairs", "x"], ["--order", "mine"], ["--budgets", "512,x"],
                  ["--budgets", "16384"], ["--from", "x", "--swap"], ["--from", "x", "--limit", "5"],
                  ["--order", "published", "--data", "x"], ["--order", "published", "--rmb", "x", "--skip-bad"]):
@@ -450,7 +451,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     write_pairs(bad_id, [Pair("1/swapped", [{"role": "user", "content": "sort 21"}], "12", "21", "a", "", "")])
     with pytest.raises(ValueError, match="pair 1/swapped: ids that end in /swapped"):
         main(config(folder, bad_id, tmp_path / "out"))
-    argv = [sys.executable, ROOT / "evaluate.py", "--data", tmp_path / "none.jsonl", "--out", tmp_path / "out"]
+    argv = [sys.executable, ROOT / "evaluate.py", "--model", folder, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "out"]
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "none.jsonl: no such file" in done.stderr

@@ -49,7 +49,8 @@ def made(tmp_path_factory):
         answer_only=True,
         batch_size=20, epochs=25, max_steps=0, max_length=200, micro_tokens=10_000, optimizer="adamw", lr=1e-2,
         warmup_frac=0.1, final_lr_frac=0.1,
-        beta1=0.9, beta2=0.95, weight_decay=0.0, max_norm=1.0, eval_data=None, save_every=0, seed=0, threads=1))
+        beta1=0.9, beta2=0.95, weight_decay=0.0, max_norm=1.0, dtype="float32", gradient_checkpointing=False, eval_data=None,
+        save_every=0, seed=0, threads=1))
     return folder
 
 
@@ -400,7 +401,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(made, tmp_path):
     grpo.main(replace(cfg, out=str(again), resume=True))  # at its end already
     assert metrics(again) == metrics(whole)
     assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="clip=0.2, not 0.3"):
+    with pytest.raises(ValueError, match="--clip 0.2, not 0.3"):
         grpo.main(replace(cfg, out=str(again), resume=True, clip=0.3))
 
 
@@ -439,7 +440,7 @@ RUNS = """
 import json, sys
 sys.path.insert(0, ".")
 import grpo
-from common import parse_config
+from options import parse_config
 original, steps = grpo.rollout, []
 
 def rollout(*args):
@@ -508,7 +509,7 @@ def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
                            ({"data": str(unlabelled)}, "0 usable pairs"),
                            ({"max_prompt_tokens": 5}, "0 usable pairs are fewer than --n-prompts 4"),
                            ({"model": str(tmp_path)}, "tokenizer.json"),
-                           ({"model": str(made / "untrained")}, "no prompt.txt, so --prompt"),
+                           ({"model": str(made / "untrained")}, "--prompt is missing: give instruct, reasoning, direct or a file"),
                            ({"n_prompts": 12, "mini_prompts": 6}, "11 usable pairs")):
         monkeypatch.setattr(sys, "argv", ["grpo.py", *flags(config(made, tmp_path / "run", **changed))])
         with pytest.raises(SystemExit) as stop:
@@ -523,7 +524,7 @@ def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
                            ({"steps": -1}, "--steps"), ({"temperature": 0.0}, "--temperature"),
                            ({"dtype": "float16"}, "--dtype")):
         with pytest.raises(ValueError, match=named):
-            Config(**options)
+            config(made, tmp_path, **options)
 
 
 def test_pairs_with_long_prompts_are_dropped_and_counted(made, tmp_path, capsys):
@@ -542,7 +543,7 @@ def test_the_papers_recipes():
     rates = {"qwen2.5-7b": 1e-6, "qwen2.5-14b": 7e-7, "qwen2.5-32b": 5e-7, "deepseek-distill-7b": 1e-6,
              "deepseek-distill-14b": 1e-6, "deepseek-distill-32b": 8e-7}
     for name, lr in rates.items():
-        cfg = Config(**grpo.RECIPES[name])
+        cfg = Config("model", "data", **grpo.RECIPES[name])
         assert (cfg.lr, cfg.n_prompts, cfg.mini_prompts, cfg.group_size) == (lr, 1024, 128, 7)
         assert (cfg.max_prompt_tokens, cfg.max_new_tokens, cfg.temperature, cfg.steps) == (4096, 8192, 1.0, 0)
         assert (cfg.clip, cfg.kl_coef, cfg.max_norm, cfg.skip_zero_spread) == (0.2, 1e-3, 1.0, False)
@@ -550,7 +551,8 @@ def test_the_papers_recipes():
         schedule = [learning_rate(step, 60, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac) for step in range(60)]
         assert schedule == [lr] * 60
         assert cfg.prompt == ("reasoning" if name.startswith("deepseek") else None)
-    assert set(rates) == set(grpo.RECIPES)
+    assert set(rates) | {"toy"} == set(grpo.RECIPES)
+    assert Config("model", "data") == Config("model", "data", **grpo.RECIPES["qwen2.5-7b"])
 
 
 def test_batch_invariant_training_has_no_mismatch(made, tmp_path, mended_interpreter):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import judge as judging  # noqa: E402
 import sample  # noqa: E402
-from common import parse_config  # noqa: E402
+from options import parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, to_json, write_pairs  # noqa: E402
 from judge import (Config, Judge, JudgementFile, encode_all, judge_file, judge_settings, load_judge,  # noqa: E402
@@ -118,7 +118,7 @@ def test_an_interrupted_file_goes_on_to_the_same_bytes(folder, pairs, tmp_path, 
     lines = [out.read_text(encoding="utf-8").split("\n"),
              (tmp_path / "whole.jsonl").read_text(encoding="utf-8").split("\n")]
     assert [SECONDS.sub("", x) for x in lines[0]] == [SECONDS.sub("", x) for x in lines[1]]
-    with pytest.raises(ValueError, match="already there and whole"):
+    with pytest.raises(ValueError, match="is already there; choose another --out"):
         main(cfg)
 
 
@@ -181,7 +181,7 @@ def test_other_settings_are_refused_by_name(folder, pairs, tmp_path):
     partial = tmp_path / "out.jsonl.partial"
     for line in (b"nonsense", b"[]", b'{"id": "x"}', b"\xff"):
         partial.write_bytes(json.dumps(settings).encode() + b"\n" + line + b"\n")
-        with pytest.raises(ValueError, match=r"out\.jsonl\.partial:2: is no judgement; delete this line"):
+        with pytest.raises(ValueError, match=r"out\.jsonl\.partial:2: is no judgement; without this line"):
             JudgementFile(out, settings)
     partial.write_text("nonsense\n")
     with pytest.raises(ValueError, match=r"out\.jsonl\.partial: does not begin with a judging run's settings"):
@@ -218,7 +218,7 @@ def test_rendered_pairs_and_limit(folder, tmp_path, capsys):
 ], ids=" ".join)
 def test_wrong_options_end_in_one_line(argv, word, capsys):
     with pytest.raises(SystemExit) as e:
-        parse_config(Config, argv=argv)
+        parse_config(Config, argv=["--model", "m", *argv])
     error = capsys.readouterr().err
     assert e.value.code == 2 and error.startswith("error: ") and word in error and error.count("\n") == 1
 

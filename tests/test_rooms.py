@@ -11,19 +11,20 @@ ROOMS = ("benchmarks", "data", "kernels", "report")  # packages; inside them imp
 MAY_IMPORT = {
     "files": "",
     "reward": "",
+    "options": "files",
     "kernels": "",
     "tokenizer": "files",
-    "common": "files",
+    "common": "files options",
     "data": "files",
     "model": "files kernels",
-    "sample": "common files kernels model tokenizer",
-    "judge": "common data files reward sample tokenizer",
-    "distill": "common data files judge model reward sample tokenizer",
-    "grpo": "common data distill files judge model reward sample tokenizer",  # distill: the first stage of the demo's task
+    "sample": "common files kernels model options tokenizer",
+    "judge": "common data files options reward sample tokenizer",
+    "distill": "common data files judge model options reward sample tokenizer",
+    "grpo": "common data distill files judge model options reward sample tokenizer",  # distill: the first stage of the demo's task
     "benchmarks": "data reward",
-    "evaluate": "benchmarks common data files judge model",
-    "report": "benchmarks common data files reward",
-    "demo": "common data distill evaluate files grpo judge reward sample",
+    "evaluate": "benchmarks common data files judge model options",
+    "report": "benchmarks data files options reward",
+    "demo": "data distill evaluate files grpo judge options reward sample",
 }
 
 
@@ -75,7 +76,7 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
     while more := {other for room in closure for other in graph[room]} - closure:
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "model", "kernels", "tokenizer", "reward", "data",
-                       "common", "files"}
+                       "common", "options", "files"}
 
 
 def test_readme_counts_the_lines_as_they_are():

@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from common import parse_config  # noqa: E402
+from options import parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from kernels import INTERPRETED  # noqa: E402
 from model import Model, ModelConfig, pack  # noqa: E402
@@ -513,19 +513,19 @@ def test_command_line_completes_texts(tmp_path):
             {"text": tokenizer.decode(r.ids), "n_tokens": len(r.ids), "finished": r.finished,
              "logp": pytest.approx(sum(r.logps), abs=1e-4)} for r in rollouts]}
     again = command("--model", folder, "--texts", tmp_path / "texts.jsonl", "--out", tmp_path / "out.jsonl")
-    assert again.returncode == 2 and "out.jsonl: already there" in again.stderr
+    assert again.returncode == 2 and "out.jsonl: is already there" in again.stderr
     one = command("--model", folder, "--text", "sort 76915", "--n", 3, "--max-new-tokens", 12, "--seed", 5)
     assert one.stdout == "\n----\n".join(tokenizer.decode(r.ids) for r in groups[0]) + "\n"
 
 
 @pytest.mark.parametrize("argv, said", [
     ([], "--text"), (["--text", "x", "--texts", "y", "--out", "z"], "--text"), (["--texts", "y"], "--out"),
-    (["--text", "x", "--n", "0"], "--n must be at least 1"), (["--text", "x", "--top-p", "0"], "--top-p"),
+    (["--text", "x", "--n", "0"], "--n must be from 1 to 1024"), (["--text", "x", "--top-p", "0"], "--top-p"),
     (["--text", "x", "--temperature", "inf"], "--temperature"), (["--text", "x", "--dtype", "int8"], "--dtype"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_wrong_options_end_in_one_line(argv, said, capsys):
     with pytest.raises(SystemExit) as e:
-        parse_config(Config, argv=argv)
+        parse_config(Config, argv=["--model", "m", *argv])
     error = capsys.readouterr().err
     assert e.value.code == 2 and error.startswith("error: ") and said in error and error.count("\n") == 1
 

@@ -1,0 +1,141 @@
+"""Options: a frozen dataclass makes the command line, refuses what cannot be, and is the record of a run."""
+
+import argparse
+import dataclasses
+import inspect
+import math
+import re
+import sys
+import typing
+from pathlib import Path
+
+from files import fail, parse_json
+
+
+def parse_config(cls, recipes=None, argv=None, embedded=None):
+    """An instance of the frozen dataclass `cls` from the command line: one flag a field, its trailing comment the help.
+
+    A field without a default is a positional argument, and one of type tuple[str, ...] takes one or more values. An
+    empty value of an option that may be None is None: --eval-data "" evaluates on nothing. `recipes` maps a name to
+    overrides that --recipe applies before the flags; `embedded` names the one that is taken when neither --model nor
+    --data is given. With --resume the options are those of the run in --out, and the flags. Unknown, abbreviated or
+    mistyped flags, and values that cls.__post_init__ refuses with ValueError, end the program with one line and
+    status 2.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{Path(sys.argv[0]).name}: {message} (--help lists the options)")
+    if recipes:
+        parser.add_argument("--recipe", choices=recipes, help="a set of options; flags given beside it win")
+    types = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        add_option(parser, f, types[f.name], trailing_comment(cls, f.name))
+    given = vars(parser.parse_args(argv))
+    recipe = given.pop("recipe", None)
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+        elif value == "" and type(None) in typing.get_args(types[name]):
+            given[name] = None
+    own = "model" in given or "data" in given
+    chosen = recipe or (None if own else embedded)
+    options = recipes[chosen] if chosen else {}
+    try:
+        if given.get("resume"):
+            out = given.get("out") or options.get("out") or cls.out
+            options = saved_options(cls, out) | (recipes[recipe] if recipe else {}) | {"out": out}
+        return cls(**(options | given))
+    except ValueError as e:
+        parser.error(str(e))
+
+
+def saved_options(cls, folder):
+    """The options of the run in a folder, from its config.json; ValueError if they are not options of `cls`."""
+    file = Path(folder) / "config.json"
+    if not file.exists():
+        raise ValueError(f"--resume: {file} is not there, so there is no run to resume; --out names the run's folder, "
+                         "without --resume a run begins")
+    try:
+        options = parse_json(file.read_bytes())["options"]
+        types = typing.get_type_hints(cls)
+        fits = set(options) <= set(types) and all(has_type(value, types[name]) for name, value in options.items())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{file}: is not the config.json of a run of this script and version; it cannot be resumed")
+    return options
+
+
+def has_type(value, wanted):
+    """Is a value from JSON one of an option's type? Whole numbers are floats, too; true and false are no numbers."""
+    kinds = typing.get_args(wanted) or (wanted,)
+    if float in kinds:
+        kinds += (int,)
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def trailing_comment(cls, name):
+    found = re.search(rf"^    {name}:.*?  # (.+)$", inspect.getsource(cls), re.M)
+    assert found, f"{cls.__name__}.{name} needs a trailing comment: it is the option's help"
+    return found[1].replace("%", "%%")  # argparse formats it
+
+
+def add_option(parser, field, kind, text):
+    """The flag of one field. Its default is suppressed: what comes back is what was given, and wins over a recipe."""
+    flag = flag_of(field.name)
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=field.name,
+                            help=f"{text} (default: {field.default})")
+        return
+    several = "+" if typing.get_origin(kind) is tuple else None
+    kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # str of tuple[str, ...], str | None
+    if field.default is dataclasses.MISSING:
+        parser.add_argument(field.name, type=kind, help=text, metavar=field.name.upper(), nargs=several)
+        return
+    default = " ".join(field.default) if several else field.default
+    parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), dest=field.name,
+                        help=f"{text} (default: {default})", nargs=several)
+
+
+def check_at_least(cfg, low, *names):
+    """ValueError names the first of these options that is below `low`, infinite, or not a number."""
+    for name in names:
+        if not low <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"{flag_of(name)} must be at least {low}, got {getattr(cfg, name)}")
+
+
+def check_between(cfg, low, high, *names):
+    """ValueError names the first of these options that is outside [low, high]."""
+    for name in names:
+        if not low <= getattr(cfg, name) <= high:
+            raise ValueError(f"{flag_of(name)} must be from {low} to {high}, got {getattr(cfg, name)}")
+
+
+def check_choice(cfg, name, *choices):
+    if getattr(cfg, name) not in choices:
+        raise ValueError(f"{flag_of(name)} is {' or '.join(choices)}, got {getattr(cfg, name)!r}")
+
+
+def check_training(cfg):
+    """The options that both training loops have; ValueError names the one that cannot be."""
+    for name in ("model", "data"):
+        if not getattr(cfg, name):
+            raise ValueError(f"{flag_of(name)} is missing: --model, a Hugging Face folder, and --data, a file, need "
+                             "each other (without both: the generated task)")
+    check_at_least(cfg, 1, "micro_tokens", "eval_pairs")
+    check_at_least(cfg, 0, "lr", "weight_decay", "eval_every", "n_samples", "save_every")
+    check_between(cfg, 0, 1, "final_lr_frac")
+    check_between(cfg, 0, 4096, "threads")
+    check_between(cfg, 0, 2**40 - 1, "seed")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"{flag_of(name)} must be at least 0 and below 1, got {getattr(cfg, name)}")
+    if not cfg.max_norm > 0:
+        raise ValueError(f"--max-norm must be above 0 (inf does not clip), got {cfg.max_norm}")
+    check_choice(cfg, "dtype", "float32", "bfloat16")
+    if cfg.keep_best and not (cfg.eval_data and cfg.eval_every):
+        raise ValueError("--keep-best compares evaluations: it needs --eval-data and an --eval-every above 0")
+
+
+def flag_of(name):
+    return "--" + name.rstrip("_").replace("_", "-")
