@@ -360,8 +360,8 @@ def position_rows(records):
 def swap_rows(records):
     """Pairs judged in both orders. Shares of them: right in the first order, right in the second (mean: of both, with
     its interval), right in both; consistent, the same answer preferred in both; A and B preferred in both, whichever
-    answer stood there; undecided, no verdict or a tie in one or both (the last four add up to 1). a_share_both_orders: of A
-    among all verdicts; every answer stands at A once, so half is even."""
+    answer stood there; undecided, no verdict or a tie in one or both (the last four add up to 1). a_share_both_orders:
+    of A among all verdicts; every answer stands at A once, so half is even."""
     rows = []
     for source, members in _by_benchmark(r for r in records if r["votes"]).items():
         first = {r["id"]: r for r in in_first_order(members)}
