@@ -68,7 +68,7 @@ function headline(models) {   // one model: a tile for each benchmark; several: 
   const isHead = r => r.kind === "overall" || r.benchmark === "average";
   const of = r => r.of && r.of !== r.n ? ` of ${count(r.of)}` : "";
   const about = r => div("soft", r.benchmark === "average" ? "of the benchmarks" : `${count(r.n)}${of(r)} counted`);
-  const alike = all => unique(all.filter(Boolean).map(r => about(r).textContent)).length === 1;   // else each says its own
+  const alike = all => unique(all.filter(Boolean).map(r => about(r).textContent)).length === 1;   // else each its own
   const names = unique(models.flatMap(m => m.rows.filter(isHead).map(r => r.benchmark)));
   const found = names.map(name => models.map(m => m.rows.find(r => r.benchmark === name && isHead(r))));
   if (models.length === 1) return div("tiles", found.map(([r]) => div("tile", h("h3", {class: "data"}, r.benchmark),
