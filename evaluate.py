@@ -182,7 +182,7 @@ def budgets_in(votes):
 
 def show(result):
     """Prints what is in scores.json."""
-    print(f"\n{result['model']}\n\n{scores.table(result['rows'])}\n")
+    print(f"\n{result['model']}\n\n{scores.table(result['rows'])}\n\n{scores.LEGEND}\n")
     for row in result["rows"]:
         if row["kind"] == "overall" and row["of"] and row["n"] < row["of"]:
             print(f"{row['benchmark']} is not whole: {row['n']} of {row['of']} items; means are over what is there\n")
@@ -190,7 +190,7 @@ def show(result):
         print(f"RM-Bench: {result['left_out']} items lack some of their nine pairs and are left out\n")
     for title in ("positions", "swap"):
         if result[title]:
-            print(scores.wide_table(result[title], title) + "\n")
+            print(scores.quantity_table(result[title], title) + "\n")
     if result["budgets"]:
         print(scores.table([{**row, "kind": f"after {row['budget']} tokens"} for row in result["budgets"]]) + "\n")
     if "recorded" in result and result["recorded"]["n"]:

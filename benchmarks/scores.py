@@ -30,6 +30,26 @@ RMB_SIZE = {"Pairwise Helpfulness": 10067, "Pairwise Harmlessness": 7064, "BoN H
 SUBSET_WEIGHT = SUBSET_SIZE | {"math-prm": 984}  # as much as the six code subsets together
 PUBLISHED_VARIANT = "published variant (rotation 3 read twice)"
 
+# What the numbers of position_rows and swap_rows are, for the printed tables and the page; intervals stand with theirs
+QUANTITIES = {
+    "positions": {
+        "chosen_a": "right where the better answer is A, %",
+        "chosen_b": "right where the better answer is B, %",
+        "n_a": "pairs whose better answer is A",
+        "n_b": "pairs whose better answer is B",
+        "a_share_first_order": "A among the first order's verdicts, %"},
+    "swap": {
+        "n": "pairs judged in both orders",
+        "first": "right in the first order, %",
+        "second": "right in the second order, %",
+        "mean": "right, mean of the two orders, %",
+        "both": "right in both orders, %",
+        "consistent": "same answer preferred in both orders, %",
+        "always_a": "A preferred in both orders, %",
+        "always_b": "B preferred in both orders, %",
+        "undecided": "no verdict or a tie in one order or both, %",
+        "a_share_both_orders": "A among both orders' verdicts (even: 50), %"}}
+
 
 # ---- intervals
 
@@ -326,21 +346,22 @@ def _by_benchmark(records):
 
 def position_rows(records):
     """Does it matter where an answer stands? Accuracy with the chosen answer as A and as B; the share of A among all
-    verdicts (1/2 would be even, if as many chosen answers stand at A)."""
+    verdicts (even would be n_a / (n_a + n_b): half, if as many better answers stand at A)."""
     rows = []
     for source, members in _by_benchmark(in_first_order(records)).items():
         at_a = [is_right(r) for r in members if r["winner"] == "a"]
         at_b = [is_right(r) for r in members if r["winner"] == "b"]
         verdicts = [r["verdict"] for r in members if r["verdict"]]
         rows.append({"benchmark": TITLES.get(source, "pairs"), "chosen_a": _mean(at_a), "chosen_b": _mean(at_b),
-                     "n_a": len(at_a), "n_b": len(at_b), "a_share": _mean([v == "a" for v in verdicts])})
+                     "n_a": len(at_a), "n_b": len(at_b), "a_share_first_order": _mean([v == "a" for v in verdicts])})
     return rows
 
 
 def swap_rows(records):
     """Pairs judged in both orders. Shares of them: right in the first order, right in the second (mean: of both, with
     its interval), right in both; consistent, the same answer preferred in both; A and B preferred in both, whichever
-    answer stood there; undecided, no verdict in one or both. a_share: of A among all verdicts."""
+    answer stood there; undecided, no verdict or a tie in one or both (the last four add up to 1). a_share_both_orders:
+    of A among all verdicts; every answer stands at A once, so half is even."""
     rows = []
     for source, members in _by_benchmark(r for r in records if r["votes"]).items():
         first = {r["id"]: r for r in in_first_order(members)}
@@ -367,7 +388,7 @@ def _swap_row(benchmark, both):
             "always_a": _mean([pair == ("a", "a") for pair in verdicts]),
             "always_b": _mean([pair == ("b", "b") for pair in verdicts]),
             "undecided": _mean([None in pair for pair in verdicts]),
-            "a_share": _mean([verdict == "a" for pair in verdicts for verdict in pair if verdict])}
+            "a_share_both_orders": _mean([verdict == "a" for pair in verdicts for verdict in pair if verdict])}
 
 
 def budget_rows(records, budgets):
@@ -387,17 +408,22 @@ def _cut_off(record, budget):
 
 # ---- tables
 
+LEGEND = """score: % right. items: counted here; of: in the published benchmark. no verdict: % of judgements.
+ties: % of pairs whose votes tie. tokens, seconds: means of a judgement, many written at once."""
+
+
 def table(rows):
-    """The rows as text, a block for each kind of score."""
-    width = max(len(r["name"]) for r in rows)
+    """The rows as text, a block for each kind of score. LEGEND says what the columns are."""
+    names = [r["name"] or "(none)" for r in rows]
+    width = max(map(len, names))
     lines = [f"{'':{width}}{'items':>8}{'of':>8}{'score':>8}  {'95% interval':15}{'no verdict':>11}{'ties':>7}"
              f"{'tokens':>8}{'seconds':>9}"]
     block = None
-    for r in rows:
+    for name, r in zip(names, rows):
         if block != (r["benchmark"], r["kind"]):
             block = r["benchmark"], r["kind"]
             lines += ["", f"{r['benchmark']}: {r['kind']}"]
-        lines.append(f"{r['name']:{width}}{r['n']:8}{r['of'] or '':>8}{100 * r['score']:8.2f}  "
+        lines.append(f"{name:{width}}{r['n']:8}{r['of'] or '':>8}{100 * r['score']:8.2f}  "
                      f"{100 * r['low']:5.1f} to {100 * r['high']:5.1f} {_percent(r['no_verdict'], 12)}"
                      f"{_percent(r['ties'], 7)}{_number(r['tokens'], 8, 0)}{_number(r['seconds'], 9, 1)}")
     return "\n".join(lines)
@@ -411,30 +437,40 @@ def _percent(share, width):
     return _number(None if share is None else 100 * share, width, 1)
 
 
-def wide_table(rows, title):
-    """Rows of other shares (positions, swaps) as text, one line each, in %."""
-    widths = {name: len(name) + 2 for name in rows[0] if name != "benchmark"}
-    lines = [f"{title:16}" + "".join(f"{name.replace('_', ' '):>{width}}" for name, width in widths.items())]
-    for r in rows:
-        cells = [f"{r[name]:{width}}" if isinstance(r[name], int) else _percent(r[name], width)
-                 for name, width in widths.items()]  # counts are whole, shares are not
-        lines.append(f"{r['benchmark']:16}" + "".join(cells))
+def _ends(low, high):
+    """Both ends of an interval in %. One half-width would be wrong near 0 and 100, where intervals are lopsided."""
+    return f"{100 * low:.1f}-{100 * high:.1f}"
+
+
+def quantity_table(rows, title):
+    """Rows of QUANTITIES[title] as text: a line for each quantity, a column for each benchmark; 100 columns at most."""
+    def line(what, cells):
+        return f"{what:48}" + "".join(f"{cell:>13}" for cell in cells)
+
+    lines = [line(title, [r["benchmark"] for r in rows])]
+    for name, what in QUANTITIES[title].items():
+        values = [r[name] for r in rows]
+        # counts are whole, shares are not
+        lines.append(line(what, [value if isinstance(value, int) else _percent(value, 13) for value in values]))
+        if f"{name}_low" in rows[0]:
+            lines.append(line("    95% interval of it", [_ends(r[f"{name}_low"], r[f"{name}_high"]) for r in rows]))
     return "\n".join(lines)
 
 
 def side_by_side(rows_of):
-    """The headlines and sections of several models, {model: rows}, as text, in % with half the interval's width."""
+    """The headlines and sections of several models, {model: rows}, as text: % right with both ends of its interval."""
     kinds = ("overall", "section", "difficulty", "domain")
     shown = {model: [r for r in rows if r["kind"] in kinds] for model, rows in rows_of.items()}
     names = list(dict.fromkeys((r["benchmark"], r["name"]) for rows in shown.values() for r in rows))
-    width = max(len(f"{benchmark}: {name}") for benchmark, name in names)
-    columns = {model: max(16, len(model) + 2) for model in shown}
+    labels = {(benchmark, name): f"{benchmark}: {name or '(none)'}" for benchmark, name in names}
+    width = max(map(len, labels.values()))
+    columns = {model: max(20, len(model) + 2) for model in shown}
     lines = [f"{'':{width}}" + "".join(f"{model:>{column}}" for model, column in columns.items())]
-    for benchmark, name in names:
+    for key, label in labels.items():
         cells = []
         for model, rows in shown.items():
-            text = next((f"{100 * r['score']:.1f} +-{50 * (r['high'] - r['low']):.1f}" for r in rows
-                         if (r["benchmark"], r["name"]) == (benchmark, name)), "-")
+            text = next((f"{100 * r['score']:.1f} ({_ends(r['low'], r['high'])})" for r in rows
+                         if (r["benchmark"], r["name"]) == key), "-")
             cells.append(f"{text:>{columns[model]}}")
-        lines.append(f"{f'{benchmark}: {name}':{width}}" + "".join(cells))
+        lines.append(f"{label:{width}}" + "".join(cells))
     return "\n".join(lines)

@@ -11,18 +11,31 @@ from pathlib import Path
 from options import parse_config
 from files import one_line_errors
 from report import build, find, write
+from report.build import INDEX
 
 
 @dataclass(frozen=True)
 class Config:
     runs: tuple[str, ...]  # folders of evaluations or training runs, folders that hold such, or judgements .jsonl files
-    out: str | None = None  # the page to write; without it, report.html in the first folder
+    out: str | None = None  # the page to write; without it, report.html in the first folder. An older page is replaced
+
+
+def check_out(out):
+    """Only a page of this program may be replaced."""
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; --out is the file to write, such as {out / 'report.html'}")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent}: no such folder; make it, or choose another --out")
+    if out.exists() and INDEX.encode() not in out.read_bytes():
+        raise ValueError(f"{out}: is there and is not a page of this program; choose another --out")
 
 
 def main(cfg):
-    page = build(find(cfg.runs))
+    found = find(cfg.runs)
     first = Path(cfg.runs[0])
     out = Path(cfg.out) if cfg.out else (first if first.is_dir() else first.parent) / "report.html"
+    check_out(out)
+    page = build(found)
     write(page, out)
     counted = {"judgement": len(page.rows), "model": len(page.models), "training run": len(page.runs)}
     judged, models, runs = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counted.items())

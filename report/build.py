@@ -17,7 +17,7 @@ from itertools import chain, count, zip_longest
 from pathlib import Path
 
 from benchmarks.records import TITLES
-from benchmarks.scores import section, wilson
+from benchmarks.scores import QUANTITIES, section, wilson
 from data.fields import SIDES, at, is_of, need, need_side
 from data.pairs import SWAPPED
 from files import whole
@@ -29,6 +29,8 @@ CHUNK_ITEMS, CHUNK_BYTES = 128, 1 << 18       # a chunk ends at whichever comes 
 OWN = ("judgements.jsonl", UNFINISHED, "scores.json")   # files that pairs.jsonl in the same folder belongs to
 TYPES = ["Chat", "Reasoning", None]           # the page counts on this order
 TABLES = ("rows", "budgets", "swap", "positions")       # of scores.json
+RENAMED = {"positions": {"a_share": "a_share_first_order"}, "swap": {"a_share": "a_share_both_orders"}}  # older files
+INDEX = '<script type="application/json" id="index">'    # begins the data; by it a page of ours is known
 PREVIEW = 100                                 # characters of a question in the list
 NAMED = ("benchmark", "section", "subset")    # columns of numbers of names
 COLUMNS = ("id", "model", *NAMED, "outcome", "type", "verdict", "label", "swapped", "pair", "tokens", "chars", "votes")
@@ -76,7 +78,7 @@ def step_of(record, place):
     with at(place):
         step = need(record, "step", int, float)
     if not -2**53 < step < 2**53:  # false for NaN too; a browser counts no further
-        raise ValueError(f"{place}: 'step' is {step!r:.40}, need a number below 2**53: mend or delete the line")
+        raise ValueError(f"{place}: 'step' is {step!r:.40}, need a number below 2**53: mend that line")
     return step
 
 
@@ -145,7 +147,7 @@ class Page:
                 id, swapped = need(r, "id", str), "swapped" in r and bool(r["swapped"])
                 row = {"id": id, "model": model, "swapped": int(swapped), **self.judgement(r)}
             if id in seen:
-                raise ValueError(f"{place}: id {id[:60]!r} is also at {seen[id]}: delete one of the lines")
+                raise ValueError(f"{place}: id {id[:60]!r} is also at {seen[id]}: give each its own")
             seen[id] = place
             base = id.removesuffix(SWAPPED) if swapped else id
             if base not in pair_numbers:
@@ -190,11 +192,11 @@ class Page:
                 "chars": round(sum(len(v["text"]) for v in votes) / len(votes)) if votes else None}
 
     def counted_rows(self, model):
-        """Rows as in scores.json for a model without one: the share right, by benchmark and section."""
+        """Rows as in scores.json for a model without one: the share right in the first order, by benchmark, section."""
         benchmarks, sections, groups = list(self.names["benchmark"]), list(self.names["section"]), {}
         for row in self.rows:
             found, benchmark = OUTCOMES[row["outcome"]], benchmarks[row["benchmark"]]
-            if row["model"] == model and found != "unlabelled":
+            if row["model"] == model and found != "unlabelled" and not row["swapped"]:
                 groups.setdefault(("all pairs", "overall", "overall"), []).append(found)
                 groups.setdefault((benchmark, "overall", "overall"), []).append(found)
                 groups.setdefault((benchmark, "section", sections[row["section"]]), []).append(found)
@@ -214,7 +216,9 @@ class Page:
         rows = []
         for place, row in lines(file):
             step_of(row, place)
-            rows.append({key: finite(x) for key, x in row.items() if is_of(x, (int, float))})
+            # a key without a number is told from a key that the row does not have
+            rows.append({key: "null" if x is None else finite(x) for key, x in row.items()
+                         if x is None or is_of(x, (int, float))})
         columns = {key: [row[key] if key in row else None for row in rows] for key in dict.fromkeys(chain(*rows))}
         folder, steps, first = file.parent, [], self.chunks["sample"].n
         for place, r in lines(folder / "samples.jsonl") if (folder / "samples.jsonl").exists() else ():
@@ -239,14 +243,17 @@ class Page:
         runs = [{**run, "name": name or run["name"]} for name, run in zip(shown, self.runs)]
         return {"models": self.models, "names": {key: list(numbers) for key, numbers in self.names.items()},
                 "columns": {key: [row[key] for row in self.rows] for key in COLUMNS}, "previews": self.previews,
-                "chunks": {kind: chunks.starts for kind, chunks in self.chunks.items()}, "runs": runs}
+                "quantities": QUANTITIES, "runs": runs,
+                "chunks": {kind: chunks.starts for kind, chunks in self.chunks.items()}}
 
 
 def table_rows(scores, key):
-    """The rows of a table of scores.json that are rows: objects, whose names are texts."""
+    """The rows of a table of scores.json that are rows: objects, whose names are texts. With the keys of today."""
     rows = scores[key] if key in scores and isinstance(scores[key], list) else []
-    return [row for row in rows if isinstance(row, dict) and all(
+    rows = [row for row in rows if isinstance(row, dict) and all(
         row[name] is None or isinstance(row[name], str) for name in ("benchmark", "kind", "name") if name in row)]
+    today = RENAMED.get(key, {})
+    return [{today.get(name, name): x for name, x in row.items()} for row in rows]
 
 
 def pairs_beside(file):
@@ -291,7 +298,7 @@ def write(page, out):
     before, middle, after = re.split("<!--INDEX-->|<!--CHUNKS-->", skeleton)
     data = page_json(page.data())
     with whole(out) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(f'{before}<script type="application/json" id="index">{data}</script>{middle}')
+        file.write(f"{before}{INDEX}{data}</script>{middle}")
         for tags in zip_longest(*(chunks.tags for chunks in page.chunks.values()), fillvalue=""):
             file.writelines(tags)
         file.write(after)

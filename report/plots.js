@@ -24,13 +24,24 @@ function thin(points, most = 400) {   // the lowest and the highest of each bin,
   return out;
 }
 
-function smooth(points) {   // mean over a window of a thirtieth of the run
-  const half = Math.floor(points.length / 60), sums = [0];
-  for (const [, y] of points) sums.push(sums.at(-1) + y);
-  return points.map(([x], i) => {
-    const from = Math.max(0, i - half), to = Math.min(points.length, i + half + 1);
-    return [x, (sums[to] - sums[from]) / (to - from)];
+const NONE = "none";   // instead of a number, where there was nothing to measure
+const measured = point => typeof point[1] === "number";
+
+function smooth(points) {   // mean over a window of a thirtieth of the run, of what was measured
+  const numbers = points.filter(measured), half = Math.floor(numbers.length / 60), sums = [0];
+  for (const [, y] of numbers) sums.push(sums.at(-1) + y);
+  let i = 0;
+  return points.map(point => {
+    if (!measured(point)) return point;
+    const from = Math.max(0, i - half), to = Math.min(numbers.length, ++i + half);
+    return [point[0], (sums[to] - sums[from]) / (to - from)];
   });
+}
+
+function pieces(points) {   // cut where nothing was measured: no line leads across
+  const out = [[]];
+  for (const point of points) if (measured(point)) out.at(-1).push(point); else out.push([]);
+  return out.filter(piece => piece.length);
 }
 
 const ends = list => list.reduce(([low, high], x) => [Math.min(low, x), Math.max(high, x)], [Infinity, -Infinity]);
@@ -40,44 +51,51 @@ function scale(low, high, from, to, log) {   // from the values low..high to the
   return x => from + (to - from) * ((f(x) - f(low)) / (f(high) - f(low)));
 }
 
-function yRange(ys, log, share) {   // lowest and highest value of a plot, with some air around the curves
+// lowest and highest value of a plot, with some air around the curves, but none of a sign that no value has
+function yRange(ys, log, top) {
   let [low, high] = ys.length ? ends(ys) : [0, 1];
-  const pad = low === high ? Math.abs(low) * .1 || .5 : (high / 2 - low / 2) * .12;
+  if (low === high) [low, high] = low === 0 ? [0, 1] : [Math.min(0, low), Math.max(0, high)];   // a constant: from 0
+  const pad = (high / 2 - low / 2) * .12;
   if (!log) {
-    if (low === high || low < 0 || low > pad) low -= pad;
-    high += pad;
+    if (low < 0 || low > pad) low -= pad;
+    if (high > 0 || high < -pad) high += pad;
   }
-  if (share) {   // within 0 and 1, and no closer than a twentieth
-    high = Math.min(1, high);
-    low = Math.max(0, Math.min(low, high - .05));
-    high = Math.max(high, low + .05);
+  if (top) {   // within 0 and top, and no closer than a twentieth of it
+    high = Math.min(top, high);
+    low = Math.max(0, Math.min(low, high - top / 20));
+    high = Math.max(high, low + top / 20);
   }
   return [Math.max(low, -8e307), Math.min(high, 8e307)];   // so that high - low is a number
 }
 
-// series: [{name, m: number of its colour, points: [[x, y]], bad: [[x, what]]}]; log: "x" or "y", where the values
-// allow it; share: within 0 and 1; onpick(x) on click; group: plots that share a cursor
-function linePlot({title, what, series: given, log = "", share = false, onpick, group = []}) {
-  const series = given.map(x => ({bad: [], ...x, points: x.points.filter(point => point.every(Number.isFinite))}));
+// series: [{name, m: number of its colour, points: [[x, y]]}], y a text where no number is: what is there instead; log:
+// "x" or "y", where the values allow it; top: all values are within 0 and top; onpick(x) on click; group: plots that
+// share a cursor
+function linePlot({title, what, series: given, log = "", top = 0, onpick, group = []}) {
+  const drawable = ([x, y]) => Number.isFinite(x) && (Number.isFinite(y) || typeof y === "string");
+  const series = given.map(x => ({...x, points: x.points.filter(drawable)}));
   const W = 320, H = 170, L = 40, R = W - 12, T = 8, B = H - 22;
-  const steps = unique(series.flatMap(x => [...x.points, ...x.bad].map(([step]) => step))).sort((x, y) => x - y);
-  const ys = series.flatMap(x => x.points.map(([, y]) => y)), [lowest, highest] = ends(ys);
+  const steps = unique(series.flatMap(x => x.points.map(([step]) => step))).sort((x, y) => x - y);
+  const ys = series.flatMap(x => x.points.filter(measured).map(([, y]) => y)), [lowest, highest] = ends(ys);
   const logX = log === "x" && steps[0] > 0, logY = log === "y" && lowest > 0 && highest / lowest > 30;
-  const [y0, y1] = yRange(ys, logY, share), air = steps.length === 1 ? .5 : 0;
+  const [y0, y1] = yRange(ys, logY, top), air = steps.length === 1 ? .5 : 0;
   const [x0, x1] = [steps[0] - air, steps.at(-1) + air];
   const X = scale(x0, x1, L, R, logX), toY = scale(y0, y1, B, T, logY), Y = y => toY(Math.max(y0, Math.min(y1, y)));
   const xTicks = logX ? steps.filter((_, i) => i % Math.ceil(steps.length / 6) === 0)
     : niceTicks(x0, x1).filter(Number.isInteger);
   const decades = () => niceTicks(Math.log10(y0), Math.log10(y1)).filter(Number.isInteger).map(k => 10 ** k);
-  const yTicks = logY ? decades() : niceTicks(y0, y1);
+  const counts = ys.every(Number.isInteger);   // no ticks between the whole numbers
+  const yTicks = logY ? decades() : niceTicks(y0, y1).filter(t => !counts || Number.isInteger(t));
 
-  const path = points => "M" + thin(points).map(([x, y]) => X(x).toFixed(1) + " " + Y(y).toFixed(1)).join("L");
-  const curve = ({m, points, bad}) => {
-    const dense = points.length > 120;
+  const line = piece => "M" + thin(piece).map(([x, y]) => X(x).toFixed(1) + " " + Y(y).toFixed(1)).join("L");
+  const path = points => pieces(points).map(piece => line(piece) + "h0").join("");   // h0: a single point is a dot
+  const curve = ({m, points}) => {
+    const good = points.filter(measured), dense = good.length > 120;
+    const bad = points.filter(point => !measured(point) && point[1] !== NONE);
     return s("g", {class: inColour(m)},
-      points.length > 1 && s("path", {class: "curve ink" + (dense ? " faint" : ""), d: path(points)}),
+      good.length > 1 && s("path", {class: "curve ink" + (dense ? " faint" : ""), d: path(points)}),
       dense && s("path", {class: "curve ink", d: path(smooth(points))}),
-      points.length <= 30 && points.map(([x, y]) => s("circle", {class: "fill", cx: X(x), cy: Y(y), r: 2.6})),
+      good.length <= 30 && good.map(([x, y]) => s("circle", {class: "fill", cx: X(x), cy: Y(y), r: 2.6})),
       bad.slice(0, 200).map(([x, name]) => s("text", {class: "bad", x: X(x), y: T + 9, "text-anchor": "middle"}, "×",
         s("title", {}, `${name} at ${x}`))));
   };
@@ -89,10 +107,9 @@ function linePlot({title, what, series: given, log = "", share = false, onpick, 
     series.map(curve), cursor);
 
   const key = x => series.length > 1 && [stroke(x.m), h("span", {hidden: series.length > 3}, " " + x.name), " "];
-  const value = ({points, bad}, x) => {   // at x, or the last
-    const good = x === null ? points.at(-1) : points.find(point => point[0] === x);
-    const other = bad.find(point => point[0] === x);
-    return good ? brief(good[1]) : other ? other[1] : "–";
+  const value = ({points}, x) => {   // at x, or the last
+    const found = x === null ? points.at(-1) : points.find(point => point[0] === x);
+    return !found ? "–" : measured(found) ? brief(found[1]) : found[1];
   };
   const distance = (x, place) => Math.abs(X(x) - place);
   const nearest = place => steps.reduce((best, x) => distance(x, place) < distance(best, place) ? x : best);

@@ -28,9 +28,9 @@ def lines(path):
             except NotJson as e:
                 if not line.endswith(b"\n"):
                     return
-                raise ValueError(f"{place}: not JSON ({e.fault}): mend or delete the line") from None
+                raise ValueError(f"{place}: not JSON ({e.fault}): mend that line") from None
             if not isinstance(record, dict):
-                raise ValueError(f"{place}: not a JSON object: mend or delete the line")
+                raise ValueError(f"{place}: not a JSON object: mend that line")
             yield place, record
 
 
@@ -42,9 +42,9 @@ def read_object(path):
         value = finite(parse_json(path.read_bytes()))
     except (NotJson, RecursionError) as e:
         fault = e.fault if isinstance(e, NotJson) else "JSON nested too deeply"
-        raise ValueError(f"{path}: not JSON ({fault}): delete the file or write it again") from None
+        raise ValueError(f"{path}: not JSON ({fault}): mend it, or report on another folder") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object: delete the file or write it again")
+        raise ValueError(f"{path}: not a JSON object: mend it, or report on another folder")
     return value
 
 

@@ -8,8 +8,10 @@ for (const m of D.models)   // no prototype, so that r[key] finds nothing but da
 
 const heading = key => PLAIN[key] ?? key.replaceAll("_", " ");
 const keysOf = list => unique(list.flatMap(Object.keys));
-const interval = r => r.low == null ? "" : ` [${percent(r.low)}, ${percent(r.high)}]`;
-const range = r => r.low == null ? "" : `${percent(r.low)} to ${percent(r.high)}`;
+// both ends of an interval: one half-width would be wrong near 0 and 100, where intervals are lopsided
+const ended = (low, high, text) => Number.isFinite(low) && Number.isFinite(high) ? text : "";
+const interval = (low, high) => ended(low, high, ` [${percent(low)}, ${percent(high)}]`);
+const range = ({low, high}) => ended(low, high, `${percent(low)} to ${percent(high)}`);
 const isShare = (key, x) => x >= -1 && x <= 1 && !/^(n|of|right|wrong|tokens|seconds|budget|n_.*|.*_n)$/.test(key);
 
 function valueText(key, x) {
@@ -44,9 +46,11 @@ function drawScores() {
     h2("Scores with 95% intervals"), legend(), div("card", div("body", dotPlot(models))),
     all("budgets").length > 0 && [h2("Score within a token budget"), legend(), div("plots", budgetPlots(models))],
     h2("Lengths of judgements"), lengths(models),
-    kinds.length > 0 && [h2("Tables"), h("p", {class: "soft"}, "Percent. A name leads to its judgements."),
+    kinds.length > 0 && [h2("Tables"), h("p", {class: "soft"}, "Scores, no verdict (of the judgements) and ",
+      "ties (of the pairs) in percent; tokens and seconds are means of a judgement. A name leads to its judgements."),
       kinds.map(kind => scoreTable(kind, models))],
-    tables.map(([name, title]) => [h2(title), plainTable(all(name))]),
+    tables.map(([name, title]) => [h2(title), name === "budgets" ? plainTable(all(name))
+      : quantityTables(name, models)]),
     h2("How this was made"), models.map(madeOf));
 }
 
@@ -64,16 +68,19 @@ function headline(models) {   // one model: a tile for each benchmark; several: 
   const isHead = r => r.kind === "overall" || r.benchmark === "average";
   const of = r => r.of && r.of !== r.n ? ` of ${count(r.of)}` : "";
   const about = r => div("soft", r.benchmark === "average" ? "of the benchmarks" : `${count(r.n)}${of(r)} counted`);
+  const alike = all => unique(all.filter(Boolean).map(r => about(r).textContent)).length === 1;   // else each its own
   const names = unique(models.flatMap(m => m.rows.filter(isHead).map(r => r.benchmark)));
   const found = names.map(name => models.map(m => m.rows.find(r => r.benchmark === name && isHead(r))));
   if (models.length === 1) return div("tiles", found.map(([r]) => div("tile", h("h3", {class: "data"}, r.benchmark),
     div("big", percent(r.score), span("soft", "%")), div("soft", range(r)), about(r))));
   const cell = (r, all) => {
     const best = r && r.score === Math.max(...all.map(x => x ? x.score : -1));
-    return td("num" + (best ? " best" : ""), r ? [percent(r.score), div("soft", range(r))] : "–");
+    return td("num" + (best ? " best" : ""),
+      r ? [percent(r.score), div("soft", range(r)), !alike(all) && about(r)] : "–");
   };
   return div("card headline", div("body", table("",
-    [th("", "Model"), found.map((all, i) => th("num", span("data", names[i]), about(all.find(Boolean))))],
+    [th("", "Model"), found.map((all, i) =>
+      th("num", span("data", names[i]), alike(all) && about(all.find(Boolean))))],
     models.map((m, k) => [td("data", swatch(k), " ", m.name), found.map(all => cell(all[k], all))]))));
 }
 
@@ -83,7 +90,8 @@ function budgetPlots(models) {
     return heads.filter(r => r.name === heads[0].name).map(r => [r.budget, 100 * r.score]);
   };
   return unique(models.flatMap(m => m.budgets.map(r => r.benchmark))).map(benchmark => linePlot({
-    title: benchmark, log: "x", what: "score %, by tokens allowed for a judgement (a later verdict does not count)",
+    title: benchmark, log: "x", top: 100,
+    what: "score %, by tokens allowed for a judgement (a later verdict does not count)",
     series: models.map((m, i) => ({name: m.name, m: i, points: points(m, benchmark)})).filter(x => x.points.length)}));
 }
 
@@ -92,7 +100,7 @@ function dotPlot(models) {   // a line for each score, with a dot and its interv
     && (["overall", "section", "domain", "difficulty"].includes(r.kind) || r.benchmark === "average");
   const end = (r, key) => Number.isFinite(r[key]) ? r[key] : r.score;
   const all = models.flatMap((m, i) => m.rows.filter(wanted).map(r =>
-    ({...r, i, low: end(r, "low"), high: end(r, "high")})));
+    ({...r, i, low: end(r, "low"), high: end(r, "high"), written: interval(r.low, r.high)})));
   const floor = Math.max(0, Math.floor(10 * Math.min(...all.map(r => r.low)) - 0.3) / 10);
   const x = value => 100 * Math.max(0, Math.min(1, (value - floor) / (1 - floor))) + "%";
   const gap = floor >= 0.6 ? 0.1 : 0.2, H = 18, ticks = [];
@@ -102,20 +110,21 @@ function dotPlot(models) {   // a line for each score, with a dot and its interv
     s("line", {class: "ink", "stroke-width": 2.5, x1: x(r.low), x2: x(r.high), y1: y, y2: y}), dot(r.i, x(r.score), y));
   const line = same => {
     const found = models.map((m, i) => same.find(r => r.i === i)).filter(Boolean), height = H * found.length;
-    const title = r => `${models[r.i].name}: ${percent(r.score)}% (${range(r)}), n = ${count(r.n)}`;
-    return [div("data" + (same[0].kind === "overall" ? " over" : ""), same[0].name),
+    const title = r => `${models[r.i].name}: ${percent(r.score)}%${r.written}, n = ${count(r.n)}`;
+    return [div("data" + (same[0].kind === "overall" ? " over" : ""), same[0].name || "(none)"),
       s("svg", {height, role: "img"}, s("title", {}, found.map(title).join("\n")),
         ticks.map(t => rule("grid", t, height)), floor < 0.5 && rule("chance", 0.5, height),
         found.map((r, k) => mark(r, H * (k + .5)))),
-      div("num", found.map(r => div("", percent(r.score), span("soft wide", ` ±${percent((r.high - r.low) / 2)}`))))];
+      div("num", found.map(r => div("", percent(r.score), span("soft", r.written))))];
   };
   const block = ([benchmark, rows]) => {
     const lines = [...Map.groupBy(rows, r => r.kind + "\n" + r.name).values()];
     return [h("h3", {class: "data"}, benchmark), lines.slice(0, 40).map(line),
       lines.length > 40 && div("soft more", `and ${lines.length - 40} more in the tables`)];
   };
-  return div("dots", [...Map.groupBy(all, r => r.benchmark)].map(block), h("span", {}), s("svg", {height: 18},
-    ticks.map(t => s("text", {x: x(t), y: 13, "text-anchor": "middle"}, Math.round(100 * t)))), h("span", {}));
+  return div("dots", [...Map.groupBy(all, r => r.benchmark)].map(block), div("data"), s("svg", {height: 18},
+    ticks.map(t => s("text", {x: x(t), y: 13, "text-anchor": "middle"}, Math.round(100 * t)))), h("span", {}),
+    floor < 0.5 && div("soft more", "Dashed: 50, what a coin gets on single pairs; on best-of-n items it gets less."));
 }
 
 const tableOf = r => `${r.benchmark}: ${r.kind}`;
@@ -128,9 +137,10 @@ function scoreTable(title, models) {
   const row = (key, name) => {
     const found = all.map(list => list.find(r => r.name === name)), one = found.find(Boolean);
     const best = Math.max(...found.map(r => r?.score ?? -1)), isScore = key === "score";
-    return [td("", linkTo(one)), td("num", valueText("n", one.n)), found.map(r =>
+    const counted = unique(found.filter(Boolean).map(r => valueText("n", r.n)));   // the models' may differ
+    return [td("", linkTo(one)), td("num", counted.join(" / ")), found.map(r =>
       td("num" + (isScore && r?.score === best ? " best" : ""), r ? valueText(key, r[key]) : "–",
-        isScore && r && span("soft", interval(r))))];
+        isScore && r && span("soft", interval(r.low, r.high))))];
   };
   const head = [th("", ""), th("num", PLAIN.n), models.map((m, i) => th("num data", swatch(i), " " + m.name))];
   const draw = key => fill(box, table("", head, names.map(name => row(key, name))));
@@ -149,8 +159,9 @@ function linkTo(row) {   // a row's name, leading to its judgements where the fi
   const [section, subset] = row.kind === "domain and difficulty" ? name.split(" ") : [name, null];
   const known = subset ? choose("section", section) && choose("subset", subset)
     : choose("section", name) || choose("subset", name);
-  if (!known || !choose("benchmark", row.benchmark) || /^published variant/.test(row.kind)) return span("data", name);
-  return h("a", {class: "data", href: address({...fresh(), view: "read", ...chosen})}, name);
+  const shown = name || "(none)";
+  if (!known || !choose("benchmark", row.benchmark) || /^published variant/.test(row.kind)) return span("data", shown);
+  return h("a", {class: "data", href: address({...fresh(), view: "read", ...chosen})}, shown);
 }
 
 function plainTable(list, hidden = [], nameOf = null) {   // columns from the rows' keys; a heading sorts
@@ -158,7 +169,7 @@ function plainTable(list, hidden = [], nameOf = null) {   // columns from the ro
   const keys = all.filter(key => !hidden.includes(key) && !(ranged && (key === "low" || key === "high")));
   const isText = key => list.some(r => typeof r[key] === "string"), box = h("div", {});
   const cell = (r, key) => td(isText(key) ? "data" : "num", key === "name" && nameOf ? nameOf(r)
-    : [valueText(key, r[key]), key === "score" && ranged && span("soft", interval(r))]);
+    : [valueText(key, r[key]), key === "score" && ranged && span("soft", interval(r.low, r.high))]);
   const rank = x => x == null ? -Infinity : typeof x === "object" ? asText(x) : x;
   let by = null, down = true;
   const head = key => {
@@ -178,6 +189,24 @@ function plainTable(list, hidden = [], nameOf = null) {   // columns from the ro
   };
   draw();
   return box;
+}
+
+// positions or swap: a line for each quantity, in the words of benchmarks/scores.py. The columns are one model's
+// benchmarks, or several models, in a table for each benchmark
+function quantityTables(name, models) {
+  const words = D.quantities[name], all = models.flatMap((m, i) => m[name].map(r => ({i, r})));
+  const what = key => Object.hasOwn(words, key) ? words[key] : heading(key);
+  const cell = (r, key) => td("num", valueText(key, r[key]),
+    span("soft", interval(r[key + "_low"], r[key + "_high"])));
+  const draw = (list, head) => {
+    const keys = keysOf(list.map(x => x.r)), ends = keys.flatMap(key => [key + "_low", key + "_high"]);
+    const shown = keys.filter(key => key !== "benchmark" && !ends.includes(key));
+    return table("", [th("", ""), list.map(head)],
+      shown.map(key => [td("", what(key)), list.map(({r}) => cell(r, key))]));
+  };
+  if (models.length === 1) return draw(all, ({r}) => th("num data", r.benchmark ?? ""));
+  return [...Map.groupBy(all, ({r}) => r.benchmark ?? "")].map(([benchmark, list]) =>
+    card(benchmark, draw(list, ({i}) => th("num data", swatch(i), " " + models[i].name))));
 }
 
 // a histogram for each model, lengths on a logarithmic axis: right below, wrong and the rest on top

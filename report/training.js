@@ -21,8 +21,10 @@ const METRICS = {
   frac_zero_spread: ["Groups without spread", "share of pairs whose rewards are all equal"],
   frac_unfinished: ["Unfinished", "share of rollouts cut off"],
   clip_frac: ["Clipped", "share of tokens whose gradient the clip removed"],
+  n_skipped: ["Skipped steps", "optimizer steps not taken: loss or gradient not finite"],
 };
 const LOGGED = ["mismatch", "mismatch_max", "grad_norm", "kl"];
+const ALWAYS = ["loss", "grad_norm"];   // null in these was not finite; elsewhere there was nothing to measure
 const has = (r, key) => Object.hasOwn(r.columns, key);
 
 function drawTraining() {
@@ -61,20 +63,29 @@ function stage(title, runs) {   // the plots of runs that have much the same met
   }});
   draw();
   return [h2(title), div("legend", runs.map(r => h("label", {}, box(r), " ", stroke(r.m),
-    span("data", `${r.name} (${count(r.n)} rows)`)))), plots];
+    span("data", `${r.name} (${count(r.n)} rows)`)))), runs.map(skippedIn), plots];
+}
+
+function skippedIn(run) {   // a line that says so where a run has skipped optimizer steps
+  if (!has(run, "n_skipped")) return null;
+  const {step, n_skipped: counts} = run.columns, at = step.filter((_, i) => counts[i] > 0);
+  if (!at.length) return null;
+  const n = counts.filter(Number.isFinite).reduce((sum, x) => sum + x, 0);
+  const steps = at.slice(0, 12).map(brief).join(", ") + (at.length > 12 ? " …" : "");
+  return h("p", {class: "wrong"}, "× ", span("data", run.name),
+    `: ${count(n)} optimizer step${n === 1 ? "" : "s"} skipped, at step ${steps}: loss or gradient was not finite`);
 }
 
 function metricPlot(key, runs, group) {
   const series = runs.filter(r => has(r, key)).map(({name, m, columns}) => {
-    const all = columns[key].map((y, i) => [columns.step[i], y]).filter(([, y]) => y !== null);
-    const finite = ([, y]) => typeof y === "number";
-    return {name, m, points: all.filter(finite), bad: all.filter(point => !finite(point))};
+    const shown = y => y !== "null" ? y : ALWAYS.includes(key) ? "not finite" : NONE;
+    return {name, m, points: columns[key].map((y, i) => [columns.step[i], shown(y)]).filter(([, y]) => y !== null)};
   });
   const domain = key.startsWith("eval_accuracy_") && key.slice(14);
   const [title, what] = METRICS[key] ?? (domain ? ["Held-out: " + domain, "greedy accuracy"] : [key, ""]);
-  const bad = series.reduce((n, x) => n + x.bad.length, 0);
-  return linePlot({title, series, group, log: LOGGED.includes(key) ? "y" : "", share: /accuracy|frac/.test(key),
-    onpick: pickStep,
+  const bad = series.flatMap(x => x.points).filter(point => !measured(point) && point[1] !== NONE).length;
+  return linePlot({title, series, group, log: LOGGED.includes(key) ? "y" : "", onpick: pickStep,
+    top: /accuracy|frac|no_verdict/.test(key) ? 1 : 0,
     what: [key in METRICS && span("mono", key), " ", what, bad > 0 && span("wrong", ` × ${bad} not finite`)]});
 }
 

@@ -24,7 +24,7 @@ from evaluate import Config, main, read_all, short_names  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from reward import benchmark_verdict, load_prompt, prompt_path  # noqa: E402
 from judge import Config as JudgeConfig, HeldOut, load_judge  # noqa: E402
-from benchmarks.scores import pairs as score, table, wilson  # noqa: E402
+from benchmarks.scores import LEGEND, pairs as score, quantity_table, table, wilson  # noqa: E402
 
 # ---- end to end, with a random model
 
@@ -110,7 +110,8 @@ def test_main_scores_what_it_judged(folder, data, tmp_path, capsys):
             "no_verdict": none[name] / n[name] / 7, "ties": count["ties"][name] / n[name],
             "tokens": count["tokens"][name] / n[name] / 7})
     shown = capsys.readouterr().out
-    assert table(saved["rows"]) in shown and "positions" in shown
+    assert table(saved["rows"]) in shown and LEGEND in shown
+    assert quantity_table(saved["positions"], "positions") in shown
     assert sorted(os.listdir(out)) == ["judgements.jsonl", "pairs.jsonl", "scores.json", "settings.json"]
 
     (out / "scores.json").unlink()  # the run ended between judging and scoring: only that is done again
@@ -181,7 +182,7 @@ def test_swap_equals_a_run_on_exchanged_answers(folder, data, tmp_path, capsys):
     assert row["n"] == 38 and row["consistent"] == same / 38
     accuracy = [saved_scores(tmp_path / name)["rows"][0]["score"] for name in ("both", "second")]
     assert [row["first"], row["second"]] == accuracy and row["mean"] == pytest.approx(sum(accuracy) / 2)
-    assert "consistent" in capsys.readouterr().out
+    assert "same answer preferred in both orders, %" in capsys.readouterr().out
 
 
 def test_budgets_equal_runs_with_those_limits(folder, data, tmp_path, capsys):

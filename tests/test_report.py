@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.scores import section, wilson  # noqa: E402
+from benchmarks.scores import QUANTITIES, section, wilson  # noqa: E402
 from report.__main__ import Config, main  # noqa: E402
 from report.build import Chunks, build, page_json, write  # noqa: E402
 from report.judgement import outcome, parts, rubric_items  # noqa: E402
@@ -253,10 +253,12 @@ def test_outcome_tables_and_scores_without_judgements(tmp_path):
 
 
 def test_shares_are_counted_where_there_is_no_scores_json(tmp_path):
-    """Counted by hand: right, wrong, a tie and no verdict in one section, right in another; no label does not count."""
+    """Counted by hand: right, wrong, a tie and no verdict in one section, right in another; no label does not count,
+    and no pair counts twice that was judged in both orders."""
     pairs = [pair(i, domain="Safety" if i == 4 else "Chat", winner=None if i == 5 else "a") for i in range(6)]
     verdicts = ["a", "b", "ab", "-", "a", "a"]
-    write_lines(tmp_path / "one" / "judgements.jsonl", [judgement(p, v) for p, v in zip(pairs, verdicts)])
+    first = [judgement(p, v) for p, v in zip(pairs, verdicts)]
+    write_lines(tmp_path / "one" / "judgements.jsonl", first + [swapped(pairs[0], "b"), swapped(pairs[1], "b")])
     write_lines(tmp_path / "two" / "judgements.jsonl", [judgement(pair(1)), judgement(pair(1, "rmb"), "b")])
     one, two = unpack(built(tmp_path, tmp_path / "r.html"))[0]["models"]
     low, high = wilson(2, 5)
@@ -285,7 +287,7 @@ def test_training_rows_with_nan_and_gaps(tmp_path):
          "reward": -1.0, "advantage": float("nan")},
         {"step": 2, **judgement(pair(1))}])
     index, items = unpack(built(run, tmp_path / "r.html"))
-    assert index["runs"][0]["columns"] == {"step": [1, 2, 3], "reward": ["NaN", 0.5, None],
+    assert index["runs"][0]["columns"] == {"step": [1, 2, 3], "reward": ["NaN", 0.5, "null"],
                                            "kl": [None, "Infinity", None], "late": [None, None, "-Infinity"]}
     assert index["runs"][0]["samples"] == {"first": 0, "steps": [1, 2]} and index["runs"][0]["name"] == "grpo"
     assert [x["outcome"] for x in items["sample"]] == [1, 0] and items["sample"][0]["advantage"] == "NaN"
@@ -326,6 +328,7 @@ def test_faults_end_with_one_line(tmp_path, file, text, said):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         main(Config(runs=(str(tmp_path),)))
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("report*"))
+    assert "delete" not in str(caught.value), "nobody has checked that it is ours"
 
 
 def test_numbers_no_browser_has(tmp_path):
@@ -373,17 +376,30 @@ def test_command_line(tmp_path):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     folder = evaluation(tmp_path / "e", [pair(1)], [judgement(pair(1))])
     out = tmp_path / "page.html"
-    out.write_text("the page before")
+    write(build({"evaluation": [], "run": [], "pairs": []}), out)  # the page before
+    assert "reward-bench/1" not in out.read_text()
     done = run(folder, folder / "judgements.jsonl", "--out", out)
     assert done.returncode == 0 and done.stdout.startswith(f"{out}: 1 judgement of 1 model, 0 training runs, ")
-    assert "the page before" not in out.read_text()
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError):
-        main(Config(runs=(str(folder),), out=str(tmp_path / "taken")))
-    assert sorted(os.listdir(tmp_path)) == ["e", "page.html", "taken"], "a temporary file was left behind"
+    assert "reward-bench/1" in out.read_text()
     missing = run(tmp_path / "nowhere")
     assert missing.returncode == 2
     assert missing.stderr == f"error: {tmp_path}/nowhere: no such file or folder: check the path\n"
+
+
+def test_no_file_but_a_page_of_ours_is_replaced(tmp_path):
+    """A typing mistake in --out must not cost anybody their data; nor a report.html that is someone else's."""
+    folder = evaluation(tmp_path / "e", [pair(1)], [judgement(pair(1))])
+    before = (folder / "pairs.jsonl").read_text()
+    (tmp_path / "taken").mkdir()
+    (folder / "report.html").write_text("<!doctype html><p>my own report")
+    not_ours, no_file = "is not a page of this program", "is a folder; --out is the file to write"
+    for out, said in ((folder / "pairs.jsonl", not_ours), (None, not_ours), (tmp_path / "taken", no_file),
+                      (tmp_path / "no/page.html", "no such folder; make it")):
+        with pytest.raises(ValueError, match=said) as caught:
+            main(Config(runs=(str(folder),), out=out and str(out)))
+        assert "delete" not in str(caught.value)
+    assert (folder / "pairs.jsonl").read_text() == before and "my own" in (folder / "report.html").read_text()
+    assert sorted(os.listdir(tmp_path)) == ["e", "taken"], "a temporary file was left behind"
 
 
 # ---- in the browser
@@ -817,6 +833,69 @@ def test_scores_page(visit, report):
     assert page.locator("#count b").text_content() == str(len(kept))
 
 
+@pytest.mark.parametrize("size", ["laptop", "phone"])
+def test_both_ends_of_an_interval_are_shown(visit, tmp_path, size):
+    """91.2 to 100 is not 100 plus or minus 4.4; a score without an interval gets none; a phone shows the ends too."""
+    row = {"benchmark": "pairs", "kind": "domain", "name": "chat", "n": 40, "score": 1.0, "low": .912, "high": 1.0}
+    rows = [row, row | {"name": "", "score": .5, "low": None, "high": None}]
+    evaluation(tmp_path, [pair(1)], [judgement(pair(1))], {"model": "m", "rows": rows})
+    built(tmp_path, tmp_path / "r.html")
+    page = visit(tmp_path / "r.html", size=size)
+    numbers = page.locator(".dots div.num")
+    assert numbers.all_text_contents() == ["100.0 [91.2, 100.0]", "50.0"]
+    assert numbers.first.inner_text() == "100.0 [91.2, 100.0]", "all of it is in sight"
+    assert page.locator(".dots > div.data").all_text_contents() == ["chat", "(none)", ""]
+    assert "\u00b1" not in page.locator("#scores").text_content()
+    if size == "phone":
+        assert page.locator(".dots > svg").first.bounding_box()["width"] > 150
+
+
+def test_positions_and_swaps_in_words(visit, tmp_path):
+    """A line for each quantity, in the words of scores.py, with its interval; a scores.json of before has a_share in
+    both tables, and each is shown as what it was."""
+    swap = {"benchmark": "RMB", "n": 8, "first": .5, "second": .375, "mean": .4375, "mean_low": .2, "mean_high": .7,
+            "both": .125, "consistent": .25, "consistent_low": .07, "consistent_high": .59, "always_a": .25,
+            "always_b": .125, "undecided": .375, "a_share": .75}
+    place = {"benchmark": "RMB", "chosen_a": .375, "chosen_b": None, "n_a": 8, "n_b": 0, "a_share": .5, "odd": 7}
+    old = {"rows": [], "swap": [swap], "positions": [place, place | {"benchmark": "pairs", "n_a": 9}]}
+    evaluation(tmp_path / "one", [pair(1)], [judgement(pair(1))], {"model": "one"} | old)
+    built(tmp_path, tmp_path / "r.html")
+    page = visit(tmp_path / "r.html")
+
+    def lines(heading, n=0):
+        tables = page.locator(f"h2:text-is('{heading}') ~ *").locator("xpath=descendant-or-self::table")
+        return tables.nth(n).locator("tr").evaluate_all(CELLS)
+    words = QUANTITIES["swap"]
+    numbers = ["8", "50.0", "37.5", "43.8 [20.0, 70.0]", "12.5", "25.0 [7.0, 59.0]", "25.0", "12.5", "37.5", "75.0"]
+    assert lines("Both orders of the answers") == [["", "RMB"], *map(list, zip(words.values(), numbers))]
+    words, numbers = QUANTITIES["positions"], [["37.5"] * 2, ["\u2013"] * 2, ["8", "9"], ["0", "0"], ["50.0"] * 2]
+    places = [["", "RMB", "pairs"], *([what, *two] for what, two in zip(words.values(), numbers)), ["odd", "7", "7"]]
+    assert lines("Where the better answer stands") == places
+    assert "a share" not in page.locator("#scores").text_content()
+
+    new = {"swap": [{k if k != "a_share" else "a_share_both_orders": x for k, x in swap.items()} | {"n": 7}]}
+    evaluation(tmp_path / "two", [pair(1)], [judgement(pair(1))], {"model": "two"} | new)
+    built(tmp_path, tmp_path / "r.html")
+    page = visit(tmp_path / "r.html")  # of several models a table for each benchmark
+    both = lines("Both orders of the answers")
+    assert both[0] == ["", " one", " two"] and both[1][1:] == ["8", "7"] and both[-1][1:] == ["75.0", "75.0"]
+    assert page.locator("section.card h3:text-is('RMB')").count() == 2
+
+
+def test_models_that_counted_different_numbers_of_pairs(visit, tmp_path):
+    """The number counted is each model's own, not the first one's."""
+    for model, n in (("one", 10), ("two", 2985)):
+        row = {"benchmark": "RewardBench", "n": n, "of": 2985, "score": .5, "low": .4, "high": .6}
+        rows = [row | {"kind": "overall", "name": "mean"}, row | {"kind": "section", "name": "Chat"}]
+        evaluation(tmp_path / model, [pair(1)], [judgement(pair(1))], {"model": model, "rows": rows})
+    built(tmp_path, tmp_path / "r.html")
+    page = visit(tmp_path / "r.html")
+    cells = page.locator(".headline tr").evaluate_all(CELLS)
+    assert cells[1:] == [[" one", "50.040.0 to 60.010 of 2,985 counted"], [" two", "50.040.0 to 60.02,985 counted"]]
+    assert "counted" not in cells[0][1]
+    assert page.locator("table:has(:text-is('Chat')) tbody td").nth(1).text_content() == "10 / 2,985"
+
+
 def test_names_of_rm_bench_lead_to_their_judgements(visit, tmp_path):
     """A cell is a section and a subset; the published variant's rows have no judgements of their own."""
     pairs = [pair(i, "rm-bench", domain, subset) for i, (domain, subset) in enumerate(
@@ -1136,6 +1215,70 @@ def test_training_page(visit, training):
     assert page.evaluate("document.activeElement.type") == "checkbox"
     assert page.locator(".plot", has=page.locator("h3:text-is('oddity')")).is_visible()
     assert page.locator(".plot", has=page.locator("h3:text-is('Reward')")).locator("path.curve").count() == 1
+
+
+def test_axes_show_no_sign_that_no_value_has(visit, training):
+    """By hand: 6 % of the range as air, but not across 0; constants from 0; shares and percentages in their ends."""
+    cases = [([0, 0], 0, [0, 1.06]), ([7, 7], 0, [0, 7.42]), ([1e-6], 0, [0, 1.06e-6]), ([-.5, -.5], 0, [-.53, 0]),
+             ([0], 1, [0, 1]), ([1, 1], 1, [0, 1]), ([.02], 1, [0, .05]), ([100], 100, [0, 100]),
+             ([2, 4], 0, [1.88, 4.12]), ([0, 1], 0, [0, 1.06]), ([.05, 1], 0, [.05, 1.057]), ([-1, 0], 0, [-1.06, 0]),
+             ([-4, -2], 0, [-4.12, -1.88]), ([-1, 1], 0, [-1.12, 1.12]), ([90, 100], 100, [89.4, 100]),
+             ([.98, .99], 1, [.9406, .9906]), ([], 0, [0, 1.06])]
+    given = [[ys, False, top] for ys, top, _ in cases]
+    found = visit(training).evaluate("cases => cases.map(x => yRange(...x))", given)
+    assert found == [pytest.approx(wanted) for _, _, wanted in cases]
+
+
+def ticks(page, title):
+    """The numbers on the left of a plot."""
+    return page.locator(f".plot:has(h3:text-is('{title}')) text[text-anchor=end]").all_text_contents()
+
+
+def test_curves_that_are_constant(visit, tmp_path):
+    """Zeros once had an axis from -0.5 to 0.5; counts have no ticks between whole numbers."""
+    row = {"reward": -1.0, "frac_no_verdict": 0.0, "n_skipped": 0, "lr": 1e-6, "mismatch": 0.0, "accuracy": 1.0,
+           "entropy": .5}
+    write_lines(tmp_path / "metrics.jsonl", [{"step": i} | row for i in range(5)])
+    built(tmp_path, tmp_path / "r.html")
+    page = visit(tmp_path / "r.html")
+    for title in ("No verdict", "Skipped steps", "Mismatch", "Accuracy"):
+        assert ticks(page, title) == ["0", "1"], title
+    assert ticks(page, "Reward") == ["-1", "0"]
+    assert ticks(page, "Learning rate") == ["0", "5e-7", "1e-6"] and ticks(page, "Entropy") == ["0", "0.2", "0.4"]
+    assert "skipped, at" not in page.locator("#training").text_content()
+
+
+def test_gaps_and_skipped_steps(visit, tmp_path):
+    """null in a row is a gap in the curve, and of loss and gradient norm it was not finite; a key that rows lack (an
+    evaluation every other step) is none. Steps that were skipped are told, with their number."""
+    rows = [{"step": i + 1, "loss": .5, "grad_norm": 1.5, "entropy": .1 * i, "n_skipped": 0} for i in range(9)]
+    for i, n in ((3, 2), (8, 1)):
+        rows[i] |= {"loss": None, "grad_norm": None, "n_skipped": n}
+    rows[5]["entropy"] = None
+    for i in range(0, 9, 2):
+        rows[i]["eval_accuracy"] = i / 10
+    write_lines(tmp_path / "run" / "metrics.jsonl", rows)
+    write_lines(tmp_path / "well" / "metrics.jsonl", [{"step": 1, "loss": .5, "n_skipped": 0}])
+    write_lines(tmp_path / "long" / "metrics.jsonl", [
+        {"step": i, "reward": None if i in (200, 250, 251) else i, "n_skipped": int(i < 20)} for i in range(300)])
+    built(tmp_path, tmp_path / "r.html")
+    page = visit(tmp_path / "r.html")
+    plot = {title: page.locator(f".plot:has(h3:text-is('{title}'))") for title in
+            ("Loss", "Gradient norm", "Entropy", "Held-out accuracy", "Reward")}
+    n_pieces = "paths => paths.map(path => path.getAttribute('d').match(/M/g).length)"
+    curve = {title: plot[title].locator("path.curve").evaluate_all(n_pieces) for title in plot}
+    assert curve == {"Loss": [2], "Gradient norm": [2], "Entropy": [2], "Held-out accuracy": [1], "Reward": [3, 3]}
+    marks = [plot[title].locator("text.bad title").all_text_contents() for title in plot]
+    assert marks == [["not finite at 4", "not finite at 9"]] * 2 + [[], [], []]
+    assert "\u00d7 2 not finite" in plot["Loss"].text_content() and "finite" not in plot["Entropy"].text_content()
+    assert "run not finite" in plot["Loss"].locator(".read").text_content()      # the last row's, not the last number
+    plot["Entropy"].locator("svg[tabindex]").focus()
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    assert plot["Entropy"].locator(".read").text_content() == "6: none"
+    assert page.locator("#training p.wrong").all_text_contents() == [
+        "\u00d7 long: 20 optimizer steps skipped, at step 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 \u2026: loss or "
+        "gradient was not finite", "\u00d7 run: 3 optimizer steps skipped, at step 4, 9: loss or gradient was not finite"]
 
 
 def test_samples_over_time(visit, training):

@@ -224,7 +224,7 @@ def test_the_recorded_outcomes_of_reward_bench():
     assert as_dict(rows, "RewardBench") == reward_bench_wanted(outcomes)
     place, = scores.position_rows(records)
     assert (round(place["chosen_a"], 4), round(place["chosen_b"], 4)) == (.9302, .9190)
-    assert (place["n_a"], place["n_b"], place["a_share"]) == (1491, 1494, None)
+    assert (place["n_a"], place["n_b"], place["a_share_first_order"]) == (1491, 1494, None)
     assert rows[0]["no_verdict"] is rows[0]["ties"] is rows[0]["tokens"] is None      # a table says nothing of texts
     assert scores.swap_rows(records) == []
 
@@ -383,8 +383,9 @@ def test_positions():
     records = [record(f"{i}", *case) for i, case in enumerate(["aa", "ab", "aa", "bx", "bb", (None, "b")])]
     records += [record("1/swapped", "b", "b", swapped=True), rmb_record("7", 1)]
     assert scores.position_rows(records) == [
-        {"benchmark": "RMB", "chosen_a": 1.0, "chosen_b": None, "n_a": 1, "n_b": 0, "a_share": 1.0},
-        {"benchmark": "pairs", "chosen_a": 2 / 3, "chosen_b": 1 / 2, "n_a": 3, "n_b": 2, "a_share": 2 / 4}]
+        {"benchmark": "RMB", "chosen_a": 1.0, "chosen_b": None, "n_a": 1, "n_b": 0, "a_share_first_order": 1.0},
+        {"benchmark": "pairs", "chosen_a": 2 / 3, "chosen_b": 1 / 2, "n_a": 3, "n_b": 2,
+         "a_share_first_order": 2 / 4}]
 
 
 def test_swaps():
@@ -402,7 +403,7 @@ def test_swaps():
     assert row == {"benchmark": "pairs", "n": 8, "first": 4 / 8, "second": 3 / 8, "mean": 7 / 16,
                    "mean_low": row["mean_low"], "mean_high": row["mean_high"], "both": 1 / 8, "consistent": 2 / 8,
                    "consistent_low": low, "consistent_high": high, "always_a": 2 / 8, "always_b": 2 / 8,
-                   "undecided": 2 / 8, "a_share": 7 / 13}
+                   "undecided": 2 / 8, "a_share_both_orders": 7 / 13}
     assert scores.swap_rows(extra) == scores.swap_rows(records[:8]) == []
 
 
@@ -568,10 +569,47 @@ def test_tables():
         "pairs: domain", "d         1            0.00    0.0 to  79.3          0.0  100.0      15      0.2",
         "e         1          100.00   20.7 to 100.0          0.0    0.0      10      0.0", "",
         "pairs: source", "s         2           50.00    9.5 to  90.5          0.0   50.0      13      0.2"]
-    assert scores.wide_table(scores.position_rows([record("1", "a", "a")]), "positions").split("\n") == [
-        "positions         chosen a  chosen b  n a  n b  a share",
-        "pairs                100.0         -    1    0    100.0"]
-    other = [{**r, "score": 1.0, "low": .9, "high": 1.0} for r in rows[:1]]
-    assert scores.side_by_side({"one": rows, "a much longer name": other}).split("\n") == [
-        "                       one  a much longer name", "pairs: all     50.0 +-40.5         100.0 +-5.0",
-        "pairs: d        0.0 +-39.7                   -", "pairs: e      100.0 +-39.7                   -"]
+    assert "(none)       1          100.00 " in scores.table([row | {"name": ""} for row in rows])
+
+    other = [{**r, "score": 1.0, "low": .912, "high": 1.0} for r in rows[:1]]
+    assert scores.side_by_side({"one": rows, "a much much longer name": other}).split("\n") == [
+        "                           one  a much much longer name",
+        "pairs: all     50.0 (9.5-90.5)       100.0 (91.2-100.0)",
+        "pairs: d        0.0 (0.0-79.3)                        -",
+        "pairs: e    100.0 (20.7-100.0)                        -"]
+
+
+def test_tables_of_positions_and_swaps():
+    """A pair judged A twice, its better answer first A, then B, and one that is right in both orders; of RMB one that
+    is right first and has no verdict then. Each number says in words what it is, in 100 columns with all benchmarks."""
+    records = [record("1", "a", "a"), record("1" + SWAPPED, "b", "a", swapped=True),
+               record("2", "b", "b"), record("2" + SWAPPED, "a", "a", swapped=True),
+               record("7", "a", "a", "rmb"), record("7" + SWAPPED, "b", "x", "rmb", swapped=True)]
+    rows = scores.swap_rows(records)
+    assert scores.quantity_table(rows, "swap").split("\n") == [
+        "swap                                                      RMB        pairs",
+        "pairs judged in both orders                                 1            2",
+        "right in the first order, %                             100.0        100.0",
+        "right in the second order, %                              0.0         50.0",
+        "right, mean of the two orders, %                         50.0         75.0",
+        "    95% interval of it                               9.5-90.5    30.1-95.4",
+        "right in both orders, %                                   0.0         50.0",
+        "same answer preferred in both orders, %                   0.0         50.0",
+        "    95% interval of it                               0.0-79.3     9.5-90.5",
+        "A preferred in both orders, %                             0.0         50.0",
+        "B preferred in both orders, %                             0.0          0.0",
+        "no verdict or a tie in one order or both, %             100.0          0.0",
+        "A among both orders' verdicts (even: 50), %             100.0         75.0"]
+    assert scores.quantity_table(scores.position_rows(records), "positions").split("\n") == [
+        "positions                                                 RMB        pairs",
+        "right where the better answer is A, %                   100.0        100.0",
+        "right where the better answer is B, %                       -        100.0",
+        "pairs whose better answer is A                              1            1",
+        "pairs whose better answer is B                              0            1",
+        "A among the first order's verdicts, %                   100.0         50.0"]
+    four = [rows[0] | {"benchmark": name, "mean_high": 1.0} for name in ("RewardBench", "RM-Bench", "RMB", "pairs")]
+    printed = (scores.quantity_table(four, "swap") + "\n" + scores.LEGEND).split("\n")
+    assert max(map(len, printed)) == 100
+    for title, rows in (("positions", scores.position_rows(records)), ("swap", rows)):  # all of scores.json is printed
+        ends = {f"{name}_{end}" for name in ("mean", "consistent") for end in ("low", "high")}
+        assert set(rows[0]) - ends - {"benchmark"} == set(scores.QUANTITIES[title])
