@@ -209,6 +209,17 @@ def optimizer_step(model, optimizers, lr, max_norm, loss):
     return norm if finite else math.nan
 
 
+def is_finite(model, probe):
+    """Are the log-probabilities of a Forest's tokens numbers, and their gradient? Not after a step that was far too long:
+    the weights can still be finite then, and even the probabilities, where a norm of them has overflowed."""
+    scored_m = torch.arange(1, len(probe.tokens_n), device=probe.tokens_n.device)
+    logp_m, _ = model(probe, scored_m)
+    logp_m.sum().backward()
+    norm = float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)))
+    model.zero_grad(set_to_none=True)
+    return math.isfinite(norm) and bool(logp_m.isfinite().all())
+
+
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -363,13 +374,20 @@ class Run:
                 lines = [line for line in lines if json.loads(line)["step"] <= step]
                 write_whole(path, "".join(line + "\n" for line in lines))
 
-    def best(self):
+    def best_accuracy(self):
         """The best eval_accuracy so far, if the model that had it was kept; else -1."""
         metrics = self.folder / "metrics.jsonl"
         if not (self.folder / "best").exists() or not metrics.exists():
             return -1.0
         rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
         return max((row["eval_accuracy"] for row in rows if "eval_accuracy" in row), default=-1.0)
+
+    def save_best(self, row, model, add_files, dtype):
+        """Keeps the model of this row as best/."""
+        def add_accuracy(folder):
+            (folder / "best.json").write_text(json.dumps({key: row[key] for key in ("step", "eval_accuracy")}))
+            add_files(folder)
+        save_model(self.folder / "best", model, self.ranks, add_accuracy, dtype)
 
     def stop(self, why):
         """Ends the run with one line and no model/."""

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (MAX_SKIPPED, Run, Tally, init_ranks, learning_rate, make_optimizers, micro_batches, optimizer_step,
-                    restore, save_checkpoint, save_model, shard)
+from common import (MAX_SKIPPED, Run, Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches,
+                    optimizer_step, restore, save_checkpoint, save_model, shard)
 from data import toy
 from data.pairs import read_chains, without_equal_answers
 from files import one_line_errors
@@ -40,7 +40,7 @@ from judge import HeldOut
 from model import Model, ModelConfig, pack
 from options import check_at_least, check_between, check_choice, check_training, parse_config
 from reward import load_prompt, prompt_path, prompt_to_keep, render
-from sample import is_finite, refresh, whole_model
+from sample import refresh, whole_model
 from tokenizer import Tokenizer
 
 
@@ -196,7 +196,8 @@ def main(cfg):
         if kept_prompt:
             shutil.copyfile(prompt_path(kept_prompt), folder / "prompt.txt")  # it will be asked as it was trained
 
-    best, n_skipped = run.best(), 0  # optimizer steps skipped in a row
+    best_accuracy, n_skipped = run.best_accuracy(), 0  # optimizer steps skipped in a row
+    probe = pack([(examples[0].ids, [])], ranks.device)
     bar = tqdm(range(first_step, n_steps), "answer-only" if cfg.answer_only else "distill", initial=first_step,
                total=n_steps, disable=not ranks.main)
     for step in bar:
@@ -225,7 +226,7 @@ def main(cfg):
                "n_tokens": n_tokens, "step_s": seconds, "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
         evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
-        dead = (evaluates or saves) and not is_finite(model, examples[0].ids)
+        dead = (evaluates or saves) and not is_finite(model, probe)
         if evaluates and not dead:
             sampled_model = whole_model(model, dtype)
             refresh(sampled_model, model)
@@ -238,11 +239,11 @@ def main(cfg):
         if n_skipped == MAX_SKIPPED:
             run.stop(f"loss or gradient were not finite in {n_skipped} steps in a row")
         if dead:
-            run.stop("the model's log-probabilities are not finite any more")
+            run.stop("its model gives no finite log-probabilities or gradient any more")
 
-        if cfg.keep_best and row.get("eval_accuracy", -1) > best:
-            best = row["eval_accuracy"]
-            save_model(run.folder / "best", model, ranks, add_files, dtype)
+        if cfg.keep_best and row.get("eval_accuracy", -1) > best_accuracy:
+            best_accuracy = row["eval_accuracy"]
+            run.save_best(row, model, add_files, dtype)
         if saves and cfg.save_every:
             save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
                             {"step": done, "seed": cfg.seed}, ranks, add_files)

@@ -48,7 +48,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (MAX_SKIPPED, Run, Tally, init_ranks, latest_checkpoint, learning_rate, make_optimizers,
+from common import (MAX_SKIPPED, Run, Tally, init_ranks, is_finite, latest_checkpoint, learning_rate, make_optimizers,
                     micro_batches, optimizer_step, restore, save_checkpoint, save_model, shard)
 from data.pairs import Pair, read_pairs, without_equal_answers
 from files import one_line_errors
@@ -56,7 +56,7 @@ from judge import HeldOut
 from model import Model, pack
 from options import check_at_least, check_between, check_training, parse_config
 from reward import load_prompt, prompt_of, prompt_path, prompt_to_keep, render, reward, training_verdict
-from sample import Rollout, Sampler, Sampling, is_finite, model_impl, refresh, whole_model
+from sample import Rollout, Sampler, Sampling, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 
 
@@ -360,7 +360,8 @@ def main(cfg):
         if kept_prompt:
             shutil.copyfile(prompt_path(kept_prompt), folder / "prompt.txt")  # it will be asked as it was trained
 
-    best, n_in_a_row = run.best(), 0  # optimizer steps skipped in a row
+    best_accuracy, n_in_a_row = run.best_accuracy(), 0  # optimizer steps skipped in a row
+    probe = pack([(prompts[pairs[0].id], [])], ranks.device)
     bar = tqdm(range(first_step, n_steps), "grpo", initial=first_step, total=n_steps, disable=not ranks.main)
     for step in bar:
         # 1. rollouts: the current policy writes G judgements of each pair, and their verdicts are paid
@@ -403,8 +404,10 @@ def main(cfg):
                "mismatch_max": max(ranks.gather(max(mismatches, default=0.0))),
                "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "n_skipped": n_skipped,
                "lr": lr, "rollout_s": rollout_s, "update_s": update_s, "update_tok_s": n_trained / update_s, **sampler.stats()}
-        dead = not is_finite(model, groups[0].prompt_ids)
-        if held_out and not dead and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0):
+        evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
+        saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
+        dead = (evaluates or saves) and not is_finite(model, probe)
+        if evaluates and not dead:
             refresh(sampler.model, model)
             scores, _ = held_out.judge(sampler.model)
             row |= scores
@@ -417,12 +420,12 @@ def main(cfg):
         if n_in_a_row == MAX_SKIPPED:
             run.stop(f"loss or gradient were not finite in {n_in_a_row} optimizer steps in a row")
         if dead:
-            run.stop("the policy's log-probabilities are not finite any more")
+            run.stop("its policy gives no finite log-probabilities or gradient any more")
 
-        if cfg.keep_best and row.get("eval_accuracy", -1) > best:
-            best = row["eval_accuracy"]
-            save_model(run.folder / "best", model, ranks, add_files, dtype)
-        if cfg.save_every and (done % cfg.save_every == 0 or done == n_steps):
+        if cfg.keep_best and row.get("eval_accuracy", -1) > best_accuracy:
+            best_accuracy = row["eval_accuracy"]
+            run.save_best(row, model, add_files, dtype)
+        if saves and cfg.save_every:
             save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
                             {"step": done, "seed": cfg.seed}, ranks, add_files)
     save_model(run.folder / "model", model, ranks, add_files, dtype)

@@ -2,6 +2,7 @@
 
     python judge.py --model DIR --question "..." --answer-a "..." --answer-b "..."    streams the judgement
     python judge.py --model DIR --pairs pairs.jsonl --out judgements.jsonl            resumable: started again, goes on
+    load_judge(Config(model=DIR)).judge_one(question, answer_a, answer_b)             the same as a function
 
 A judgement record is what is kept of it: the pair's id, label and places, a hash of the prompt, each vote's text,
 tokens, verdict and whether it was finished, and the majority's verdict. It can be scored again without the model.
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from common import Ranks
 from data.pairs import SWAPPED, Pair, read_pairs
 from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
-from options import check_between, check_at_least, parse_config
+from options import check_at_least, check_between, parse_config
 from reward import Prompt, benchmark_verdict, load_prompt, majority, prompt_of, render
 from sample import Sampler, Sampling, check_model, check_options, load_model, prompt_key, sampling_of
 from tokenizer import StreamDecoder, Tokenizer
@@ -46,6 +47,12 @@ class Judge:
         prompts = [self.encode(pair) for pair in pairs] if prompts is None else prompts
         for i, rollouts in self.sampler.stream(prompts, self.sampling, on_token):
             yield i, self.record(pairs[i], prompts[i], [self.vote(rollout) for rollout in rollouts])
+
+    def judge_one(self, question, answer_a, answer_b, on_token=None):
+        """The judgement record of one question with two answers, all texts."""
+        pair = Pair("pair", [{"role": "user", "content": question}], answer_a, answer_b, None, "", "")
+        (_, record), = self.judge([pair], on_token)
+        return record
 
     def vote(self, rollout):
         text = self.tokenizer.decode(rollout.ids)
@@ -319,7 +326,8 @@ def judge_settings(cfg, judge):
     return settings | {"budgets": list(judge.budgets)} if judge.budgets else settings
 
 
-def pair_from_options(cfg):
+def texts_from_options(cfg):
+    """Question, answer A, answer B."""
     def text(name):
         if file := getattr(cfg, name + "_file"):
             try:
@@ -329,8 +337,7 @@ def pair_from_options(cfg):
         if getattr(cfg, name) is None:
             fail(f"--{name.replace('_', '-')} is missing: give a question and two answers, or --pairs FILE --out FILE")
         return getattr(cfg, name)
-    question = [{"role": "user", "content": text("question")}]
-    return Pair("pair", question, text("answer_a"), text("answer_b"), None, "", "")
+    return text("question"), text("answer_a"), text("answer_b")
 
 
 def judge_pairs(cfg):
@@ -345,16 +352,16 @@ def judge_pairs(cfg):
     print(f"{len(records)} pairs judged, {n_none} without a verdict: {cfg.out}")
 
 
-def judge_one(cfg):
+def show_one(cfg):
     """A question and two answers; the first vote is shown as it is written."""
-    pair = pair_from_options(cfg)
+    texts = texts_from_options(cfg)
     judge = load_judge(cfg)
     stream = StreamDecoder(judge.tokenizer)
 
     def show(_, sample, token):
         if sample == 0:
             print(stream.push(token), end="", flush=True)
-    (_, record), = judge.judge([pair], show)
+    record = judge.judge_one(*texts, show)
     print(stream.flush())
     verdict = record["verdict"].upper() if record["verdict"] else "none"
     counted = ""
@@ -369,7 +376,7 @@ def main(cfg):
     if cfg.pairs:
         judge_pairs(cfg)
     else:
-        judge_one(cfg)
+        show_one(cfg)
 
 
 if __name__ == "__main__":

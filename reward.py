@@ -66,12 +66,13 @@ def prompt_to_keep(given, pairs, say):
     """The prompt with which a model that trained on these pairs is to be asked, as load_prompt takes it, or None.
 
     It is the one given, by which the pairs were shown. But ready-made pairs bring their messages: it must be one that
-    could have made these, too; where all are ready-made, any of data/prompts may.
+    could have made these, too; where all are ready-made, any of data/prompts may (but for "toy", which has so few words
+    of its own that it could have made what others did).
     """
     ready_made = [pair for pair in pairs if pair.rendered is not None]
     names = [given] if given else []
     if len(ready_made) == len(pairs):
-        names += sorted(path.stem for path in PROMPTS.glob("*.txt"))
+        names += sorted(path.stem for path in PROMPTS.glob("*.txt") if path.stem != "toy")
     for name in names:
         prompt = load_prompt(name)
         if all(could_show(prompt, pair.rendered) for pair in ready_made):

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from common import copy_weights
@@ -468,18 +467,6 @@ def refresh(copy, model):
     """Brings whole_model's copy up to date."""
     if copy is not model:
         copy_weights(model, copy)
-
-
-@torch.no_grad()
-def is_finite(model, ids):
-    """Are the log-probabilities of a sequence numbers? They are not after a step of far too high a learning rate.
-
-    Every rank must ask.
-    """
-    logp_m, _ = model(pack([(ids, [])], model.head_vd.device), torch.arange(1, len(ids), device=model.head_vd.device))
-    if isinstance(model, FSDPModule):
-        model.reshard()  # the backward pass would have done it: the optimizers know the sharded weights only
-    return bool(logp_m.isfinite().all())
 
 
 def load_model(folder, device="auto", dtype="auto", batch_invariant=False):

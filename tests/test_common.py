@@ -309,12 +309,12 @@ def test_a_number_that_is_not_finite_is_null_in_a_row(tmp_path):
 
 def test_the_best_accuracy_counts_if_its_model_was_kept(tmp_path):
     run = Run(Options(out=str(tmp_path)), ALONE)
-    assert run.best() == -1
+    assert run.best_accuracy() == -1
     for step, accuracy in enumerate((0.5, None, 0.75, 0.25), 1):
         run.row("metrics.jsonl", {"step": step} | ({} if accuracy is None else {"eval_accuracy": accuracy}))
-    assert run.best() == -1
+    assert run.best_accuracy() == -1
     (tmp_path / "best").mkdir()
-    assert run.best() == 0.75
+    assert run.best_accuracy() == 0.75
 
 
 def test_a_stopped_run_names_its_last_good_weights(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import common
 import distill
@@ -393,6 +394,36 @@ def test_a_narrow_model_learns_recorded_judgements_by_heart(tmp_path):
         assert benchmark_verdict(text) == benchmark_verdict(chain.judgement) is not None
 
 
+def command(*args, cwd=ROOT):
+    return subprocess.run([sys.executable, ROOT / "distill.py", *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+
+
+def test_own_data_is_trained_with_the_papers_numbers_and_resumed_without_repeating_them(made, tmp_path):
+    """From the command line. Once it failed on runs/toy/data/heldout.jsonl, an option that nobody gave, and would have
+    trained with Muon and a learning rate of 4e-3. Here another cadence is asked for on resuming, and recorded."""
+    chains = write_rows(tmp_path / "chains.jsonl", toy.make("distill", 14, seed=3))
+    done = command("--model", made / "model", "--data", chains, "--prompt", "toy", "--out", "run", "--save-every", 1,
+                   "--batch-size", 7, "--seed", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["options"] == asdict(Config(str(made / "model"), str(chains), "toy", "run", batch_size=7, seed=3,
+                                              save_every=1))
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+    first = load_file(tmp_path / "run/model/model.safetensors")
+    shutil.rmtree(tmp_path / "run/model")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-2")
+    done = command("--out", "run", "--resume", "--save-every", 0, "--threads", 1, cwd=tmp_path)
+    assert done.returncode == 0 and "run: goes on after step 1 of 2" in done.stdout, done.stderr[-2000:]
+    assert "note: --threads was 0, is 1 from here on: sums are added in another order" in done.stdout
+    again = load_file(tmp_path / "run/model/model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    resumed, = json.loads((tmp_path / "run/config.json").read_text())["resumed"]
+    assert resumed["step"] == 1 and resumed["changed"] == {"save_every": [1, 0], "threads": [0, 1]}
+    refused = command("--out", "run", "--resume", "--batch-size", 8, cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--batch-size 7, not 8" in refused.stderr
+
+
 def test_the_embedded_default_is_made_from_nothing(tmp_path, monkeypatch):
     write_data = toy.write_data
     monkeypatch.setattr(toy, "write_data", lambda folder,
@@ -403,6 +434,130 @@ def test_the_embedded_default_is_made_from_nothing(tmp_path, monkeypatch):
     assert load_prompt(str(tmp_path / "untrained/prompt.txt")).user == load_prompt("toy").user
     assert [len(read_chains(tmp_path / "data/distill.jsonl")),
             *(len(read_pairs(tmp_path / f"data/{name}.jsonl")) for name in ("rl", "heldout"))] == [20, 5, 4]
+
+
+# ---- runs that die
+
+def dying(made, out, **changes):
+    """A learning rate that makes the weights so large, in the first step, that no gradient is finite from then on."""
+    return config(made, out, lr=1e30, warmup_frac=0.0, epochs=9, **changes)
+
+
+def test_a_dead_run_stops_after_three_skipped_steps_without_a_model(made, tmp_path):
+    """Once it logged NaN to its end, exited with 0 and left a model/ that writes "!!!!!"."""
+    with pytest.raises(ValueError, match="run: stopped, loss or gradient were not finite in 3 steps in a row; no model/ is "
+                                         f"written, the last good weights are in {made}/model: start again with a lower"):
+        distill.main(dying(made, tmp_path / "run"))
+    rows = metrics(tmp_path / "run")
+    assert [row["n_skipped"] for row in rows] == [0, 1, 1, 1] and rows[0]["loss"] > 0
+    assert rows[0]["grad_norm"] > 0 and all(row["grad_norm"] is None for row in rows[1:])
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("changes", [dict(max_steps=1), dict(save_every=1), dict(max_steps=2, save_every=2),
+                                     dict(eval_every=1)], ids=str)
+def test_a_dead_model_is_neither_saved_nor_evaluated(changes, made, tmp_path):
+    """Wherever a run ends, saves or judges: before that the model must be able to give one chain a probability."""
+    changes = {"eval_data": str(made / "heldout.jsonl")} | changes if "eval_every" in changes else changes
+    with pytest.raises(ValueError, match="stopped, its model gives no finite log-probabilities or gradient any more; no model/"):
+        distill.main(dying(made, tmp_path / "run", **changes))
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl"}
+    assert not any("eval_accuracy" in row for row in metrics(tmp_path / "run"))
+
+
+def test_the_last_good_checkpoint_stays(made, tmp_path):
+    """Resumed with weights that are fine and then broken on disk, as a damaged disk or a bug would: its optimizer's
+    moments are infinite, so the next step kills the model."""
+    distill.main(config(made, tmp_path / "run", save_every=2, max_steps=4))
+    good = (tmp_path / "run/checkpoints/step-2/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-4")
+    shutil.rmtree(tmp_path / "run/model")
+    moments = load_file(tmp_path / "run/checkpoints/step-2/optimizer.safetensors")
+    save_file({name: x * 1e38 if name.endswith("exp_avg") else x for name, x in moments.items()},
+              tmp_path / "run/checkpoints/step-2/optimizer.safetensors")
+    with pytest.raises(ValueError, match="(any more|in a row); .* in .*checkpoints/step-2: start again"):
+        distill.main(config(made, tmp_path / "run", save_every=2, max_steps=4, resume=True))
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
+    assert (tmp_path / "run/checkpoints/step-2/model.safetensors").read_bytes() == good
+
+
+# ---- the prompt that is saved
+
+def ready_made(made, path, prompt):
+    """The chains as {"messages": ...} rows, shown by a prompt."""
+    chains = read_chains(made / "chains.jsonl")
+    write_rows(path, [{"id": chain.pair.id, "messages": [*render(load_prompt(prompt), chain.pair),
+                                                         {"role": "assistant", "content": chain.judgement}]}
+                      for chain in chains])
+    return str(path)
+
+
+@pytest.mark.parametrize("made_by, given, kept", [("toy", "toy", "toy"), ("toy", None, None), ("direct", None, "direct"),
+                                                  ("direct", "instruct", "direct"), ("own", None, None),
+                                                  ("own", "own", "own")])
+def test_prompt_txt_is_the_prompt_that_the_rows_were_made_with(made_by, given, kept, made, tmp_path, capsys):
+    """Once it was --prompt, which ready-made rows do not follow; then the later scripts asked another one."""
+    (tmp_path / "own.txt").write_text("[user]\nQ {question}\nA {answer_a}\nB {answer_b}\n")
+    names = {"own": str(tmp_path / "own.txt")}
+    data = ready_made(made, tmp_path / "chains.jsonl", names.get(made_by, made_by))
+    distill.main(config(made, tmp_path / "run", data=data, prompt=names.get(given, given), max_steps=1, max_length=2000))
+    saved, said = tmp_path / "run/model/prompt.txt", capsys.readouterr().out
+    assert ("note: 14 of 14 rows bring their own messages" in said) is (kept is None)
+    assert saved.exists() is (kept is not None)
+    if kept:
+        source = Path(names[kept]) if kept in names else ROOT / f"data/prompts/{kept}.txt"
+        assert saved.read_text() == source.read_text()
+
+
+def test_rows_that_need_a_prompt_ask_for_it(made, tmp_path):
+    with pytest.raises(ValueError, match="^--prompt is missing: give instruct, reasoning, direct or a file"):
+        distill.main(config(made, tmp_path / "run", prompt=None))
+    assert not (tmp_path / "run").exists()
+
+
+def test_equal_answers_are_said_and_dropped(made, tmp_path, capsys):
+    rows = toy.make("distill", 14, seed=3)
+    rows[3] = rows[3] | {"answer_b": rows[3]["answer_a"]}
+    data = str(write_rows(tmp_path / "rows.jsonl", rows))
+    for skip, n in ((False, 14), (True, 13)):
+        examples, pairs = read_examples(config(made, tmp_path, data=data, skip_bad=skip), Tokenizer(made / "model"), True)
+        assert len(examples) == len(pairs) == n and "1 of 14 have two equal answers" in capsys.readouterr().out
+
+
+# ---- what is kept beside the last model
+
+def test_keep_best_keeps_the_model_with_the_best_held_out_accuracy(made, tmp_path, monkeypatch):
+    """Accuracies by hand: 0.2, 0.6, 0.6, 0.4. The first of the best is kept, also where a run was interrupted between;
+    oracle: the checkpoint of its step."""
+    accuracies = {2: 0.2, 4: 0.6, 6: 0.6, 8: 0.4}
+    steps = []
+
+    def judge(self, model):
+        return {"eval_accuracy": accuracies[steps[-1]]}, []
+    monkeypatch.setattr(distill.HeldOut, "judge", judge)
+    whole_model = distill.whole_model
+
+    def counted(model, dtype):
+        steps.append(len(metrics(steps_of)) + 1)
+        return whole_model(model, dtype)
+    monkeypatch.setattr(distill, "whole_model", counted)
+    cfg = config(made, tmp_path / "whole", save_every=2, eval_data=str(made / "heldout.jsonl"), eval_every=2, keep_best=True)
+    steps_of = tmp_path / "whole"
+    distill.main(cfg)
+    assert steps == [2, 4, 6, 8] and len(metrics(steps_of)) == 8
+    best = load_file(tmp_path / "whole/best/model.safetensors")
+    wanted = load_file(tmp_path / "whole/checkpoints/step-4/model.safetensors")
+    assert all(torch.equal(best[name], wanted[name]) for name in wanted)
+    assert (tmp_path / "whole/best/prompt.txt").exists() and Tokenizer(tmp_path / "whole/best")
+    assert json.loads((tmp_path / "whole/best/best.json").read_text()) == {"step": 4, "eval_accuracy": 0.6}
+
+    for last_kept in (2, 6):
+        steps_of = tmp_path / f"again-{last_kept}"
+        shutil.copytree(tmp_path / "whole", steps_of)
+        interrupt(steps_of, last_kept)
+        distill.main(replace(cfg, out=str(steps_of), resume=True))
+        again = load_file(steps_of / "best/model.safetensors")
+        assert all(torch.equal(best[name], again[name]) for name in best)
 
 
 # ---- a user's mistakes
@@ -437,7 +592,8 @@ def test_mistakes_end_with_one_line(made, tmp_path, monkeypatch, capsys):
 
 
 def test_the_papers_recipes():
-    """Sizes and rates as in paper.md section 4."""
+    """Sizes and rates as in paper.md section 4. The options' own defaults are the 7B's; a prompt must be said."""
+    assert Config("model", "data") == Config("model", "data", **distill.RECIPES["qwen2.5-7b"] | {"prompt": None})
     for size, lr in (("7b", 5e-6), ("14b", 3e-6), ("32b", 2e-6)):
         cfg = Config("model", "data", **distill.RECIPES[f"qwen2.5-{size}"])
         assert (cfg.lr, cfg.batch_size, cfg.epochs, cfg.max_length, cfg.warmup_frac,

@@ -22,7 +22,7 @@ from options import parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, to_json, write_pairs  # noqa: E402
 from judge import (Config, Judge, JudgementFile, encode_all, judge_file, judge_settings, load_judge,  # noqa: E402
-                   main, pair_from_options)
+                   main, texts_from_options)
 from model import Model, ModelConfig  # noqa: E402
 from reward import benchmark_verdict, load_prompt, majority, render  # noqa: E402
 from sample import Sampler, Sampling, prompt_key  # noqa: E402
@@ -231,13 +231,13 @@ def test_a_pair_from_files_is_the_pair_from_flags(folder, tmp_path):
     (tmp_path / "b.txt").write_bytes(b"12568\n\n")
     files = {f"{name}_file": str(tmp_path / f"{x}.txt")
              for name, x in (("question", "q"), ("answer_a", "a"), ("answer_b", "b"))}
-    pair = pair_from_options(config(folder, **files))
-    assert pair == pair_from_options(config(folder, question="sort 76915", answer_a="15679", answer_b="12568\n"))
+    texts = texts_from_options(config(folder, **files))
+    assert texts == texts_from_options(config(folder, question="sort 76915", answer_a="15679", answer_b="12568\n"))
     (tmp_path / "a.txt").write_bytes(b"1567\xff")
     with pytest.raises(ValueError, match=r"a\.txt: byte 4 is not UTF-8"):
-        pair_from_options(config(folder, **files))
+        texts_from_options(config(folder, **files))
     with pytest.raises(FileNotFoundError, match="none.txt"):
-        pair_from_options(config(folder, **files | {"answer_a_file": str(tmp_path / "none.txt")}))
+        texts_from_options(config(folder, **files | {"answer_a_file": str(tmp_path / "none.txt")}))
 
 
 def test_a_judgement_is_streamed_as_it_is_written(folder, monkeypatch):

@@ -242,7 +242,11 @@ REFUSED = [
     (dict(hidden_size=50), "hidden_size"), (dict(head_dim=7), "head_dim"), (dict(head_dim="8"), "head_dim"),
     (dict(rms_norm_eps="1e-6"), "rms_norm_eps"),
     *[({key: value}, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                      "num_attention_heads") for value in (None, 0, 1.5)],
+                                      "num_attention_heads") for value in (None, 0, 1.5, True, 10**30)],
+    (dict(num_key_value_heads=10**30), "num_key_value_heads"), (dict(num_hidden_layers=10**6), "num_hidden_layers"),
+    (dict(rms_norm_eps=math.nan), "rms_norm_eps"), (dict(rms_norm_eps=-1e-6), "rms_norm_eps"),
+    (dict(rope_parameters={"rope_theta": math.inf}), "rope_theta"),
+    (dict(rope_parameters={"rope_theta": math.nan}), "rope_theta"),
 ]
 
 
@@ -529,6 +533,19 @@ def test_wrong_files_end_with_their_name(tmp_path):
         assert str(config) in refusal(path)
     config.write_text(text)
     assert "config.json" in refusal(config)
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"model": {"vocab": {"a": 0, "b": 99}}, "added_tokens": []}', "tokenizer.json has 100 tokens, but config.json's"),
+    ('{"model": {"vocab": []}, "added_tokens": []}', "tokenizer.json: not a BPE tokenizer"),
+    ('{"model": {"vocab": {"a": "b"}}, "added_tokens": []}', "tokenizer.json: not a BPE tokenizer"),
+    ("{}", "tokenizer.json: not a BPE tokenizer"), ("[", "tokenizer.json:1: not valid JSON"),
+])
+def test_a_tokenizer_that_is_none_of_the_models_ends_with_its_name(text, said, tmp_path):
+    Model.random(ModelConfig.from_dict(QWEN2)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        Model.from_pretrained(tmp_path)
 
 
 def test_wrong_shards_end_with_their_name(folder, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import fields  # noqa: E402
-from data.pairs import Chain, Pair, read_chains, read_pairs, to_json, write_pairs  # noqa: E402
+from data.pairs import Chain, Pair, read_chains, read_pairs, to_json, write_pairs, without_equal_answers  # noqa: E402
 
 BENCHMARKS = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared")) / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no records at {BENCHMARKS}: set RM_SHARED")
@@ -448,3 +448,26 @@ def test_fields_are_taken_or_said_to_be_bad():
         with pytest.raises(ValueError) as error, fields.at("file:7"):
             take()
         assert str(error.value).startswith("file:7: ") and message in str(error.value)
+
+
+# ---- what trains silently
+
+def test_a_record_that_lacks_several_fields_is_told_of_all(tmp_path):
+    path = save(tmp_path / "x.jsonl", {key: OWN[key] for key in ("prompt", "answer_a", "answer_b", "winner")})
+    with pytest.raises(ValueError, match=r'x.jsonl:1: no "id", "source", "domain" \(found "prompt", .*\): add them'):
+        read_pairs(path)
+
+
+def test_equal_answers_are_counted_and_dropped_if_asked(tmp_path, capsys):
+    path = save(tmp_path / "x.jsonl", OWN, OWN | {"id": "p2", "answer_b": "Hello"},
+                {**OWN, "id": "r", "prompt": [], "answer_a": "", "answer_b": "", "rendered": RENDERED})
+    pairs = read_pairs(path)
+    assert without_equal_answers(pairs, path, False, True) == pairs
+    assert capsys.readouterr().out == f"{path}: 1 of 3 have two equal answers, and are trained on all the same; " \
+                                      "--skip-bad drops them\n"
+    chains = [Chain(pair, "judgement") for pair in pairs]
+    assert without_equal_answers(chains, path, True, True) == [chains[0], chains[2]]
+    assert capsys.readouterr().out == f"{path}: 1 of 3 have two equal answers, dropped\n"
+    assert without_equal_answers(pairs[:1], path, True, True) == pairs[:1] and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="none is left: all 1 have two equal answers"):
+        without_equal_answers(pairs[1:2], path, True, False)

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.pairs import Pair  # noqa: E402
-from reward import END_OF_TURN, Judgement, Prompt, benchmark_verdict, load_prompt, majority, parse  # noqa: E402
-from reward import render, reward, training_verdict  # noqa: E402
+from reward import END_OF_TURN, Judgement, Prompt, benchmark_verdict, could_show, fits, load_prompt  # noqa: E402
+from reward import majority, parse, prompt_of, prompt_to_keep, render, reward, training_verdict  # noqa: E402
 
 BENCHMARKS = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared")) / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no records at {BENCHMARKS}: set RM_SHARED")
@@ -345,3 +345,61 @@ def test_quotations_earn_nothing_however_they_are_nested(text):
     text = text.replace("[own]", "<answer>[[A]]</answer>" + "." * 90)
     assert training_verdict(text) == "a" and reward(text, "a") == -1.0
     assert reward(text + " ... so <answer>[[A]]</answer>", "a") == (-1.0 if "never closed" in text else 1.0)
+
+
+# ---- the prompt that is saved with a model; oracle: render, and templates worked by hand
+
+@pytest.mark.parametrize("template, text, does", [
+    ("{question} {answer_a} {answer_b}", "q a b", True), ("{question} {answer_a} {answer_b}", "q a", False),
+    ("Q {question} A {answer_a} B {answer_b}.", "Q 1 A 2 B 3.", True), ("Q {question}!", "Q !", True),
+    ("Q {question}!", "Q!", False), ("Q {question} Q", "Q Q", False), ("Q {question} Q", "Q  Q", True),
+    ("{question} A {answer_a} A {answer_b}", "x A A A y", True), ("{question}{answer_a}{answer_b}", "", True),
+    ("Q {question} A {answer_a} B {answer_b}", "Q 1 B 3 A 2", False), ("x{question}", "y", False),
+])
+def test_what_a_template_can_become(template, text, does):
+    assert fits(template, text) is does
+
+
+def test_each_prompt_could_have_shown_what_it_rendered_and_no_other_could():
+    one = Pair("1", [{"role": "user", "content": "Why {answer_b}?"}], "[[A]]", "", "a", "", "")
+    turns = [{"role": "assistant", "content": x} if i % 2 else {"role": "user", "content": x} for i, x in enumerate("abc")]
+    talk = Pair("2", turns, "d", "e", "a", "", "")
+    prompts = {name: load_prompt(name) for name in ("instruct", "reasoning", "direct", "toy")}
+    for pair in (one, talk):
+        for name, prompt in prompts.items():
+            if prompt.user_multi_turn or pair is one:
+                messages = render(prompt, pair)
+                assert [other for other in prompts if could_show(prompts[other], messages)] == [name]
+    assert not could_show(prompts["toy"], [{"role": "system", "content": "x"}] + render(prompts["toy"], one))
+    assert not could_show(prompts["toy"], [])
+
+
+def test_the_prompt_to_keep_is_the_one_that_made_what_was_trained_on(tmp_path, capsys):
+    """Once --prompt was saved whether the rows had been shown by it or not."""
+    def ready_made(prompt, n):
+        pair = Pair(str(n), [{"role": "user", "content": f"Why {n}?"}], "a", "b", None, "", "")
+        return Pair(str(n), [], "", "", None, "", "", rendered=render(load_prompt(prompt), pair))
+    plain = Pair("0", [{"role": "user", "content": "Why?"}], "a", "b", None, "", "")
+    own = tmp_path / "own.txt"
+    own.write_text("[user]\nOf {question}, is it {answer_a} or {answer_b}?\n")
+    own = str(own)
+    assert prompt_to_keep("direct", [plain], True) == "direct"
+    assert prompt_to_keep(None, [ready_made("reasoning", 1), ready_made("reasoning", 2)], True) == "reasoning"
+    assert prompt_to_keep("toy", [ready_made("reasoning", 1)], True) == "reasoning"  # --prompt showed none of the rows
+    assert prompt_to_keep(own, [ready_made(own, 1), plain], True) == own
+    assert capsys.readouterr().out == ""
+    assert prompt_to_keep(None, [ready_made(own, 1)], True) is None
+    assert prompt_to_keep("toy", [ready_made("reasoning", 1), plain], True) is None
+    assert prompt_to_keep(None, [ready_made("toy", 1), ready_made("reasoning", 2)], True) is None
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and all("no prompt.txt is saved" in line for line in said)
+    assert said[1].startswith("note: 1 of 2 rows bring their own messages, which were not made by toy:")
+    assert prompt_to_keep(None, [ready_made(own, 1)], False) is None and capsys.readouterr().out == ""
+
+
+def test_a_pair_that_nothing_shows_asks_for_a_prompt(tmp_path):
+    with pytest.raises(ValueError, match="^--prompt is missing: give instruct, .* such as 7"):
+        render(None, Pair("7", [{"role": "user", "content": "Why?"}], "a", "b", None, "", ""))
+    assert prompt_of(tmp_path, None) is None and prompt_of(tmp_path, "toy") == "toy"
+    (tmp_path / "prompt.txt").write_text("")
+    assert prompt_of(tmp_path, None) == str(tmp_path / "prompt.txt") and prompt_of(tmp_path, "toy") == "toy"

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -471,6 +472,60 @@ def test_rows_past_the_vocabulary_are_never_sampled():
     row = model.logits([1, 2])[-1].log_softmax(0)
     np.testing.assert_allclose([r.logps[0] for r in rollouts], [row[r.ids[0]] for r in rollouts], atol=1e-5)
     assert len(row) == 20
+
+
+def test_a_padded_model_loaded_by_itself_draws_ids_that_exist(tmp_path):
+    """Published models have more rows than their tokenizers have ids. Once those rows were drawn, too, by whoever did not
+    know that model.n_vocab had to be set. Oracle: the tokenizer."""
+    folder = make_folder(tmp_path)
+    model, tokenizer = Model.from_pretrained(folder), Tokenizer(folder)
+    assert model.n_vocab == tokenizer.n_vocab == model.config.vocab_size - 7
+    rollouts, = Sampler(model).generate([[1, 2]], Sampling(100, 5))
+    assert all(tokenizer.decode(r.ids, skip_control=False) for r in rollouts)
+    both = load_model(str(folder), dtype="float32")
+    assert torch.equal(both[0].logits([1, 2]), model.logits([1, 2])) and both[1].n_vocab == tokenizer.n_vocab
+    (folder / "tokenizer.json").unlink()
+    assert Model.from_pretrained(folder).n_vocab == model.config.vocab_size
+
+
+@pytest.mark.parametrize("prompts, said", [
+    ("hello", "prompt 0 is 'h': give a list of prompts, each the list of its token ids"), ([1, 2], "prompt 0 is 1: give"),
+    (["hello"], "prompt 0 is 'hello': give"), ([[1], []], "prompt 1 is []: give"), ([[1.0]], "prompt 0 is [1.0]: give"),
+    ([[[1]]], "prompt 0 is [[1]]: give"), ([[1, 61]], "prompt 0 has the token id 61; the model's ids are 0 to 60"),
+    ([[-1, 1]], "prompt 0 has the token id -1"), ([None], "prompt 0 is None: give"),
+])
+def test_what_is_no_list_of_prompts_is_told_what_is_wanted(prompts, said):
+    with pytest.raises(ValueError) as e:
+        Sampler(tiny(QWEN2)).generate(prompts, Sampling(1, 5))
+    assert said in str(e.value)
+
+
+def test_prompts_may_be_any_lists_of_integers():
+    sampler, how = Sampler(tiny(QWEN2)), Sampling(2, 5)
+    kinds = [[5, 6], (5, 6), array("i", [5, 6]), np.array([5, 6]), torch.tensor([5, 6])]
+    ids = [[r.ids for r in sampler.generate([prompt], how)[0]] for prompt in kinds]
+    assert ids == ids[:1] * len(kinds)
+
+
+@pytest.mark.parametrize("options", [{"n": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan},
+                                     {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}])
+def test_a_sampling_that_draws_nothing_is_refused_by_name(options):
+    (name, value), = options.items()
+    with pytest.raises(ValueError, match=f"^Sampling: {name} is {value};"):
+        Sampling(**options)
+
+
+@pytest.mark.parametrize("how", [Sampling(2, 5), Sampling(1, 5, temperature=0.0), Sampling(2, 5, top_p=0.9),
+                                 Sampling(2, 5, top_k=3)], ids=["sampled", "greedy", "top_p", "top_k"])
+@pytest.mark.parametrize("name, value", [("model.norm.weight", math.nan), ("model.embed_tokens.weight", math.inf),
+                                         ("model.layers.1.mlp.down_proj.weight", math.inf)])
+def test_a_dead_model_is_refused_by_name(how, name, value, tmp_path):
+    """Once it wrote "!!!!!", or ended in an index that was out of bounds."""
+    folder = make_folder(tmp_path)
+    model, _ = load_model(str(folder), dtype="float32")
+    model.get_parameter(name).data.fill_(value)
+    with pytest.raises(ValueError, match=f"^{folder}: its logits are not finite"):
+        Sampler(model).generate([[1, 2]], how)
 
 
 def test_on_token_sees_every_token_in_order_and_groups_come_when_they_are_done():
