@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "reward": "",
     "kernels": "",
     "tokenizer": "files",
+    "tracking": "files",
     "common": "files",
     "data": "files",
     "model": "files kernels",
