@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from files import append, fail, parse_json, refuse_file, remove, whole, write_whole
 from options import flag_of, saved_options
+from tracking import check_trackers, open_trackers
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
 
@@ -310,7 +311,8 @@ class Run:
         config.resume other options than the run's own are refused, but for those of may_change: {name: what changes
         with it, or ""}."""
         self.folder, self.ranks, self.config = Path(config.out), ranks, config
-        self.before, self.changed = None, {}
+        self.before, self.changed, self.trackers = None, {}, []
+        check_trackers(config.wandb, config.tensorboard)
         refuse_file(self.folder)
         if config.resume:
             self.before = saved_options(type(config), self.folder)
@@ -354,16 +356,20 @@ class Run:
                 print(f"{self.folder}: goes on after step {step} of {n_steps}")
             write_whole(file, json.dumps(record, indent=2))
             self.truncate(step)
+            self.trackers = open_trackers(self.config.wandb, self.config.tensorboard, self.folder, options)
         self.ranks.barrier()
 
     def close(self):
-        pass
+        for tracker in self.trackers:
+            tracker.close(0)
 
     def row(self, file, row):
         """Adds a row; a number that is not finite is null in it, since JSON has no other word for it."""
         if self.ranks.main:
             finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
             append(self.folder / file, finite)
+            for tracker in self.trackers if file == "metrics.jsonl" else ():
+                tracker.log(finite)
 
     def truncate(self, step):
         """Drops rows past `step`, and a half-written line."""

@@ -33,6 +33,8 @@ class Options:
     lr: float = 1e-3  # peak
     model: str = "start"  # a folder
     out: str = "run"  # a folder
+    wandb: str | None = None  # a project
+    tensorboard: bool = False  # events
     resume: bool = False  # go on
 
 

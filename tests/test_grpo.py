@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import distill
 import grpo
@@ -498,6 +499,103 @@ def test_two_ranks_train_as_one_does(made, tmp_path, recorded):
         apart, way = ({weight: float((a[weight] - b[weight]).norm()) for weight in x} for a, b in ((y, x), (x, start)))
         assert math.hypot(*apart.values()) < math.sqrt(1e-5) * math.hypot(*way.values()), name
         assert all(apart[weight] <= 0.1 * way[weight] for weight in x), name
+
+
+# ---- runs that die, prompts that are false, runs that go on
+
+def test_a_dead_run_ends_in_one_line_without_a_model(made, tmp_path):
+    """Once a learning rate of 1e30 ended in "index 334 is out of bounds". The first update is made, each later one is
+    skipped and counted; after the third in a row nothing is sampled from such a policy any more."""
+    cfg = config(made, tmp_path / "run", lr=1e30, n_prompts=8, skip_zero_spread=False)
+    with pytest.raises(ValueError, match="run: stopped, loss or gradient were not finite in 3 optimizer steps in a row; no "
+                                         f"model/ is written, the last good weights are in {cfg.model}: start again"):
+        grpo.main(cfg)
+    row, = metrics(tmp_path / "run")
+    assert (row["n_updates"], row["n_skipped"]) == (1, 3) and row["grad_norm"] > 0
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
+
+
+@pytest.mark.parametrize("changes", [dict(steps=1), dict(save_every=1), dict(eval_every=1)], ids=str)
+def test_a_dead_policy_is_neither_saved_nor_evaluated(changes, made, tmp_path):
+    changes = {"eval_data": str(made / "heldout.jsonl")} | changes if "eval_every" in changes else changes
+    with pytest.raises(ValueError, match="stopped, its policy gives no finite log-probabilities or gradient any more; no"):
+        grpo.main(config(made, tmp_path / "run", lr=1e30, skip_zero_spread=False, **changes))
+    row, = metrics(tmp_path / "run")
+    assert (row["n_updates"], row["n_skipped"]) == (1, 1) and "eval_accuracy" not in row
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
+
+
+def test_one_bad_update_is_skipped_and_the_run_goes_on(made, tmp_path, monkeypatch):
+    """Oracle: the run in which that mini-batch had nothing to say. A third of the way down one loss becomes NaN."""
+    accumulate, calls = grpo.accumulate_gradients, []
+
+    def with_a_bad_one(*args, **kwargs):
+        calls.append(None)
+        n, loss, mismatches = accumulate(*args, **kwargs)
+        if len(calls) != 3:
+            return n, loss, mismatches
+        if not spoilt:
+            args[2].zero_grad(set_to_none=True)
+            return 0, 0.0, mismatches
+        next(args[2].parameters()).grad[0, 0] = math.nan
+        return n, loss, mismatches
+    monkeypatch.setattr(grpo, "accumulate_gradients", with_a_bad_one)
+    for spoilt in (True, False):
+        calls.clear()
+        grpo.main(config(made, tmp_path / str(spoilt), skip_zero_spread=False))
+    skipped = metrics(tmp_path / "True")
+    assert [row["n_skipped"] for row in skipped] == [0, 1, 0] and [row["n_updates"] for row in skipped] == [2, 1, 2]
+    x, y = (load_file(tmp_path / name / "model/model.safetensors") for name in ("True", "False"))
+    assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+@pytest.mark.parametrize("given, kept", [(None, "direct"), ("toy", "direct"), ("own", None)])
+def test_prompt_txt_is_the_prompt_that_ready_made_pairs_were_made_with(given, kept, made, tmp_path, capsys):
+    """Once it was --prompt, or the model's own: judge.py then asked another one than the policy was trained with."""
+    (tmp_path / "own.txt").write_text("[user]\nQ {question}\nA {answer_a}\nB {answer_b}\n")
+    shown_by = grpo.load_prompt("direct" if given != "own" else str(tmp_path / "own.txt"))
+    rows = [{"id": pair.id, "context_messages": grpo.render(shown_by, pair), "winner": f"model_{pair.winner}"}
+            for pair in read_pairs(made / "rl.jsonl")]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    grpo.main(config(made, tmp_path / "run", data=str(data), prompt="direct" if given == "own" else given, steps=1, max_prompt_tokens=2000,
+                     micro_tokens=2000))
+    saved = tmp_path / "run/model/prompt.txt"
+    assert saved.exists() is (kept is not None)
+    assert not kept or saved.read_text() == (ROOT / f"data/prompts/{kept}.txt").read_text()
+    assert ("note: 11 of 11 rows bring their own messages" in capsys.readouterr().out) is (kept is None)
+
+
+def test_a_changed_number_of_slots_is_said_and_recorded(made, tmp_path, capsys):
+    """Steps may be added, too: those made are as they were, and the new ones come behind them."""
+    cfg = config(made, tmp_path / "run", steps=2, save_every=1)
+    grpo.main(cfg)
+    before = metrics(tmp_path / "run")
+    capsys.readouterr()
+    grpo.main(replace(cfg, steps=3, n_slots=4, resume=True))
+    assert "note: --n-slots was 256, is 4 from here on: without --batch-invariant sums are added in another order" in \
+        (said := capsys.readouterr().out) and "run: goes on after step 2 of 3" in said
+    assert metrics(tmp_path / "run")[:2] == before and len(metrics(tmp_path / "run")) == 3
+    resumed, = json.loads((tmp_path / "run/config.json").read_text())["resumed"]
+    assert resumed["step"] == 2 and resumed["changed"] == {"n_slots": [256, 4], "steps": [2, 3]}
+    with pytest.raises(ValueError, match="run: 3 steps are done already, so it cannot end after 2"):
+        grpo.main(replace(cfg, steps=2, n_slots=4, resume=True))
+
+
+def test_the_folder_is_looked_at_before_anything_is_made(made, tmp_path, monkeypatch, capsys):
+    """`grpo.py --out DIR --resume` once trained the embedded default's first stage for 98 seconds, and then refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill, "main", None)
+    (tmp_path / "file").write_text("")
+    grpo.main(replace(config(made, tmp_path / "used"), steps=1))
+    for argv, said in ((["--out", "none", "--resume"], "none/config.json is not there"), (["--out", "file"], "is a file"),
+                       (["--resume"], "runs/toy/grpo/config.json is not there"),
+                       (["--out", "used"], "used: already holds a run; --resume continues it")):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *argv])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "grpo.py"), run_name="__main__")
+        error = capsys.readouterr().err
+        assert said in error.splitlines()[-1], error
+    assert not (tmp_path / "runs").exists()
 
 
 # ---- a user's mistakes

@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "options": "files",
     "kernels": "",
     "tokenizer": "files",
-    "common": "files options",
+    "common": "files options tracking",
+    "tracking": "files",
     "data": "files",
     "model": "files kernels",
     "sample": "common files kernels model options tokenizer",
@@ -76,7 +77,7 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
     while more := {other for room in closure for other in graph[room]} - closure:
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "model", "kernels", "tokenizer", "reward", "data",
-                       "common", "options", "files"}
+                       "common", "options", "tracking", "files"}
 
 
 def test_readme_counts_the_lines_as_they_are():
