@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 import tracking
+from data import toy
+from test_distill import write_model
 
 ROOT = Path(tracking.__file__).parent
 ROWS = [{"step": step, "loss": 1 / step, "kl": None if step == 2 else 0.5 * step, "n_tokens": 100 + step}
@@ -237,3 +239,31 @@ def test_tensorboard_holds_the_rows_and_a_resumed_run_supersedes(tmp_path):
         assert [(event.step, event.value) for event in events.Scalars(key)] == expected
     first.close(1)
     second.close(0)
+
+
+# ---- in a training run
+
+def test_a_training_run_logs_what_is_in_its_metrics(tmp_path):
+    """distill.py from the command line, with both; then a step more. Oracle: metrics.jsonl."""
+    pytest.importorskip("wandb", reason="wandb is not installed (requirements-dev.txt)")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (requirements-dev.txt)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    write_model(tmp_path / "model")
+    (tmp_path / "chains.jsonl").write_text("".join(json.dumps(row) + "\n" for row in toy.make("distill", 6, seed=3)))
+    env = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    options = ["--model", "model", "--data", "chains.jsonl", "--prompt", "toy", "--wandb", "judges", "--tensorboard",
+               "--dtype", "float32", "--batch-size", "2", "--max-steps", "2", "--threads", "1"]
+    for argv in ([*options, "--out", "run"], ["--out", "run", "--resume", "--max-steps", "3"]):
+        done = subprocess.run([sys.executable, ROOT / "distill.py", *argv], cwd=tmp_path, env=env, capture_output=True,
+                              text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["n_skipped"] == 0 for row in rows)
+    newest = max((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+    records = list(read_records(newest))
+    assert history(records) == [(row["step"], known(row)) for row in rows] and only(records, "exit").exit_code == 0
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    for key in rows[0].keys() - {"step"}:
+        logged = {event.step: event.value for event in events.Scalars(key)}
+        assert logged == pytest.approx({row["step"]: row[key] for row in rows}, rel=1e-6), key
