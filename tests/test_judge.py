@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -341,3 +342,23 @@ def test_qwen_05b_geometry_judges_rmb_from_the_command_line():
         vote, = r["votes"]
         assert vote["n_tokens"] == 8 and not vote["finished"] or vote["finished"] and vote["n_tokens"] <= 8
         assert r["verdict"] == vote["verdict"] == benchmark_verdict(vote["text"])
+
+
+# ---- as a library
+
+
+def test_readmes_ten_lines_run(folder, capsys):
+    """Its example from Python, with this test's model in place of the demo's. Oracles: the trainer's log-probabilities
+    are the sampler's; the printed judgement is the command line's."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text[text.index("From Python, in the"):].split("\n\n")[1]
+    assert block.count("runs/demo/grpo/model") == 2
+    names = {}
+    exec(textwrap.dedent(block).replace("runs/demo/grpo/model", str(folder)), names)
+    assert names["logp_m"].tolist() == pytest.approx(names["rollout"].logps, abs=1e-4)
+    assert len(names["entropy_m"]) == len(names["rollout"].ids) > 0
+    printed = capsys.readouterr().out
+    main(config(folder, question="sort 40718", answer_a="01478", answer_b="01487", max_new_tokens=96, votes=1,
+                temperature=0.0))
+    judgement = capsys.readouterr().out.rpartition("\nverdict:")[0]
+    assert printed.endswith(judgement + "\n") and judgement
