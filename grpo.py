@@ -48,8 +48,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (MAX_SKIPPED, Run, Tally, init_ranks, is_finite, latest_checkpoint, learning_rate, make_optimizers,
-                    micro_batches, optimizer_step, restore, save_checkpoint, save_model, shard)
+from common import (MAX_SKIPPED, Run, Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches,
+                    optimizer_step, restore, save_checkpoint, save_model, shard)
 from data.pairs import Pair, read_pairs, without_equal_answers
 from files import one_line_errors
 from judge import HeldOut
@@ -332,8 +332,7 @@ def main(cfg):
     if cfg.model == RECIPES["toy"]["model"] and not Path(cfg.model).exists():  # the task begins with its first stage
         import distill
         first_stage = distill.Config(**distill.RECIPES["toy"] | {"threads": cfg.threads})
-        begun = latest_checkpoint(Path(first_stage.out, "checkpoints")) is not None
-        distill.main(replace(first_stage, resume=begun))
+        distill.main(replace(first_stage, resume=Path(first_stage.out, "config.json").exists()))  # if it was begun
     tokenizer = Tokenizer(cfg.model)
     prompt_name = prompt_of(cfg.model, cfg.prompt)
     prompt = load_prompt(prompt_name) if prompt_name else None
