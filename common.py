@@ -368,8 +368,9 @@ class Run:
         if self.ranks.main:
             finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
             append(self.folder / file, finite)
-            for tracker in self.trackers if file == "metrics.jsonl" else ():
-                tracker.log(finite)
+            if file == "metrics.jsonl":
+                for tracker in self.trackers:
+                    tracker.log(finite)
 
     def truncate(self, step):
         """Drops rows past `step`, and a half-written line."""
@@ -399,7 +400,7 @@ class Run:
         """Ends the run with one line and no model/."""
         kept = latest_checkpoint(self.folder / "checkpoints")
         raise ValueError(f"{self.folder}: stopped, {why}; no model/ is written, the last good weights are in "
-                         f"{kept or self.config.model}: start again with a lower --lr")
+                         f"{kept or self.config.model}: start another run from there, with a lower --lr")
 
 
 def machine(ranks):

@@ -344,7 +344,7 @@ def main(cfg):
         held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt, cfg.max_new_tokens, tokenizer, ranks)
 
     model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
-    model.impl, model.gradient_checkpointing = impl, cfg.gradient_checkpointing
+    model.name, model.impl, model.gradient_checkpointing = f"{cfg.out}, its policy", impl, cfg.gradient_checkpointing
     model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
     reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
     reference.impl = impl

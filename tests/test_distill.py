@@ -446,7 +446,7 @@ def dying(made, out, **changes):
 def test_a_dead_run_stops_after_three_skipped_steps_without_a_model(made, tmp_path):
     """Once it logged NaN to its end, exited with 0 and left a model/ that writes "!!!!!"."""
     with pytest.raises(ValueError, match="run: stopped, loss or gradient were not finite in 3 steps in a row; no model/ is "
-                                         f"written, the last good weights are in {made}/model: start again with a lower"):
+                                         f"written, the last good weights are in {made}/model: start another run"):
         distill.main(dying(made, tmp_path / "run"))
     rows = metrics(tmp_path / "run")
     assert [row["n_skipped"] for row in rows] == [0, 1, 1, 1] and rows[0]["loss"] > 0
@@ -475,7 +475,7 @@ def test_the_last_good_checkpoint_stays(made, tmp_path):
     moments = load_file(tmp_path / "run/checkpoints/step-2/optimizer.safetensors")
     save_file({name: x * 1e38 if name.endswith("exp_avg") else x for name, x in moments.items()},
               tmp_path / "run/checkpoints/step-2/optimizer.safetensors")
-    with pytest.raises(ValueError, match="(any more|in a row); .* in .*checkpoints/step-2: start again"):
+    with pytest.raises(ValueError, match="(any more|in a row); .* in .*checkpoints/step-2: start another run"):
         distill.main(config(made, tmp_path / "run", save_every=2, max_steps=4, resume=True))
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
     assert (tmp_path / "run/checkpoints/step-2/model.safetensors").read_bytes() == good

@@ -509,7 +509,7 @@ def test_a_dead_run_ends_in_one_line_without_a_model(made, tmp_path):
     skipped and counted; after the third in a row nothing is sampled from such a policy any more."""
     cfg = config(made, tmp_path / "run", lr=1e30, n_prompts=8, skip_zero_spread=False)
     with pytest.raises(ValueError, match="run: stopped, loss or gradient were not finite in 3 optimizer steps in a row; no "
-                                         f"model/ is written, the last good weights are in {cfg.model}: start again"):
+                                         f"model/ is written, the last good weights are in {cfg.model}: start another run"):
         grpo.main(cfg)
     row, = metrics(tmp_path / "run")
     assert (row["n_updates"], row["n_skipped"]) == (1, 3) and row["grad_norm"] > 0
