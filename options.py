@@ -100,8 +100,10 @@ def add_option(parser, field, kind, text):
 def check_at_least(cfg, low, *names):
     """ValueError names the first of these options that is below `low`, infinite, or not a number."""
     for name in names:
-        if not low <= getattr(cfg, name) < math.inf:
-            raise ValueError(f"{flag_of(name)} must be at least {low}, got {getattr(cfg, name)}")
+        value = getattr(cfg, name)
+        if not low <= value < math.inf:
+            finite = "" if math.isfinite(value) else " and finite"
+            raise ValueError(f"{flag_of(name)} must be at least {low}{finite}, got {value}")
 
 
 def check_between(cfg, low, high, *names):
