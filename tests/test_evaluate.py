@@ -431,6 +431,17 @@ def test_held_out_equals_the_script(folder, data, tmp_path, capsys):
         assert shared.pop("eval_s") > 0 and shared == pytest.approx({k: v for k, v in scores.items() if k != "eval_s"})
 
 
+def test_without_options_the_embedded_default_is_evaluated(monkeypatch, tmp_path):
+    """And a model or pairs of one's own are not mixed with its pairs or model."""
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate_models", lambda cfg, ranks: seen.append(cfg) or [])
+    main(Config(out=str(tmp_path)))
+    assert seen == [Config(model=("runs/toy/grpo/model",), data="runs/toy/data/heldout.jsonl", out=str(tmp_path))]
+    for options in ({"model": ("x",)}, {"data": "x"}, {"rmb": "x"}):
+        with pytest.raises(ValueError, match="--model and what it is to judge .* need each other"):
+            Config(**options)
+
+
 def test_mistakes_are_one_line(folder, tmp_path, capsys):
     unlabelled = tmp_path / "pairs.jsonl"
     write_pairs(unlabelled, [Pair("1", [{"role": "user", "content": "sort 21"}], "12", "21", None, "", "")])

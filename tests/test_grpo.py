@@ -582,6 +582,16 @@ def test_a_changed_number_of_slots_is_said_and_recorded(made, tmp_path, capsys):
         grpo.main(replace(cfg, steps=2, n_slots=4, resume=True))
 
 
+def test_keep_best_keeps_the_policy_with_the_best_held_out_accuracy(made, tmp_path, monkeypatch):
+    """Accuracies by hand; oracle: the checkpoint of that step."""
+    accuracies = iter((0.4, 0.8, 0.6))
+    monkeypatch.setattr(grpo.HeldOut, "judge", lambda self, model: ({"eval_accuracy": next(accuracies)}, []))
+    grpo.main(config(made, tmp_path, eval_data=str(made / "heldout.jsonl"), eval_every=1, save_every=1, keep_best=True))
+    assert json.loads((tmp_path / "best/best.json").read_text()) == {"step": 2, "eval_accuracy": 0.8}
+    best, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("best", "checkpoints/step-2"))
+    assert all(torch.equal(best[name], wanted[name]) for name in wanted)
+
+
 def test_the_folder_is_looked_at_before_anything_is_made(made, tmp_path, monkeypatch, capsys):
     """`grpo.py --out DIR --resume` once trained the embedded default's first stage for 98 seconds, and then refused."""
     monkeypatch.chdir(tmp_path)
