@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from files import append, fail, parse_json, refuse_file, remove, whole, write_whole
-from options import flag_of, saved_options
+from files import append, fail, parse_json, refuse_file, refuse_taken, remove, rows_until, whole, write_whole
+from options import flag_of, rank_and_world, saved_options
 from tracking import check_trackers, open_trackers
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
@@ -71,7 +71,7 @@ def init_ranks(threads=0):
     """Joins torchrun's process group: nccl on GPUs, gloo on CPUs. threads: CPU threads, 0 = PyTorch's choice."""
     if threads:
         torch.set_num_threads(threads)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda and device.index >= torch.cuda.device_count():
@@ -168,6 +168,9 @@ class Tally:
 
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
+
+
+MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 
 
 def make_optimizers(model, name, lr, betas, weight_decay):
@@ -278,23 +281,37 @@ def latest_checkpoint(folder):
 def restore(folder, model, optimizers):
     """Fills the optimizers from a checkpoint, sharding each moment like its weight; returns the steps done.
 
-    The weights are not touched: Model.from_pretrained loads them from the same folder.
+    The weights are not touched: Model.from_pretrained loads them from the same folder. ValueError if what is there is
+    damaged, or of another model or optimizer.
     """
     named = dict(model.named_parameters())
-    owner = {}
+    owner, wanted = {}, {}  # wanted: name of a moment -> its shape
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             owner |= dict.fromkeys(group["params"], optimizer)
-    with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
-        for name in file.keys():
-            weight_name, key = name.rsplit("/", 1)
-            weight, value = named[weight_name], file.get_tensor(name)
-            if value.ndim:
-                value = value.to(weight.device)
-                if isinstance(weight, DTensor):
-                    value = distribute_tensor(value, weight.device_mesh, weight.placements)
-            owner[weight].state[weight][key] = value
-    return json.loads((folder / "state.json").read_text())["step"]
+    for name, x in named.items():
+        wanted |= {f"{name}/{key}": [] if key == "step" else list(x.shape) for key in MOMENTS[type(owner[x])]}
+    try:
+        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+            if found and wrong:  # none at all: no step was made before it
+                raise ValueError(f"optimizer.safetensors is not of this model and optimizer, see {wrong[0]}")
+            for name in found:
+                weight_name, key = name.rsplit("/", 1)
+                weight, value = named[weight_name], file.get_tensor(name)
+                if value.ndim:
+                    value = value.to(weight.device)
+                    if isinstance(weight, DTensor):
+                        value = distribute_tensor(value, weight.device_mesh, weight.placements)
+                owner[weight].state[weight][key] = value
+        state = parse_json((folder / "state.json").read_bytes())
+        if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+            raise ValueError("state.json has no step")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{folder}: its optimizer.safetensors or state.json is damaged ({e}); with the folder moved "
+                         "away, --resume takes the checkpoint before") from None
+    return state["step"]
 
 
 # ----------------------------------------------------------------------------------------------------------- run folder
@@ -317,8 +334,10 @@ class Run:
         if config.resume:
             self.before = saved_options(type(config), self.folder)
             self.changed = self.changes(may_change or {})
-        elif (self.folder / "metrics.jsonl").exists():
-            raise ValueError(f"{self.folder}: already holds a run; --resume continues it, --out chooses another folder")
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                rows_until(self.folder / name, math.inf)  # a damaged one is told before any work
+        else:
+            refuse_taken(self.folder)
         self.checkpoint = latest_checkpoint(self.folder / "checkpoints") if config.resume else None
         ranks.barrier()
 
@@ -375,11 +394,8 @@ class Run:
     def truncate(self, step):
         """Drops rows past `step`, and a half-written line."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.folder / name
-            if path.exists():
-                lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-                lines = [line for line in lines if json.loads(line)["step"] <= step]
-                write_whole(path, "".join(line + "\n" for line in lines))
+            if (self.folder / name).exists():
+                write_whole(self.folder / name, b"".join(line + b"\n" for line in rows_until(self.folder / name, step)))
 
     def best_accuracy(self):
         """The best eval_accuracy so far, if the model that had it was kept; else -1."""

@@ -26,7 +26,7 @@ from data.pairs import read_pairs, write_pairs
 from evaluate import write_scores
 from files import one_line_errors, refuse_file, write_records
 from judge import Judge
-from options import check_at_least, check_between, parse_config
+from options import check_between, parse_config, refuse_ranks
 from reward import load_prompt
 from sample import Sampler, Sampling, load_model
 
@@ -43,7 +43,7 @@ class Config:
     pairs: int = 800  # held-out pairs that every model judges
 
     def __post_init__(self):
-        check_at_least(self, 20, "pairs")
+        check_between(self, 20, 800, "pairs")
         check_between(self, 0, 4096, "threads")
         check_between(self, 0, 2**40 - 1, "seed")
 
@@ -72,6 +72,7 @@ def main(cfg):
     out = Path(cfg.out)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    refuse_ranks("demo.py")
     refuse_file(out)
     if out.exists():
         if not (out / MARK).exists():

@@ -36,8 +36,8 @@ from common import (MAX_SKIPPED, Run, Tally, init_ranks, is_finite, learning_rat
 from data import toy
 from data.pairs import read_chains, without_equal_answers
 from files import one_line_errors
-from judge import HeldOut
-from model import Model, ModelConfig, pack
+from judge import HeldOut, check_context, note_verdicts
+from model import Model, ModelConfig, check_folder, pack
 from options import check_at_least, check_between, check_choice, check_training, parse_config
 from reward import load_prompt, prompt_path, prompt_to_keep, render
 from sample import refresh, whole_model
@@ -128,13 +128,16 @@ def read_examples(cfg, tokenizer, say):
     """The chains of cfg.data as Examples, without those that are too long; and their pairs."""
     chains = without_equal_answers(read_chains(cfg.data, cfg.skip_bad), cfg.data, cfg.skip_bad, say)
     if cfg.answer_only and any(chain.pair.winner is None for chain in chains):
-        raise ValueError(f"{cfg.data}: --answer-only needs a winner in every row")
+        raise ValueError(f"{cfg.data}: --answer-only needs a winner in every row; add it")
+    if say:
+        note_verdicts(chains, cfg.data, cfg.answer_only)
     prompt = load_prompt(cfg.prompt) if cfg.prompt else None
     with tqdm(chains, "tokenize", leave=False, disable=not say) as bar:  # closed before an error is printed
         examples = [encode_chain(chain, prompt, tokenizer, cfg.answer_only) for chain in bar]
     kept = [e for e in examples if len(e.ids) <= cfg.max_length]
     if not kept:
-        raise ValueError(f"{cfg.data}: all {len(examples)} chains are longer than --max-length {cfg.max_length}")
+        raise ValueError(f"{cfg.data}: all {len(examples)} chains are longer than --max-length {cfg.max_length}: raise "
+                         "it")
     if say and len(kept) < len(examples):
         print(f"dropped {len(examples) - len(kept)} of {len(examples)} chains longer than {cfg.max_length} tokens")
     return kept, [chain.pair for chain in chains]
@@ -174,6 +177,7 @@ def main(cfg):
         if cfg.model == RECIPES["toy"]["model"] and not Path(cfg.model, "prompt.txt").exists():  # it is written last
             make_embedded_default(Path(cfg.model).parent)
     ranks.barrier()
+    check_folder(cfg.model)
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     examples, pairs = read_examples(cfg, tokenizer, ranks.main)
     kept_prompt = prompt_to_keep(cfg.prompt, pairs, ranks.main)
@@ -186,9 +190,15 @@ def main(cfg):
 
     model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
     model.gradient_checkpointing = cfg.gradient_checkpointing
+    check_context(model, [len(e.ids) for e in examples], "chains (see --max-length)", ranks.main)
+    if held_out:
+        check_context(model, [len(ids) for ids in held_out.prompts], "prompts of --eval-data", ranks.main)
     model = shard(model, ranks, dtype)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     first_step = restore(run.checkpoint, model, optimizers) if run.checkpoint else 0
+    probe = pack([(examples[0].ids, [])], ranks.device)
+    if not is_finite(model, probe):
+        raise ValueError(f"{run.checkpoint or cfg.model}: its log-probabilities are not finite: take other weights")
     run.begin(first_step, n_steps)
 
     def add_files(folder):
@@ -197,7 +207,6 @@ def main(cfg):
             shutil.copyfile(prompt_path(kept_prompt), folder / "prompt.txt")  # it will be asked as it was trained
 
     best_accuracy, n_skipped = run.best_accuracy(), 0  # optimizer steps skipped in a row
-    probe = pack([(examples[0].ids, [])], ranks.device)
     bar = tqdm(range(first_step, n_steps), "answer-only" if cfg.answer_only else "distill", initial=first_step,
                total=n_steps, disable=not ranks.main)
     for step in bar:

@@ -30,7 +30,7 @@ from common import init_ranks
 from data.pairs import SWAPPED, read_pairs, swapped, write_pairs
 from files import one_line_errors, refuse_file, write_records, write_whole
 from judge import (check_judging, check_settings, encode_all, judge_file, judge_settings, judged, key_of, load_judge,
-                   refuse_others)
+                   prompt_for, refuse_others)
 from model import read_json
 from options import check_choice, parse_config
 
@@ -111,6 +111,7 @@ def read_all(cfg):
 def judge_all(cfg, pairs, out, ranks):
     """Judges what out/judgements.jsonl does not hold yet; returns all records (on rank 0), what made them, and the
     sampler's statistics."""
+    refuse_pairs(out)
     judge = load_judge(cfg, budgets_of(cfg))
     settings = judge_settings(cfg, judge) | {"order": cfg.order}
     file = out / "judgements.jsonl"
@@ -126,13 +127,20 @@ def judge_all(cfg, pairs, out, ranks):
     return judge_file(judge, encoded, file, settings, ranks, begin), settings, judge.sampler.stats()
 
 
+def refuse_pairs(out):
+    """Before pairs.jsonl is written: one that no evaluation has written is somebody's data."""
+    for name in ("pairs.jsonl", "tokenizer.json"):
+        if (out / name).exists() and not (out / "settings.json").exists():
+            raise ValueError(f"{out / name}: is already there, and is no evaluation's; choose another --out")
+
+
 def reopen(file, settings, wanted):
     """Turns a finished judgements file back into a partial one: what it lacks is judged, what it has is not."""
     beside = file.with_name("settings.json")
-    check_settings(beside, beside.read_text(encoding="utf-8") if beside.exists() else "", settings)
-    text = file.read_text(encoding="utf-8")
-    refuse_others(file, judged(file, text.split("\n")[:-1]), wanted)
-    write_whole(f"{file}.partial", json.dumps(settings) + "\n" + text)
+    check_settings(beside, beside.read_bytes() if beside.exists() else b"", settings)
+    text = file.read_bytes()
+    refuse_others(file, judged(file, text.split(b"\n")[:-1]), wanted)
+    write_whole(f"{file}.partial", json.dumps(settings).encode() + b"\n" + text)
     file.unlink()
 
 
@@ -144,6 +152,7 @@ def save_recorded(source, out, pairs, records, settings):
     ours = beside.exists() and read_json(beside) == settings
     if any(out.glob("judgements.jsonl*")) and not ours:
         raise ValueError(f"{out}: holds other judgements; choose another --out")
+    refuse_pairs(out)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(beside, json.dumps(settings))
     if pairs:  # a table of outcomes has no texts
@@ -222,7 +231,7 @@ def evaluate_models(cfg, ranks):
     """Judges with one model after another; returns what stands in their scores.json (on rank 0)."""
     pairs, results = read_all(cfg), []
     for folder in cfg.model:
-        read_json(Path(folder) / "config.json")  # a wrong path is told before hours of judging with another model
+        prompt_for(folder, cfg.prompt)  # what is wrong is told before hours of judging with another model
     for folder, name, out in places(cfg.model, cfg.out):
         began = time.perf_counter()
         records, settings, stats = judge_all(replace(cfg, model=folder), pairs, out, ranks)
@@ -255,6 +264,8 @@ def main(cfg):
     refuse_file(cfg.out)
     if not (cfg.model or cfg.from_):  # the embedded default, as grpo.py leaves it
         cfg = replace(cfg, model=("runs/toy/grpo/model",), data="runs/toy/data/heldout.jsonl")
+        if not Path(cfg.model[0]).exists():
+            raise ValueError(f"{cfg.model[0]}: is not there; python grpo.py makes it, or give --model and --data")
     ranks = init_ranks(cfg.threads)
     if cfg.from_ and ranks.world > 1:
         raise ValueError("--from needs one process: start it with python, not torchrun")

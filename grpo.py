@@ -50,10 +50,10 @@ from tqdm import tqdm
 
 from common import (MAX_SKIPPED, Run, Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches,
                     optimizer_step, restore, save_checkpoint, save_model, shard)
-from data.pairs import Pair, read_pairs, without_equal_answers
+from data.pairs import Pair, note_one_label, read_pairs, without_equal_answers
 from files import one_line_errors
-from judge import HeldOut
-from model import Model, pack
+from judge import HeldOut, check_context
+from model import Model, check_folder, pack
 from options import check_at_least, check_between, check_training, parse_config
 from reward import load_prompt, prompt_of, prompt_path, prompt_to_keep, render, reward, training_verdict
 from sample import Rollout, Sampler, Sampling, model_impl, refresh, whole_model
@@ -103,13 +103,12 @@ class Config:
 
     def __post_init__(self):
         check_training(self)
+        check_between(self, 1e-3, 100, "temperature")
         check_between(self, 2, 1024, "group_size")  # a judgement is measured against its siblings
         check_at_least(self, 1, "n_prompts", "mini_prompts", "max_new_tokens", "max_prompt_tokens", "n_slots")
         check_at_least(self, 0, "steps", "clip", "kl_coef", "warmup_steps")
         if self.n_prompts % self.mini_prompts:
             raise ValueError(f"--n-prompts {self.n_prompts} must be a multiple of --mini-prompts {self.mini_prompts}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"--temperature must be positive, got {self.temperature}")
 
 
 THINKER = {"prompt": "reasoning"}
@@ -177,7 +176,8 @@ def token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, clip, kl_coef):
 
 def read_prompts(cfg, tokenizer, prompt, ranks):
     """The labelled pairs of cfg.data whose prompts are short enough, and {pair id: prompt ids}."""
-    labelled = [pair for pair in read_pairs(cfg.data, skip_bad=cfg.skip_bad) if pair.winner is not None]
+    read = read_pairs(cfg.data, skip_bad=cfg.skip_bad)
+    labelled = [pair for pair in read if pair.winner is not None]
     labelled = without_equal_answers(labelled, cfg.data, cfg.skip_bad, ranks.main)
     with tqdm(labelled, "tokenize", leave=False, disable=not ranks.main) as bar:  # closed before an error is printed
         prompts = {pair.id: tokenizer.chat(render(prompt, pair)) for pair in bar}
@@ -186,7 +186,11 @@ def read_prompts(cfg, tokenizer, prompt, ranks):
         print(f"dropped {len(labelled) - len(pairs)} of {len(labelled)} pairs with over {cfg.max_prompt_tokens} "
               "prompt tokens")
     if len(pairs) < cfg.n_prompts:
-        raise ValueError(f"{cfg.data}: {len(pairs)} usable pairs are fewer than --n-prompts {cfg.n_prompts}")
+        raise ValueError(f"{cfg.data}: {len(pairs)} usable pairs are fewer than --n-prompts {cfg.n_prompts}: of "
+                         f"{len(read)}, {len(labelled)} have a winner, {len(pairs)} of them a prompt within "
+                         "--max-prompt-tokens; give more pairs, or a smaller --n-prompts")
+    if ranks.main:
+        note_one_label([pair.winner for pair in pairs], cfg.data)
     return pairs, prompts
 
 
@@ -333,6 +337,7 @@ def main(cfg):
         import distill
         first_stage = distill.Config(**distill.RECIPES["toy"] | {"threads": cfg.threads})
         distill.main(replace(first_stage, resume=Path(first_stage.out, "config.json").exists()))  # if it was begun
+    check_folder(cfg.model)
     tokenizer = Tokenizer(cfg.model)
     prompt_name = prompt_of(cfg.model, cfg.prompt)
     prompt = load_prompt(prompt_name) if prompt_name else None
@@ -345,6 +350,9 @@ def main(cfg):
 
     model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
     model.name, model.impl, model.gradient_checkpointing = f"{cfg.out}, its policy", impl, cfg.gradient_checkpointing
+    check_context(model, [len(prompts[pair.id]) for pair in pairs], "prompts (see --max-prompt-tokens)", ranks.main)
+    if held_out:
+        check_context(model, [len(ids) for ids in held_out.prompts], "prompts of --eval-data", ranks.main)
     model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
     reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
     reference.impl = impl

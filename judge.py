@@ -19,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 from common import Ranks
-from data.pairs import SWAPPED, Pair, read_pairs
+from data.pairs import SWAPPED, Pair, note_one_label, read_pairs
 from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
-from options import check_at_least, check_between, parse_config
-from reward import Prompt, benchmark_verdict, load_prompt, majority, prompt_of, render
+from model import check_folder
+from options import check_at_least, check_between, parse_config, refuse_ranks
+from reward import Prompt, benchmark_verdict, load_prompt, majority, prompt_of, render, training_verdict
 from sample import Sampler, Sampling, check_model, check_options, load_model, prompt_key, sampling_of
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -104,6 +105,30 @@ class HeldOut:
         metrics["eval_no_verdict"] = sum(vote["verdict"] is None for vote in votes) / len(votes)
         metrics["eval_tokens"] = sum(vote["n_tokens"] for vote in votes) / len(votes)
         return metrics | {"eval_s": time.perf_counter() - began}, records
+
+
+def check_context(model, lengths, what, say):
+    """Of sequences of these lengths: a note if some are longer than a model was made to read, ValueError if all are."""
+    context = model.config.raw.get("max_position_embeddings")
+    n_long = sum(length > context for length in lengths) if context else 0
+    said = f"{n_long} of {len(lengths)} {what} are longer than the {context} tokens that {model.name} was made to read"
+    if n_long and n_long == len(lengths):
+        raise ValueError(f"{said} (max_position_embeddings): give shorter ones, or another model")
+    if n_long and say:
+        print(f"note: {said}")
+
+
+def note_verdicts(chains, path, answer_only):
+    """Says of what is going to be learned that it holds no verdict, contradicts its label, or is one letter."""
+    labels = [chain.pair.winner for chain in chains]
+    if not answer_only:
+        verdicts = [training_verdict(chain.judgement) for chain in chains]
+        n_against = sum(None not in pair and pair[0] != pair[1] for pair in zip(verdicts, labels))
+        if None in verdicts or n_against:
+            print(f"note: {path}: of {len(chains)} judgements {verdicts.count(None)} do not end in a verdict such as "
+                  f"<answer>[[A]]</answer>, {n_against} in another than the label; they are learned as they are")
+        labels = verdicts
+    note_one_label(labels, path)
 
 
 def accuracy(records):
@@ -194,7 +219,8 @@ def encode_all(judge, pairs, skip_bad=False, quiet=False):
         try:
             ids = array("i", judge.encode(pair))  # a list of integers takes nine times as much
             if context and len(ids) >= context:
-                raise ValueError(f"pair {pair.id}: its prompt has {len(ids)} tokens, the model can read {context}")
+                raise ValueError(f"pair {pair.id}: its prompt has {len(ids)} tokens, the model can read {context}; "
+                                 "take it out, or --skip-bad")
             encoded.append((pair, ids))
         except ValueError as e:
             if not skip_bad:
@@ -202,6 +228,8 @@ def encode_all(judge, pairs, skip_bad=False, quiet=False):
             bad_items.add(pair.item)
             print(f"skipped: {e}", file=sys.stderr)
     encoded = [(pair, ids) for pair, ids in encoded if not (pair.item and pair.item in bad_items)]
+    if not encoded:
+        raise ValueError(f"none of the {len(pairs)} pairs can be judged: each is skipped for the reason above")
     if len(encoded) < len(pairs):
         print(f"skipped {len(pairs) - len(encoded)} of {len(pairs)} pairs", file=sys.stderr)
     return encoded
@@ -291,6 +319,8 @@ class Config:
                 raise ValueError(f"--pairs and {flag} are both given; judge a file or one pair")
         if bool(self.pairs) != bool(self.out):
             raise ValueError("--pairs, the file to judge, and --out, the judgements file to write, need each other")
+        if not self.pairs and (self.limit or self.skip_bad):
+            raise ValueError("--limit and --skip-bad are about the records of --pairs, a file to judge")
 
 
 def check_judging(cfg):
@@ -306,13 +336,20 @@ def load_judge(cfg, budgets=()):
     """The Judge that a script's options describe (this script's Config or evaluate.py's)."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    prompt = prompt_for(cfg.model, cfg.prompt)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant)
-    prompt = prompt_of(cfg.model, cfg.prompt)
-    if prompt is None:
-        raise ValueError(f"{cfg.model}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, direct "
-                         "or a file")
     sampling = sampling_of(cfg, cfg.votes, tokenizer)
-    return Judge(Sampler(model, cfg.n_slots), tokenizer, load_prompt(prompt), sampling, budgets)
+    return Judge(Sampler(model, cfg.n_slots), tokenizer, prompt, sampling, budgets)
+
+
+def prompt_for(folder, given):
+    """The Prompt with which the model in a folder is asked; ValueError if it is no model's, or nothing says how."""
+    check_folder(folder)
+    prompt = prompt_of(folder, given)
+    if prompt is None:
+        raise ValueError(f"{folder}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, "
+                         "direct or a file")
+    return load_prompt(prompt)
 
 
 def judge_settings(cfg, judge):
@@ -331,9 +368,12 @@ def texts_from_options(cfg):
     def text(name):
         if file := getattr(cfg, name + "_file"):
             try:
-                return Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # that ends its last line
+                content = Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # that ends its last line
             except UnicodeDecodeError as e:
                 raise ValueError(f"{file}: byte {e.start} is not UTF-8: convert the file") from None
+            if not content.strip():
+                raise ValueError(f"{file}: is empty; --{name.replace('_', '-')}-file is a file with the text")
+            return content
         if getattr(cfg, name) is None:
             fail(f"--{name.replace('_', '-')} is missing: give a question and two answers, or --pairs FILE --out FILE")
         return getattr(cfg, name)
@@ -373,6 +413,7 @@ def show_one(cfg):
 
 
 def main(cfg):
+    refuse_ranks("judge.py")  # evaluate.py shares pairs out
     if cfg.pairs:
         judge_pairs(cfg)
     else:

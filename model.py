@@ -457,8 +457,37 @@ def n_tokens(path, vocab_size):
         raise ValueError(f"{file}: not a BPE tokenizer of the tokenizers library") from None
     if n > vocab_size:
         raise ValueError(f"{path}: tokenizer.json has {n} tokens, but config.json's vocab_size is {vocab_size}: they are "
-                         "not of the same model")
+                         "not of the same model; take both from one")
     return n
+
+
+def check_folder(path):
+    """Before any work: ValueError says what a path is that is no model's folder, and what to do."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: is {'a file' if path.exists() else 'no folder here'}; --model is a Hugging Face one "
+                         "(python data/fetch.py ORG/MODEL makes one of the Hub's: runs/data/ORG/MODEL)")
+    advice = {"model/config.json": f"it is a run's: take {path / 'model'}",
+              "adapter_config.json": "it is a LoRA adapter: merge it into its model (peft: merge_and_unload)",
+              "*.gguf": "GGUF is not read: take the model's safetensors",
+              "*.bin": "pickled weights are not read: save safetensors (transformers: save_pretrained)",
+              "*": "take a Hugging Face folder that has all"}
+    wanted = ["config.json", "tokenizer.json", *weight_files(path)]
+    if missing := [name for name in wanted if not (path / name).is_file()]:
+        fitting = [text for pattern, text in advice.items() if pattern == "*" or any(path.glob(pattern))]
+        raise ValueError(f"{path}: has no {', '.join(missing)}; {fitting[0]}")
+    for name in weight_files(path):
+        opened(path / name)
+
+
+def opened(file):
+    """A safetensors file, whose header fits its size."""
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; weights are in model.safetensors or the index's shards") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: not a readable safetensors file ({e}); copy or download it again") from None
 
 
 def weight_files(path):
@@ -475,6 +504,9 @@ def weight_files(path):
     return sorted(set(weight_map.values()))
 
 
+ONE_MODEL = "take config.json and weights of one model"
+
+
 def load_weights(model, path, device, dtype):
     """Fills a meta-device model, tensor after tensor; missing, unexpected or mis-shaped ones by name."""
     files = weight_files(path)
@@ -482,24 +514,19 @@ def load_weights(model, path, device, dtype):
     seen = set()
     head = None  # some tied checkpoints carry the head as well, as a copy of the embedding
     for file in files:
-        if not (path / file).exists():
-            raise ValueError(f"{path / file}: no such file; weights are in model.safetensors or the index's shards")
-        try:
-            with safe_open(path / file, framework="pt") as shard:
-                for name in shard.keys():
-                    tensor = shard.get_tensor(name)
-                    if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                        head = tensor
-                        continue
-                    check_tensor(f"{path / file}", name, tensor, wanted, seen)
-                    owner, leaf = name.rsplit(".", 1)
-                    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
-                    seen.add(name)
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path / file}: not a readable safetensors file ({e})") from None
+        with opened(path / file) as shard:
+            for name in shard.keys():
+                tensor = shard.get_tensor(name)
+                if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                    head = tensor
+                    continue
+                check_tensor(f"{path / file}", name, tensor, wanted, seen)
+                owner, leaf = name.rsplit(".", 1)
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+                seen.add(name)
     if missing := sorted(set(wanted) - seen):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{path}: tensor {missing[0]}{more} is missing from {', '.join(files)}")
+        raise ValueError(f"{path}: tensor {missing[0]}{more} is missing from {', '.join(files)}; {ONE_MODEL}")
     if head is not None and not torch.equal(head.to(device, dtype), model.model.embed_tokens.weight):
         raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
 
@@ -509,7 +536,7 @@ def check_tensor(where, name, tensor, wanted, seen):
     if name in seen:
         raise ValueError(f"{where}: second copy of tensor {name}")
     if name not in wanted:
-        raise ValueError(f"{where}: unexpected tensor {name}")
+        raise ValueError(f"{where}: unexpected tensor {name}; {ONE_MODEL}")
     if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
         raise ValueError(f"{where}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the config needs floating "
-                         f"point {tuple(wanted[name].shape)}")
+                         f"point {tuple(wanted[name].shape)}; {ONE_MODEL}")

@@ -4,12 +4,16 @@ import argparse
 import dataclasses
 import inspect
 import math
+import os
 import re
 import sys
 import typing
 from pathlib import Path
 
 from files import fail, parse_json
+
+
+LARGEST = 2**40  # of a number that has no bound of its own: what is larger is a slip of the keyboard
 
 
 def parse_config(cls, recipes=None, argv=None, embedded=None):
@@ -34,9 +38,13 @@ def parse_config(cls, recipes=None, argv=None, embedded=None):
     recipe = given.pop("recipe", None)
     for name, value in given.items():
         if isinstance(value, list):
-            given[name] = tuple(value)
-        elif value == "" and type(None) in typing.get_args(types[name]):
+            given[name] = value = tuple(value)
+        if isinstance(value, tuple) and not all(part.strip() for part in value):
+            parser.error(f"{flag_of(name)}: one of its values is empty: leave it out")
+        if value == "" and type(None) in typing.get_args(types[name]):
             given[name] = None
+        elif isinstance(value, str) and not value.strip():
+            parser.error(f"{flag_of(name)} is empty: give a value, or leave the option out")
     own = "model" in given or "data" in given
     chosen = recipe or (None if own else embedded)
     options = recipes[chosen] if chosen else {}
@@ -56,9 +64,10 @@ def saved_options(cls, folder):
         raise ValueError(f"--resume: {file} is not there, so there is no run to resume; --out names the run's folder, "
                          "without --resume a run begins")
     try:
-        options = parse_json(file.read_bytes())["options"]
-        types = typing.get_type_hints(cls)
+        record = parse_json(file.read_bytes())
+        options, types = record["options"], typing.get_type_hints(cls)
         fits = set(options) <= set(types) and all(has_type(value, types[name]) for name, value in options.items())
+        fits &= "resumed" not in record or isinstance(record["resumed"], list)
     except (ValueError, KeyError, TypeError, AttributeError):
         fits = False
     if not fits:
@@ -104,6 +113,8 @@ def check_at_least(cfg, low, *names):
         if not low <= value < math.inf:
             finite = "" if math.isfinite(value) else " and finite"
             raise ValueError(f"{flag_of(name)} must be at least {low}{finite}, got {value}")
+        if value > LARGEST:
+            raise ValueError(f"{flag_of(name)} must be at most {LARGEST}, got {value}")
 
 
 def check_between(cfg, low, high, *names):
@@ -126,6 +137,8 @@ def check_training(cfg):
                              "each other (without both: the generated task)")
     check_at_least(cfg, 1, "micro_tokens", "eval_pairs")
     check_at_least(cfg, 0, "lr", "weight_decay", "eval_every", "n_samples", "save_every")
+    if cfg.lr == 0:
+        raise ValueError("--lr must be above 0: at 0 nothing is learned")
     check_between(cfg, 0, 1, "final_lr_frac")
     check_between(cfg, 0, 4096, "threads")
     check_between(cfg, 0, 2**40 - 1, "seed")
@@ -135,8 +148,29 @@ def check_training(cfg):
     if not cfg.max_norm > 0:
         raise ValueError(f"--max-norm must be above 0 (inf does not clip), got {cfg.max_norm}")
     check_choice(cfg, "dtype", "float32", "bfloat16")
+    if cfg.eval_every not in (0, type(cfg).eval_every) and not cfg.eval_data:
+        raise ValueError(f"--eval-every {cfg.eval_every} needs --eval-data, the pairs to judge")
     if cfg.keep_best and not (cfg.eval_data and cfg.eval_every):
         raise ValueError("--keep-best compares evaluations: it needs --eval-data and an --eval-every above 0")
+
+
+def rank_and_world():
+    """This process's number among those of torchrun, and how many they are; ValueError if only some of it is told: a
+    rank 1 of 1 would train for hours and write nothing."""
+    told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if told["RANK"] is None and told["WORLD_SIZE"] is None:
+        return 0, 1
+    numbers = [told[name] or "" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+    if not told["MASTER_ADDR"] or not all(x.isdigit() for x in numbers) or not int(numbers[0]) < int(numbers[1]):
+        raise ValueError("the environment has " + ", ".join(f"{name}={value}" for name, value in told.items()) +
+                         ": start with torchrun, which sets all of them, or unset RANK and WORLD_SIZE")
+    return int(numbers[0]), int(numbers[1])
+
+
+def refuse_ranks(script):
+    """Before a script that would do the same work in every process, into the same files."""
+    if rank_and_world()[1] > 1:
+        raise ValueError(f"{script} needs one process: start it with python, not torchrun")
 
 
 def flag_of(name):

@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor
 from common import copy_weights
 from files import NotJson, one_line_errors, parse_json, refuse_existing, write_records
 from kernels import Prompts, attention, decode_attention, linear_logp, logits, runs_triton
-from model import Model, pack
-from options import check_at_least, check_between, check_choice, parse_config
+from model import Model, check_folder, pack
+from options import check_at_least, check_between, check_choice, parse_config, refuse_ranks
 from tokenizer import StreamDecoder, Tokenizer
 
 # ------------------------------------------------------------------------------------------- one token's random choice
@@ -479,6 +479,7 @@ def load_model(folder, device="auto", dtype="auto", batch_invariant=False):
         dtype = "bfloat16" if device == "cuda" else "float32"
     dtype = getattr(torch, dtype)
     impl = model_impl(batch_invariant, device, dtype)
+    check_folder(folder)
     tokenizer = Tokenizer(folder)
     model = Model.from_pretrained(folder, device, dtype).requires_grad_(False)
     model.impl = impl
@@ -510,6 +511,8 @@ class Config:
         check_options(self)
         check_model(self)
         check_between(self, 1, 1024, "n")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("--n above 1 needs a --temperature above 0: greedy completions are all the same")
         if (self.text is None) == (self.texts is None) or bool(self.texts) != bool(self.out):
             raise ValueError("give either --text, or --texts FILE and --out FILE")
 
@@ -522,9 +525,13 @@ def check_model(cfg):
 def check_options(cfg):
     """The options that every script which samples has; ValueError names the one that cannot be."""
     check_at_least(cfg, 1, "max_new_tokens", "n_slots")
-    check_at_least(cfg, 0, "temperature", "top_k")
+    check_at_least(cfg, 0, "top_k")
+    if cfg.temperature != 0:  # 0 takes the likeliest token
+        check_between(cfg, 1e-3, 100, "temperature")
     if not 0 < cfg.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {cfg.top_p}")
+    if cfg.temperature == 0 and (cfg.top_p < 1 or cfg.top_k):
+        raise ValueError("--top-p and --top-k draw among the likeliest tokens: they need a --temperature above 0")
     check_between(cfg, 0, 4096, "threads")
     check_between(cfg, 0, 2**63 - 1, "seed")
     check_choice(cfg, "dtype", "auto", "float32", "bfloat16")
@@ -547,15 +554,18 @@ def read_texts(path, tokenizer):
                 messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["text"]}]
                 rows.append((row, tokenizer.chat(messages)))
             except NotJson as e:
-                raise ValueError(f"{path}:{number}: {e.fault}") from None
+                raise ValueError(f'{path}:{number}: {e.fault}; each line is an object like {{"text": "..."}}') from None
             except (KeyError, TypeError):
                 raise ValueError(f'{path}:{number}: is not {{"text": "..."}} or {{"messages": [...]}}') from None
             except ValueError as e:
                 raise ValueError(f"{path}:{number}: {e}") from None
+    if not rows:
+        raise ValueError(f"{path}: is empty; give a line of JSON for each text")
     return rows
 
 
 def main(cfg):
+    refuse_ranks("sample.py")
     if cfg.out:
         refuse_existing(cfg.out)
     if cfg.threads:

@@ -46,7 +46,7 @@ class Tokenizer:
             raise ValueError(f"{self.path}: no tokenizer.json there; give a Hugging Face model folder that has one")
         config = self._json("tokenizer_config.json")
         self._read_vocabulary(self._json("tokenizer.json"))
-        bos = _token_text(config.get("bos_token"))
+        bos = self._token_text(config, "bos_token")
         self._bos = Control(bos) if bos else ""
         self._template = self._refusal = None
         try:
@@ -157,8 +157,10 @@ class Tokenizer:
             # Out of the vocabulary too: where that has control tokens, `ignore_merges` finds them as whole words.
             vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in self._id_of}
             decoder = spec["decoder"]["type"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: not a BPE tokenizer of the tokenizers library ({error!r})") from None
+            self.n_vocab = 1 + max([*vocab.values(), *self._added])  # the embedding may have more: not to be sampled
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{where}: not a BPE tokenizer of the tokenizers library ({error!r}); take that of a Qwen "
+                             "model") from None
         if decoder != "ByteLevel":
             raise ValueError(f"{where}: its decoder is {decoder}, need ByteLevel; only byte-level BPE is supported")
         # A truncation or padding that somebody saved would be applied silently.
@@ -168,16 +170,16 @@ class Tokenizer:
             self._plain = tokenizers.Tokenizer.from_str(plain)
         except Exception as error:  # what is wrong with a spec the library raises as a bare Exception, nothing narrower
             raise ValueError(f"{where}: {error}") from None
-        self.n_vocab = 1 + max([*vocab.values(), *self._added])  # the embedding may have more rows: not to be sampled
 
     def _find_template(self, config):
         where = os.path.join(self.path, "tokenizer_config.json")
         text = config.get("chat_template")
         if "chat_template.jinja" in self._files:  # where both are there, transformers reads this one
             where = os.path.join(self.path, "chat_template.jinja")
-            text = self._files["chat_template.jinja"].decode()
+            text = _text(self._files["chat_template.jinja"], where)
         if isinstance(text, list):  # several named templates
-            text = next((entry["template"] for entry in text if entry["name"] == "default"), None)
+            named = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
+            text = named.get("default")
         if not text or not isinstance(text, str):
             raise ValueError(f"{self.path}: no chat template in tokenizer_config.json, and no chat_template.jinja; "
                              "take the folder of an instruct model")
@@ -201,15 +203,25 @@ class Tokenizer:
                     ids = [ids]
                 for i in ids:
                     if type(i) is not int or not 0 <= i < self.n_vocab:
-                        raise ValueError(f"{path}: eos_token_id {i!r} is not in tokenizer.json (0..{self.n_vocab - 1})")
+                        raise ValueError(f"{path}: eos_token_id {i!r} is not in tokenizer.json "
+                                         f"(0..{self.n_vocab - 1}); take both of one model")
                 return frozenset(turn_end.union(ids))
-        eos = _token_text(config.get("eos_token"))
+        eos = self._token_text(config, "eos_token")
         if eos is None:
             return frozenset(turn_end)
         if eos not in self._id_of:
             where = os.path.join(self.path, "tokenizer_config.json")
-            raise ValueError(f"{where}: eos_token {eos!r} is no added token of tokenizer.json")
+            raise ValueError(f"{where}: eos_token {eos!r} is no added token of tokenizer.json; take both of one model")
         return frozenset(turn_end | {self._id_of[eos]})
+
+    def _token_text(self, config, key):
+        """A token in tokenizer_config.json is a string, or an object with its flags, or null."""
+        token = config.get(key)
+        text = token.get("content", token) if isinstance(token, dict) else token
+        if text is not None and not isinstance(text, str):
+            where = os.path.join(self.path, "tokenizer_config.json")
+            raise ValueError(f"{where}: {key} is {token!r:.60}; it must be a string; take the file of the model again")
+        return text
 
 
 class StreamDecoder:
@@ -366,21 +378,23 @@ def _check(messages):
     return [(message["role"], str(message["content"])) for message in messages]
 
 
-def _token_text(token):
-    """A token in tokenizer_config.json is a string, or an object with its flags, or null."""
-    return token["content"] if isinstance(token, dict) else token
-
-
 def _read(path):
     with open(path, "rb") as file:
         return file.read()
+
+
+def _text(data, where):
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: is not UTF-8; copy or download it again") from None
 
 
 def _parse(data, where):
     try:
         parsed = parse_json(data)
     except NotJson as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
+        raise ValueError(f"{where}: not valid JSON ({error}); copy or download it again") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"{where}: need a JSON object, got {type(parsed).__name__}")
     return parsed

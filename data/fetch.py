@@ -42,7 +42,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
-from files import NotJson, fail, json_line, one_line_errors, parse_json, whole, write_whole  # noqa: E402
+from files import NotJson, fail, json_line, one_line_errors, parse_json, refuse_file, whole, write_whole  # noqa: E402
 from data import pairs  # noqa: E402
 
 GITHUB_API, GITHUB_RAW = "https://api.github.com", "https://raw.githubusercontent.com"
@@ -110,6 +110,9 @@ def parse_options(argv=None):
         sources = [source_of(name) for name in options.what]
     except ValueError as e:
         parser.error(str(e))
+    for name in ("out", "revision", "files"):
+        if getattr(options, name) is not None and not getattr(options, name).strip():
+            parser.error(f"--{name} is empty: give a value, or leave the option out")
     if len(sources) > 1 and (options.revision or options.files):
         parser.error("--revision and --files are about one thing: name only that")
     if options.files and options.revision:
@@ -136,7 +139,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def hub():
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not re.match("https?://.", endpoint):
+        raise ValueError(f"HF_ENDPOINT is {endpoint!r}: unset it, or set it to a mirror's https://...")
+    return endpoint.rstrip("/")
 
 
 def chunks(url, start=0):
@@ -145,6 +151,8 @@ def chunks(url, start=0):
     if start:
         request.add_header("Range", f"bytes={start}-")
     token = os.environ.get("HF_TOKEN", "").strip()
+    if not token.isascii():
+        raise ValueError("HF_TOKEN has characters that no token has: copy it again")
     if token and url.startswith(hub() + "/"):
         request.add_header("Authorization", f"Bearer {token}")
     try:
@@ -401,6 +409,7 @@ def convert(name, files, path, skip_bad=False):
 
 
 def main(what, out, revision=None, files=None, skip_bad=False):
+    refuse_file(out)
     for name in what:
         source = source_of(name)
         folder, path = Path(out, name), Path(out, f"{name}.jsonl")

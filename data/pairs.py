@@ -106,6 +106,15 @@ def without_equal_answers(items, path, drop, say):
     return kept if drop else items
 
 
+def note_one_label(labels, path):
+    """Says so if all labels are the same: a judge that always says it would be right."""
+    found = set(labels) - {None}
+    if len(labels) > 1 and len(found) == 1:
+        label = found.pop().upper()
+        print(f"note: {path}: every label is {label}, and a judge that always says {label} is right each time; put "
+              "the better answer first in half of the pairs (chosen and rejected are put in a random order here)")
+
+
 def to_json(item):
     """The dict that stands for a Pair or a Chain on disk; reading it gives an equal Pair or Chain."""
     if isinstance(item, Chain):

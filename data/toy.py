@@ -40,7 +40,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
-from files import one_line_errors, whole, write_records, write_whole  # noqa: E402
+from files import fail, one_line_errors, refuse_existing, refuse_file, whole, write_records, write_whole  # noqa: E402
 
 OPEN = "Dear Hello Ahoy Greetings Welcome Hi Salute Hey".split()
 SAY = "silver amber garden river candle winter copper meadow lantern harbor violet thunder".split()
@@ -244,10 +244,21 @@ def write_data(folder, seed=0, careful=None, n_distill=19_200, n_rl=3_200, n_hel
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"toy.py: {message} (--help lists the options)")
     parser.add_argument("--out", default="runs/toy/data", help="folder for distill.jsonl, rl.jsonl and heldout.jsonl")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs; the split does not depend on it")
     parser.add_argument("--careful", type=float, help="share of careful chains; 1 also weights every rubric")
     args = parser.parse_args()
+    if not args.out.strip():
+        parser.error("--out is empty: give a folder, or leave the option out")
+    if not 0 <= args.seed < 2**40:
+        parser.error(f"--seed must be from 0 to {2**40 - 1}, got {args.seed}")
+    if args.careful is not None and not 0 <= args.careful <= 1:
+        parser.error(f"--careful must be from 0 to 1, got {args.careful}")
     with one_line_errors():
+        refuse_file(args.out)
+        for split in ("distill", "rl", "heldout"):
+            refuse_existing(Path(args.out, f"{split}.jsonl"))
         write_data(args.out, args.seed, args.careful)

@@ -9,10 +9,14 @@ background is drawn too: the text stays legible where the page and the browser d
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only docs/ itself would be searched
+from data.fields import at, need  # noqa: E402
+from files import fail, one_line_errors, refuse_closed, write_whole  # noqa: E402
+from report.read import lines, read_object  # noqa: E402
 
 WIDTH, HEIGHT = 840, 330
 LEFT, RIGHT, TOP, BOTTOM, GAP = 48, 16, 78, 52, 64  # margins; GAP lies between the panels
@@ -92,27 +96,54 @@ def figure(rows, start=None):
     return "\n".join([*out, "</svg>", ""])
 
 
-def read_lines(path):
+def read_rows(path, *keys):
+    """The objects of a JSON lines file, each with numbers at these keys; ValueError names the line that is none."""
     if not path.is_file():
-        sys.exit(f"{path}: no such file")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        raise ValueError(f"{path}: no such file; name the folder of a grpo.py run, and for --start that of judgements")
+    rows = []
+    for place, row in lines(path):
+        with at(place):
+            for key in keys:
+                need(row, key, int, float)
+        rows.append(row)
+    return rows
 
 
 def start_row(judged, n_pairs):
     """What grpo.py would have logged for the first n_pairs of these judgements, had it evaluated at step 0."""
-    records = read_lines(judged / "judgements.jsonl")[:n_pairs]
-    return {"step": 0, "eval_accuracy": sum(r["verdict"] == r["winner"] for r in records) / len(records),
-            "eval_tokens": sum(r["votes"][0]["n_tokens"] for r in records) / len(records)}
+    records = read_rows(judged / "judgements.jsonl")[:n_pairs]
+    if not records:
+        raise ValueError(f"{judged}: --start has no judgements; name the folder of an evaluation that is done")
+    try:
+        return {"step": 0, "eval_accuracy": sum(r["verdict"] == r["winner"] for r in records) / len(records),
+                "eval_tokens": sum(r["votes"][0]["n_tokens"] for r in records) / len(records)}
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"{judged / 'judgements.jsonl'}: not all of its lines are judgements; name another "
+                         "--start") from None
+
+
+def main(run, start, out):
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"{out}: --out is a file to write, such as figure.svg, in a folder that is there")
+    if out.exists() and b"<svg" not in out.read_bytes()[:100]:
+        raise ValueError(f"{out}: is there and is no SVG; choose another --out")
+    refuse_closed(out.parent)
+    rows = read_rows(run / "metrics.jsonl", "step")
+    if not rows or "eval_accuracy" not in rows[-1]:
+        raise ValueError(f"{run}: holds no finished grpo.py run with --eval-data; name another folder")
+    rows = read_rows(run / "metrics.jsonl", "step", "accuracy", "judgement_tok")
+    options = read_object(run / "config.json").get("options")
+    if start and (not isinstance(options, dict) or "eval_pairs" not in options):
+        raise ValueError(f"{run / 'config.json'}: has no --eval-pairs of a grpo.py run, to which --start is cut")
+    write_whole(out, figure(rows, start and start_row(start, options["eval_pairs"])))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"figure.py: {message} (--help lists the options)")
     parser.add_argument("run", type=Path, help="folder of a grpo.py run")
     parser.add_argument("--start", type=Path, help="folder with the starting model's judgements of the same pairs")
     parser.add_argument("--out", type=Path, default="docs/grpo.svg", help="the SVG to write")
-    args = parser.parse_args()
-    rows = read_lines(args.run / "metrics.jsonl")
-    if not rows or "eval_accuracy" not in rows[-1]:
-        sys.exit(f"{args.run}: holds no finished grpo.py run with --eval-data")
-    options = json.loads((args.run / "config.json").read_text(encoding="utf-8"))["options"]
-    args.out.write_text(figure(rows, args.start and start_row(args.start, options["eval_pairs"])), encoding="utf-8")
+    with one_line_errors():
+        main(**vars(parser.parse_args()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from options import parse_config
-from files import one_line_errors
+from files import one_line_errors, refuse_closed
 from report import build, find, write
 from report.build import INDEX
 
@@ -26,6 +26,7 @@ def check_out(out):
         raise ValueError(f"{out}: is a folder; --out is the file to write, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent}: no such folder; make it, or choose another --out")
+    refuse_closed(out.parent)
     if out.exists() and INDEX.encode() not in out.read_bytes():
         raise ValueError(f"{out}: is there and is not a page of this program; choose another --out")
 

@@ -64,7 +64,7 @@ def find(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder: check the path")
-        here = {file.resolve(): (kind_of(file, file == path), file) for file in files_under(path)}
+        here = {os.path.realpath(file): (kind_of(file, file == path), file) for file in files_under(path)}
         if not any(kind for kind, _ in here.values()):
             raise ValueError(f"{path}: nothing to report there: no judgements.jsonl, scores.json or metrics.jsonl; "
                              "name a folder that evaluate.py, judge.py, distill.py or grpo.py wrote")

@@ -261,7 +261,7 @@ def test_a_new_run_writes_its_options_and_refuses_a_used_folder(tmp_path):
     with pytest.raises(ValueError, match="already holds a run; --resume continues it, --out chooses another folder$"):
         Run(options, ALONE)
     for folder in (out / "config.json", out / "config.json/deeper"):
-        with pytest.raises(ValueError, match=f"{out}/config.json: is a file; --out is a folder"):
+        with pytest.raises(ValueError, match=f"{out}/config.json: is a file, where --out needs a folder"):
             Run(Options(out=str(folder)), ALONE)
 
 

@@ -123,7 +123,7 @@ def test_main_scores_what_it_judged(folder, data, tmp_path, capsys):
     with pytest.raises(ValueError, match="judgements.jsonl: holds 31 judgements of pairs that are not given now"):
         main(replace(cfg, limit=9))
     assert judged(out) == records
-    with pytest.raises(ValueError, match="none/config.json"):  # told before the first model judges
+    with pytest.raises(ValueError, match="none: is no folder here"):  # told before the first model judges
         main(config(folder, data, tmp_path / "two", model=(str(folder), str(tmp_path / "none"))))
     assert not (tmp_path / "two").exists()
 
@@ -457,7 +457,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
         error = capsys.readouterr().err
         assert e.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file: is a file; --out is a folder"):
+    with pytest.raises(ValueError, match="file: is a file, where --out needs a folder"):
         main(config(folder, unlabelled, tmp_path / "file"))
     bad_id = tmp_path / "bad_id.jsonl"
     write_pairs(bad_id, [Pair("1/swapped", [{"role": "user", "content": "sort 21"}], "12", "21", "a", "", "")])

@@ -88,5 +88,6 @@ def test_the_command_writes_the_file_and_names_what_is_missing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "figure.svg").read_text() == figure(rows(0.6, 36))
     done = run(tmp_path / "nowhere", "--out", tmp_path / "other.svg")
-    assert done.returncode != 0 and done.stderr == f"{tmp_path}/nowhere/metrics.jsonl: no such file\n"
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/nowhere/metrics.jsonl: no such file; name the folder")
     assert not (tmp_path / "other.svg").exists()

@@ -47,7 +47,7 @@ def test_options_have_the_types_of_their_fields():
 
 
 def test_an_empty_value_is_none_where_none_is_allowed():
-    assert parse_config(Options, argv=["--data", "", "--name="]) == Options(data=None, name="")
+    assert parse_config(Options, argv=["--data", ""]) == Options(data=None)
     assert parse_config(Options, {"full": {"data": "x"}}, ["--data", "", "--recipe", "full"]).data is None
 
 
@@ -77,7 +77,8 @@ def test_a_flag_wins_over_its_recipe_wherever_it_stands():
     (["--unknown", "1"], "--unknown"), (["--n-step", "5"], "--n-step"), (["--n-steps", "many"], "--n-steps"),
     (["--n-steps", "1.5"], "--n-steps"),
     (["--lr", "1e"], "--lr"), (["--n-steps"], "--n-steps"), (["--fast", "yes"], "yes"), (["word"], "word"),
-    (["--n_steps", "5"], "--n_steps"),
+    (["--n_steps", "5"], "--n_steps"), (["--name="], "--name is empty: give a value, or leave the option out"),
+    (["--name", " "], "--name is empty"),
     (["--recipe", "small"], "small"), (["--n-steps", "-1"], "must be at least 0, got -1"),
 ])
 def test_a_wrong_flag_ends_with_one_line_that_names_it_and_status_2(argv, named, capsys):

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "data": "files",
     "model": "files kernels",
     "sample": "common files kernels model options tokenizer",
-    "judge": "common data files options reward sample tokenizer",
+    "judge": "common data files model options reward sample tokenizer",
     "distill": "common data files judge model options reward sample tokenizer",
     "grpo": "common data distill files judge model options reward sample tokenizer",  # distill: the first stage of the demo's task
     "benchmarks": "data reward",
