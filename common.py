@@ -1,4 +1,4 @@
-"""What the training loops share: ranks, micro-batches, optimizer and schedule, checkpoints, the run folder.
+"""What the training loops share: ranks, micro-batches, optimizer and schedule, checkpoints.
 
 Nothing here knows what a pair, a rollout or a loss is.
 """
@@ -9,10 +9,6 @@ import gc
 import json
 import math
 import os
-import shutil
-import subprocess
-import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,9 +20,8 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from files import append, fail, parse_json, refuse_file, refuse_taken, remove, rows_until, whole, write_whole
-from options import flag_of, rank_and_world, saved_options
-from tracking import check_trackers, open_trackers
+from files import fail, parse_json, remove, whole
+from options import rank_and_world
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
 
@@ -214,8 +209,8 @@ def optimizer_step(model, optimizers, lr, max_norm, loss):
 
 
 def is_finite(model, probe):
-    """Are the log-probabilities of a Forest's tokens numbers, and their gradient? Not after a step that was far too long:
-    the weights can still be finite then, and even the probabilities, where a norm of them has overflowed."""
+    """Are the log-probabilities of a Forest's tokens numbers, and their gradient? Not after a step that was far too
+    long: the weights can still be finite then, and even the probabilities, where a norm of them has overflowed."""
     scored_m = torch.arange(1, len(probe.tokens_n), device=probe.tokens_n.device)
     logp_m, _ = model(probe, scored_m)
     logp_m.sum().backward()
@@ -272,12 +267,6 @@ def save_checkpoint(folder, model, optimizers, state, ranks, add_files):
     save_model(folder, model, ranks, add_state)
 
 
-def latest_checkpoint(folder):
-    """The newest step-N folder of a run's checkpoints, or None."""
-    found = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
-
-
 def restore(folder, model, optimizers):
     """Fills the optimizers from a checkpoint, sharding each moment like its weight; returns the steps done.
 
@@ -312,122 +301,3 @@ def restore(folder, model, optimizers):
         raise ValueError(f"{folder}: its optimizer.safetensors or state.json is damaged ({e}); with the folder moved "
                          "away, --resume takes the checkpoint before") from None
     return state["step"]
-
-
-# ----------------------------------------------------------------------------------------------------------- run folder
-
-
-MAX_SKIPPED = 3  # optimizer steps in a row without a finite loss and gradient, and the run ends
-
-
-class Run:
-    """runs/NAME/: config.json, metrics.jsonl (a flat row a step), samples.jsonl, checkpoints/step-N/. Rank 0 writes."""
-
-    def __init__(self, config, ranks, may_change=None):
-        """Checks the folder config.out and writes nothing. A new run refuses a folder that already holds one; with
-        config.resume other options than the run's own are refused, but for those of may_change: {name: what changes
-        with it, or ""}."""
-        self.folder, self.ranks, self.config = Path(config.out), ranks, config
-        self.before, self.changed, self.trackers = None, {}, []
-        check_trackers(config.wandb, config.tensorboard)
-        refuse_file(self.folder)
-        if config.resume:
-            self.before = saved_options(type(config), self.folder)
-            self.changed = self.changes(may_change or {})
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                rows_until(self.folder / name, math.inf)  # a damaged one is told before any work
-        else:
-            refuse_taken(self.folder)
-        self.checkpoint = latest_checkpoint(self.folder / "checkpoints") if config.resume else None
-        ranks.barrier()
-
-    def changes(self, may_change):
-        """{name: [before, now]} of the options that have changed; ValueError if one of them may not."""
-        options = dataclasses.asdict(self.config)
-        changed = {}
-        for name, value in options.items():
-            # what an earlier version of a script did not have, its runs had at the default
-            before = self.before[name] if name in self.before else getattr(type(self.config), name)
-            if name in ("resume", "out") or value == before:
-                continue
-            if name not in may_change:
-                raise ValueError(f"{self.folder / 'config.json'}: the run was started with {flag_of(name)} {before}, "
-                                 f"not {value}; leave the option out to go on with the run's own")
-            changed[name] = [before, value]
-            if may_change[name] and self.ranks.main:
-                print(f"note: {flag_of(name)} was {before}, is {value} from here on: {may_change[name]}")
-        return changed
-
-    def begin(self, step, n_steps):
-        """Before the first step that this process makes, `step` being done: writes config.json, and drops the rows
-        that an interrupted run wrote after its last checkpoint."""
-        if step > n_steps:
-            raise ValueError(f"{self.folder}: {step} steps are done already, so it cannot end after {n_steps}")
-        if self.ranks.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / "config.json"
-            options, start = dataclasses.asdict(self.config), {"command": sys.argv, **machine(self.ranks)}
-            record = {"options": options, **start}
-            if self.before is not None:
-                first = parse_json(file.read_bytes())
-                record = first | {"options": options | {"resume": False}}
-                record["resumed"] = first.get("resumed", []) + [{"step": step, "changed": self.changed, **start}]
-                print(f"{self.folder}: goes on after step {step} of {n_steps}")
-            write_whole(file, json.dumps(record, indent=2))
-            self.truncate(step)
-            self.trackers = open_trackers(self.config.wandb, self.config.tensorboard, self.folder, options)
-        self.ranks.barrier()
-
-    def close(self):
-        for tracker in self.trackers:
-            tracker.close(0)
-
-    def row(self, file, row):
-        """Adds a row; a number that is not finite is null in it, since JSON has no other word for it."""
-        if self.ranks.main:
-            finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
-            append(self.folder / file, finite)
-            if file == "metrics.jsonl":
-                for tracker in self.trackers:
-                    tracker.log(finite)
-
-    def truncate(self, step):
-        """Drops rows past `step`, and a half-written line."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (self.folder / name).exists():
-                write_whole(self.folder / name, b"".join(line + b"\n" for line in rows_until(self.folder / name, step)))
-
-    def best_accuracy(self):
-        """The best eval_accuracy so far, if the model that had it was kept; else -1."""
-        metrics = self.folder / "metrics.jsonl"
-        if not (self.folder / "best").exists() or not metrics.exists():
-            return -1.0
-        rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-        return max((row["eval_accuracy"] for row in rows if "eval_accuracy" in row), default=-1.0)
-
-    def save_best(self, row, model, add_files, dtype):
-        """Keeps the model of this row as best/."""
-        def add_accuracy(folder):
-            (folder / "best.json").write_text(json.dumps({key: row[key] for key in ("step", "eval_accuracy")}))
-            add_files(folder)
-        save_model(self.folder / "best", model, self.ranks, add_accuracy, dtype)
-
-    def stop(self, why):
-        """Ends the run with one line and no model/."""
-        kept = latest_checkpoint(self.folder / "checkpoints")
-        raise ValueError(f"{self.folder}: stopped, {why}; no model/ is written, the last good weights are in "
-                         f"{kept or self.config.model}: start another run from there, with a lower --lr")
-
-
-def machine(ranks):
-    """What a reader needs to repeat a run: commit, versions, device."""
-    def git(*args):
-        if shutil.which("git") is None:
-            return None
-        out = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return out.stdout.strip() if out.returncode == 0 else None
-    changes = git("status", "--porcelain")
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
-            "torch": torch.__version__, "python": sys.version.split()[0], "device": device, "ranks": ranks.world,
-            "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}

@@ -27,7 +27,7 @@ from evaluate import write_scores
 from files import one_line_errors, refuse_file, write_records
 from judge import Judge
 from options import check_between, parse_config, refuse_ranks
-from reward import load_prompt
+from prompt import load_prompt
 from sample import Sampler, Sampling, load_model
 
 TITLES = {"untrained": "untrained", "answer_only": "answer-only SFT", "distilled": "distilled",

@@ -11,9 +11,9 @@ Departures from the paper and its released code:
   3. Norm weights and biases are never decayed.
   4. Embedded default only: the blocks' matrices are trained with Muon (--recipe toy); the paper's sizes use AdamW.
 
-The options' defaults are the paper's for 7B. Without --model and --data it trains "the embedded default" (--recipe toy):
-a generated task and a tiny model, data/toy.py, all under runs/toy. Then the same with data of one's own, on one GPU and
-on four, and a run that was interrupted:
+The options' defaults are the paper's for 7B. Without --model and --data it trains "the embedded default"
+(--recipe toy): a generated task and a tiny model, data/toy.py, all under runs/toy. Then the same with data of one's
+own, on one GPU and on four, and a run that was interrupted:
 
     python distill.py
     python distill.py --model DIR --data chains.jsonl --prompt instruct --out runs/distill
@@ -31,15 +31,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (MAX_SKIPPED, Run, Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches,
-                    optimizer_step, restore, save_checkpoint, save_model, shard)
+from common import (Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step,
+                    restore, save_checkpoint, save_model, shard)
 from data import toy
 from data.pairs import read_chains, without_equal_answers
 from files import one_line_errors
-from judge import HeldOut, check_context, note_verdicts
-from model import Model, ModelConfig, check_folder, pack
+from folder import check_context, check_folder
+from judge import HeldOut, note_verdicts
+from model import Model, ModelConfig, pack
 from options import check_at_least, check_between, check_choice, check_training, parse_config
-from reward import load_prompt, prompt_path, prompt_to_keep, render
+from prompt import load_prompt, prompt_path, prompt_to_keep, render
+from run import MAX_SKIPPED, Run
 from sample import refresh, whole_model
 from tokenizer import Tokenizer
 

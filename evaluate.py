@@ -29,9 +29,9 @@ from benchmarks.records import read_benchmark, read_recorded
 from common import init_ranks
 from data.pairs import SWAPPED, read_pairs, swapped, write_pairs
 from files import one_line_errors, refuse_file, write_records, write_whole
+from folder import read_json
 from judge import (check_judging, check_settings, encode_all, judge_file, judge_settings, judged, key_of, load_judge,
                    prompt_for, refuse_others)
-from model import read_json
 from options import check_choice, parse_config
 
 
@@ -71,8 +71,8 @@ class Config:
             raise ValueError(f"--from scores what was recorded: --{others[0].replace('_', '-')} does not go with it")
         to_judge = self.rewardbench or self.rmbench or self.rmb or self.data
         if bool(self.model) != bool(to_judge):
-            raise ValueError("--model and what it is to judge (--data, --rewardbench, --rmbench or --rmb) need each other; "
-                             "without both, the generated task's")
+            raise ValueError("--model and what it is to judge (--data, --rewardbench, --rmbench or --rmb) need each "
+                             "other; without both, the generated task's")
         if self.order == "published" and (self.skip_bad or not {"rewardbench", "rmbench", "rmb"} & set(changed)):
             raise ValueError("--order published is of the three benchmarks, and of all their records: give one of "
                              "--rewardbench, --rmbench and --rmb, without --skip-bad")

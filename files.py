@@ -134,25 +134,3 @@ def refuse_closed(path):
     nearest = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"{nearest}: cannot be written to (read-only, or another user's); choose another --out")
-
-
-def refuse_taken(folder):
-    """Before a new run: it would go among another's files, or take the place of a model's config.json, say."""
-    if (folder / "metrics.jsonl").exists():
-        raise ValueError(f"{folder}: already holds a run; --resume continues it, --out chooses another folder")
-    config = folder / "config.json"
-    ours = config.is_file() and b'"options"' in config.read_bytes()  # of a run that was ended before its first row
-    for name in ("config.json", "samples.jsonl", "checkpoints", "model", "best"):
-        if (folder / name).exists() and not (ours and name == "config.json"):
-            raise ValueError(f"{folder / name}: is already there, and is no part of a run; choose another --out")
-
-
-def rows_until(path, step):
-    """The whole lines, as bytes, of a run's rows up to a step; none if there is no such file."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
-        try:
-            rows += [line] if parse_json(line)["step"] <= step else []
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number}: is no row of a run; mend the line, or take it out") from None
-    return rows

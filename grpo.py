@@ -29,9 +29,9 @@ Departures from the paper and its released code:
      update, with their KL term; their tokens stay in the denominator (--skip-zero-spread). And the learning rate falls
      along a cosine (--final-lr-frac); the paper keeps it constant.
 
-The options' defaults are the paper's for 7B. Without --model and --data it trains "the embedded default" (--recipe toy):
-a generated task, data/toy.py, and a tiny model that distill.py trains first if it is not there, all under runs/toy. Then
-the same on eight GPUs with data of one's own, and a run that was interrupted:
+The options' defaults are the paper's for 7B. Without --model and --data it trains "the embedded default"
+(--recipe toy): a generated task, data/toy.py, and a tiny model that distill.py trains first if it is not there, all
+under runs/toy. Then the same on eight GPUs with data of one's own, and a run that was interrupted:
 
     python grpo.py
     torchrun --nproc_per_node 8 grpo.py --model DISTILLED --data pairs.jsonl --out runs/grpo
@@ -48,14 +48,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (MAX_SKIPPED, Run, Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches,
-                    optimizer_step, restore, save_checkpoint, save_model, shard)
+from common import (Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step,
+                    restore, save_checkpoint, save_model, shard)
 from data.pairs import Pair, note_one_label, read_pairs, without_equal_answers
 from files import one_line_errors
-from judge import HeldOut, check_context
-from model import Model, check_folder, pack
+from folder import check_context, check_folder
+from judge import HeldOut
+from model import Model, pack
 from options import check_at_least, check_between, check_training, parse_config
-from reward import load_prompt, prompt_of, prompt_path, prompt_to_keep, render, reward, training_verdict
+from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
+from reward import reward, training_verdict
+from run import MAX_SKIPPED, Run
 from sample import Rollout, Sampler, Sampling, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 
@@ -410,7 +413,8 @@ def main(cfg):
         row = {"step": done, **rollout_metrics(groups), **tally.means(ranks),
                "mismatch_max": max(ranks.gather(max(mismatches, default=0.0))),
                "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "n_skipped": n_skipped,
-               "lr": lr, "rollout_s": rollout_s, "update_s": update_s, "update_tok_s": n_trained / update_s, **sampler.stats()}
+               "lr": lr, "rollout_s": rollout_s, "update_s": update_s, "update_tok_s": n_trained / update_s,
+               **sampler.stats()}
         evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from common import Ranks
 from data.pairs import SWAPPED, Pair, note_one_label, read_pairs
 from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
-from model import check_folder
+from folder import check_folder
 from options import check_at_least, check_between, parse_config, refuse_ranks
-from reward import Prompt, benchmark_verdict, load_prompt, majority, prompt_of, render, training_verdict
+from prompt import Prompt, load_prompt, prompt_of, render
+from reward import benchmark_verdict, majority, training_verdict
 from sample import Sampler, Sampling, check_model, check_options, load_model, prompt_key, sampling_of
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -105,17 +106,6 @@ class HeldOut:
         metrics["eval_no_verdict"] = sum(vote["verdict"] is None for vote in votes) / len(votes)
         metrics["eval_tokens"] = sum(vote["n_tokens"] for vote in votes) / len(votes)
         return metrics | {"eval_s": time.perf_counter() - began}, records
-
-
-def check_context(model, lengths, what, say):
-    """Of sequences of these lengths: a note if some are longer than a model was made to read, ValueError if all are."""
-    context = model.config.raw.get("max_position_embeddings")
-    n_long = sum(length > context for length in lengths) if context else 0
-    said = f"{n_long} of {len(lengths)} {what} are longer than the {context} tokens that {model.name} was made to read"
-    if n_long and n_long == len(lengths):
-        raise ValueError(f"{said} (max_position_embeddings): give shorter ones, or another model")
-    if n_long and say:
-        print(f"note: {said}")
 
 
 def note_verdicts(chains, path, answer_only):

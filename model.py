@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files import NotJson, parse_json, whole, write_whole
+from files import whole, write_whole
+from folder import check_config, load_weights, n_tokens, read_json, show
 from kernels import add_rms_norm, attention, linear, linear_logp, logits, rms_norm, rope, swiglu, wide
 
 # --------------------------------------------------------------------------------------------------------------- config
@@ -81,50 +81,6 @@ class ModelConfig:
             head_dim=head_dim, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)), qkv_bias=not is_qwen3 or bias,
             o_bias=is_qwen3 and bias, qk_norm=is_qwen3, rope=read_rope(raw, head_dim, refuse), raw=raw)
-
-
-def check_config(raw, refuse):
-    """refuse(why) for the first field that is missing, malformed, or asks for something we do not compute."""
-    kind = raw.get("model_type")
-    if kind not in ("qwen2", "qwen3"):
-        refuse(f"model_type is {kind!r}; supported are qwen2 (Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen) and qwen3")
-    wanted = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]
-    if raw.get("architectures", [wanted]) not in ([wanted], None):
-        refuse(f"architectures {raw['architectures']!r} is not supported; model_type {kind} needs [{wanted!r}]")
-
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    optional = [key for key in ("num_key_value_heads", "head_dim") if raw.get(key) is not None]
-    for key in (*required, *optional):
-        largest = 1000 if key == "num_hidden_layers" else 2**24  # beyond any model, and short of an overflow
-        if type(raw.get(key)) is not int or not 1 <= raw[key] <= largest:
-            refuse(f"{key} must be an integer from 1 to {largest}, got {show(raw.get(key))}")
-    if not isinstance(raw.get("rms_norm_eps", 1e-6), float) or not 0 <= raw.get("rms_norm_eps", 1e-6) < 1:
-        refuse(f"rms_norm_eps must be a number like 1e-6, got {show(raw['rms_norm_eps'])}")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {raw['hidden_act']!r} is not supported; only silu is")
-    for key in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
-        if raw.get(key) not in (True, False, None):
-            refuse(f"{key} must be true or false, got {raw[key]!r}")
-    if slides(raw):
-        refuse("sliding-window attention is in use (use_sliding_window, max_window_layers, layer_types); "
-               "only full attention is supported")
-    for key in ("attention_dropout", "use_mrope", "quantization_config"):
-        if raw.get(key):
-            refuse(f"{key}={raw[key]!r} is not supported; remove it from the config if you can do without it")
-
-
-def show(value):
-    """A value of somebody else's file, in a line."""
-    return f"{value!r:.40}"
-
-
-def slides(raw):
-    """Does any layer see a window only? layer_types says it of each; without it, the layers from max_window_layers on
-    do if use_sliding_window is on (released Qwen configs carry the window's fields, and leave it off)."""
-    if raw.get("layer_types"):
-        return any(kind != "full_attention" for kind in raw["layer_types"])
-    on = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
-    return bool(on) and raw["num_hidden_layers"] > (raw.get("max_window_layers", 28) or 0)
 
 
 def read_rope(raw, head_dim, refuse):
@@ -425,118 +381,3 @@ def rope_table(rope, positions_n, dtype):
 def _on_device(values, device):
     """Copied once, not at every decode step."""
     return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-# -------------------------------------------------------------------------------------------------------------- loading
-
-
-def read_json(path):
-    """The JSON object in a file; ValueError names a file that is not there, not readable or not an object."""
-    try:
-        value = parse_json(Path(path).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: no such file; a model folder has config.json, weights and tokenizer") from None
-    except OSError as e:
-        raise ValueError(f"{path}: {e.strerror}") from None
-    except NotJson as e:
-        raise ValueError(f"{path}:{e.line}: not valid JSON: {e.fault}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, need an object")
-    return value
-
-
-def n_tokens(path, vocab_size):
-    """How many ids the tokenizer beside a model has: the head's other rows are padding, which nobody trained."""
-    file = path / "tokenizer.json"
-    if not file.exists():
-        return vocab_size
-    spec = read_json(file)
-    try:
-        n = 1 + max([*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"])])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{file}: not a BPE tokenizer of the tokenizers library") from None
-    if n > vocab_size:
-        raise ValueError(f"{path}: tokenizer.json has {n} tokens, but config.json's vocab_size is {vocab_size}: they are "
-                         "not of the same model; take both from one")
-    return n
-
-
-def check_folder(path):
-    """Before any work: ValueError says what a path is that is no model's folder, and what to do."""
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path}: is {'a file' if path.exists() else 'no folder here'}; --model is a Hugging Face one "
-                         "(python data/fetch.py ORG/MODEL makes one of the Hub's: runs/data/ORG/MODEL)")
-    advice = {"model/config.json": f"it is a run's: take {path / 'model'}",
-              "adapter_config.json": "it is a LoRA adapter: merge it into its model (peft: merge_and_unload)",
-              "*.gguf": "GGUF is not read: take the model's safetensors",
-              "*.bin": "pickled weights are not read: save safetensors (transformers: save_pretrained)",
-              "*": "take a Hugging Face folder that has all"}
-    wanted = ["config.json", "tokenizer.json", *weight_files(path)]
-    if missing := [name for name in wanted if not (path / name).is_file()]:
-        fitting = [text for pattern, text in advice.items() if pattern == "*" or any(path.glob(pattern))]
-        raise ValueError(f"{path}: has no {', '.join(missing)}; {fitting[0]}")
-    for name in weight_files(path):
-        opened(path / name)
-
-
-def opened(file):
-    """A safetensors file, whose header fits its size."""
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; weights are in model.safetensors or the index's shards") from None
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: not a readable safetensors file ({e}); copy or download it again") from None
-
-
-def weight_files(path):
-    """The names of the safetensors files that hold a folder's weights.
-
-    model.safetensors wins over an index, as in transformers: a folder saved over a sharded one still has the old index.
-    """
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists() or not index.exists():
-        return ["model.safetensors"]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must be an object of tensor name: file name")
-    return sorted(set(weight_map.values()))
-
-
-ONE_MODEL = "take config.json and weights of one model"
-
-
-def load_weights(model, path, device, dtype):
-    """Fills a meta-device model, tensor after tensor; missing, unexpected or mis-shaped ones by name."""
-    files = weight_files(path)
-    wanted = dict(model.named_parameters())
-    seen = set()
-    head = None  # some tied checkpoints carry the head as well, as a copy of the embedding
-    for file in files:
-        with opened(path / file) as shard:
-            for name in shard.keys():
-                tensor = shard.get_tensor(name)
-                if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                    head = tensor
-                    continue
-                check_tensor(f"{path / file}", name, tensor, wanted, seen)
-                owner, leaf = name.rsplit(".", 1)
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
-                seen.add(name)
-    if missing := sorted(set(wanted) - seen):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{path}: tensor {missing[0]}{more} is missing from {', '.join(files)}; {ONE_MODEL}")
-    if head is not None and not torch.equal(head.to(device, dtype), model.model.embed_tokens.weight):
-        raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
-
-
-def check_tensor(where, name, tensor, wanted, seen):
-    """ValueError unless the tensor is wanted, new, and of the shape that the config gives it."""
-    if name in seen:
-        raise ValueError(f"{where}: second copy of tensor {name}")
-    if name not in wanted:
-        raise ValueError(f"{where}: unexpected tensor {name}; {ONE_MODEL}")
-    if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
-        raise ValueError(f"{where}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the config needs floating "
-                         f"point {tuple(wanted[name].shape)}; {ONE_MODEL}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from files import fail, parse_json
 
 
-LARGEST = 2**40  # of a number that has no bound of its own: what is larger is a slip of the keyboard
+LARGEST = 2**40  # of a whole number that has no bound of its own: what is larger is a slip of the keyboard
 
 
 def parse_config(cls, recipes=None, argv=None, embedded=None):
@@ -113,7 +113,7 @@ def check_at_least(cfg, low, *names):
         if not low <= value < math.inf:
             finite = "" if math.isfinite(value) else " and finite"
             raise ValueError(f"{flag_of(name)} must be at least {low}{finite}, got {value}")
-        if value > LARGEST:
+        if isinstance(value, int) and value > LARGEST:
             raise ValueError(f"{flag_of(name)} must be at most {LARGEST}, got {value}")
 
 

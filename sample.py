@@ -25,8 +25,9 @@ from torch.distributed.tensor import DTensor
 
 from common import copy_weights
 from files import NotJson, one_line_errors, parse_json, refuse_existing, write_records
+from folder import check_folder
 from kernels import Prompts, attention, decode_attention, linear_logp, logits, runs_triton
-from model import Model, check_folder, pack
+from model import Model, pack
 from options import check_at_least, check_between, check_choice, parse_config, refuse_ranks
 from tokenizer import StreamDecoder, Tokenizer
 

@@ -39,7 +39,8 @@ def need_keys(record, *keys):
     """All of these at once, so that a record that lacks three is mended once."""
     missing = [key for key in keys if key not in record]
     if missing:
-        raise Bad(f'no {", ".join(map(show, missing))} (found {keys_of(record)}): add {"them" if missing[1:] else "it"}')
+        them = "them" if len(missing) > 1 else "it"
+        raise Bad(f'no {", ".join(map(show, missing))} (found {keys_of(record)}): add {them}')
 
 
 def need_text(record, key):

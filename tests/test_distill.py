@@ -22,7 +22,8 @@ from data import toy
 from data.pairs import Chain, Pair, read_chains, read_pairs, write_pairs
 from distill import Config, Example, batch_of_step, encode_chain, read_examples, sft_loss
 from model import Model, ModelConfig
-from reward import benchmark_verdict, load_prompt, render
+from prompt import load_prompt, render
+from reward import benchmark_verdict
 from sample import Sampler, Sampling
 from tokenizer import Tokenizer
 
@@ -244,7 +245,8 @@ def test_a_run_learns_and_leaves_a_model_that_transformers_loads(raw, made, tmp_
             [{"role": "user", "content": "sort 76915\nA 15679\nB 12568"}], add_generation_prompt=True,
             return_dict=False)
     with torch.no_grad():
-        torch.testing.assert_close(ours.logits(ids), theirs(torch.tensor([ids])).logits[0, :, :ours.n_vocab], rtol=1e-4, atol=1e-4)
+        wanted_tv = theirs(torch.tensor([ids])).logits[0, :, :ours.n_vocab]
+        torch.testing.assert_close(ours.logits(ids), wanted_tv, rtol=1e-4, atol=1e-4)
 
 
 def interrupt(out, last_kept):
@@ -395,8 +397,8 @@ def test_a_narrow_model_learns_recorded_judgements_by_heart(tmp_path):
 
 
 def command(*args, cwd=ROOT):
-    return subprocess.run([sys.executable, ROOT / "distill.py", *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    return subprocess.run([sys.executable, ROOT / "distill.py", *map(str, args)], cwd=cwd, capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
 
 
 def test_own_data_is_trained_with_the_papers_numbers_and_resumed_without_repeating_them(made, tmp_path):
@@ -445,8 +447,8 @@ def dying(made, out, **changes):
 
 def test_a_dead_run_stops_after_three_skipped_steps_without_a_model(made, tmp_path):
     """Once it logged NaN to its end, exited with 0 and left a model/ that writes "!!!!!"."""
-    with pytest.raises(ValueError, match="run: stopped, loss or gradient were not finite in 3 steps in a row; no model/ is "
-                                         f"written, the last good weights are in {made}/model: start another run"):
+    with pytest.raises(ValueError, match="run: stopped, loss or gradient were not finite in 3 steps in a row; no model/ "
+                                         f"is written, the last good weights are in {made}/model: start another run"):
         distill.main(dying(made, tmp_path / "run"))
     rows = metrics(tmp_path / "run")
     assert [row["n_skipped"] for row in rows] == [0, 1, 1, 1] and rows[0]["loss"] > 0
@@ -459,7 +461,7 @@ def test_a_dead_run_stops_after_three_skipped_steps_without_a_model(made, tmp_pa
 def test_a_dead_model_is_neither_saved_nor_evaluated(changes, made, tmp_path):
     """Wherever a run ends, saves or judges: before that the model must be able to give one chain a probability."""
     changes = {"eval_data": str(made / "heldout.jsonl")} | changes if "eval_every" in changes else changes
-    with pytest.raises(ValueError, match="stopped, its model gives no finite log-probabilities or gradient any more; no model/"):
+    with pytest.raises(ValueError, match="stopped, its model gives no finite log-probabilities or gradient any more"):
         distill.main(dying(made, tmp_path / "run", **changes))
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl"}
     assert not any("eval_accuracy" in row for row in metrics(tmp_path / "run"))
@@ -492,15 +494,16 @@ def ready_made(made, path, prompt):
     return str(path)
 
 
-@pytest.mark.parametrize("made_by, given, kept", [("toy", "toy", "toy"), ("toy", None, None), ("direct", None, "direct"),
-                                                  ("direct", "instruct", "direct"), ("own", None, None),
-                                                  ("own", "own", "own")])
+@pytest.mark.parametrize("made_by, given, kept", [
+    ("toy", "toy", "toy"), ("toy", None, None), ("direct", None, "direct"), ("direct", "instruct", "direct"),
+    ("own", None, None), ("own", "own", "own")])
 def test_prompt_txt_is_the_prompt_that_the_rows_were_made_with(made_by, given, kept, made, tmp_path, capsys):
     """Once it was --prompt, which ready-made rows do not follow; then the later scripts asked another one."""
     (tmp_path / "own.txt").write_text("[user]\nQ {question}\nA {answer_a}\nB {answer_b}\n")
     names = {"own": str(tmp_path / "own.txt")}
     data = ready_made(made, tmp_path / "chains.jsonl", names.get(made_by, made_by))
-    distill.main(config(made, tmp_path / "run", data=data, prompt=names.get(given, given), max_steps=1, max_length=2000))
+    distill.main(config(made, tmp_path / "run", data=data, prompt=names.get(given, given), max_steps=1,
+                        max_length=2000))
     saved, said = tmp_path / "run/model/prompt.txt", capsys.readouterr().out
     assert ("note: 14 of 14 rows bring their own messages" in said) is (kept is None)
     assert saved.exists() is (kept is not None)
@@ -520,7 +523,8 @@ def test_equal_answers_are_said_and_dropped(made, tmp_path, capsys):
     rows[3] = rows[3] | {"answer_b": rows[3]["answer_a"]}
     data = str(write_rows(tmp_path / "rows.jsonl", rows))
     for skip, n in ((False, 14), (True, 13)):
-        examples, pairs = read_examples(config(made, tmp_path, data=data, skip_bad=skip), Tokenizer(made / "model"), True)
+        cfg = config(made, tmp_path, data=data, skip_bad=skip)
+        examples, pairs = read_examples(cfg, Tokenizer(made / "model"), True)
         assert len(examples) == len(pairs) == n and "1 of 14 have two equal answers" in capsys.readouterr().out
 
 
@@ -541,7 +545,8 @@ def test_keep_best_keeps_the_model_with_the_best_held_out_accuracy(made, tmp_pat
         steps.append(len(metrics(steps_of)) + 1)
         return whole_model(model, dtype)
     monkeypatch.setattr(distill, "whole_model", counted)
-    cfg = config(made, tmp_path / "whole", save_every=2, eval_data=str(made / "heldout.jsonl"), eval_every=2, keep_best=True)
+    cfg = config(made, tmp_path / "whole", save_every=2, eval_data=str(made / "heldout.jsonl"), eval_every=2,
+                 keep_best=True)
     steps_of = tmp_path / "whole"
     distill.main(cfg)
     assert steps == [2, 4, 6, 8] and len(metrics(steps_of)) == 8

@@ -22,7 +22,8 @@ from data.pairs import Pair, read_pairs, swapped, write_pairs  # noqa: E402
 import evaluate  # noqa: E402
 from evaluate import Config, main, read_all, short_names  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
-from reward import benchmark_verdict, load_prompt, prompt_path  # noqa: E402
+from prompt import load_prompt, prompt_path  # noqa: E402
+from reward import benchmark_verdict  # noqa: E402
 from judge import Config as JudgeConfig, HeldOut, load_judge  # noqa: E402
 from benchmarks.scores import LEGEND, pairs as score, quantity_table, table, wilson  # noqa: E402
 
@@ -463,7 +464,8 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     write_pairs(bad_id, [Pair("1/swapped", [{"role": "user", "content": "sort 21"}], "12", "21", "a", "", "")])
     with pytest.raises(ValueError, match="pair 1/swapped: ids that end in /swapped"):
         main(config(folder, bad_id, tmp_path / "out"))
-    argv = [sys.executable, ROOT / "evaluate.py", "--model", folder, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "out"]
+    argv = [sys.executable, ROOT / "evaluate.py", "--model", folder, "--data", tmp_path / "none.jsonl",
+            "--out", tmp_path / "out"]
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "none.jsonl: no such file" in done.stderr

@@ -25,7 +25,8 @@ from data.pairs import Pair, read_pairs, to_json, write_pairs  # noqa: E402
 from judge import (Config, Judge, JudgementFile, encode_all, judge_file, judge_settings, load_judge,  # noqa: E402
                    main, texts_from_options)
 from model import Model, ModelConfig  # noqa: E402
-from reward import benchmark_verdict, load_prompt, majority, render  # noqa: E402
+from prompt import load_prompt, render  # noqa: E402
+from reward import benchmark_verdict, majority  # noqa: E402
 from sample import Sampler, Sampling, prompt_key  # noqa: E402
 from test_sample import QWEN2, SHARED, make_folder, tiny  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402

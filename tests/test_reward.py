@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.pairs import Pair  # noqa: E402
-from reward import END_OF_TURN, Judgement, Prompt, benchmark_verdict, could_show, fits, load_prompt  # noqa: E402
-from reward import majority, parse, prompt_of, prompt_to_keep, render, reward, training_verdict  # noqa: E402
+from prompt import Prompt, could_show, fits, load_prompt, prompt_of, prompt_to_keep, render  # noqa: E402
+from reward import END_OF_TURN, Judgement, benchmark_verdict, majority, parse, reward, training_verdict  # noqa: E402
 
 BENCHMARKS = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared")) / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no records at {BENCHMARKS}: set RM_SHARED")
@@ -362,7 +362,7 @@ def test_what_a_template_can_become(template, text, does):
 
 def test_each_prompt_could_have_shown_what_it_rendered_and_no_other_could():
     one = Pair("1", [{"role": "user", "content": "Why {answer_b}?"}], "[[A]]", "", "a", "", "")
-    turns = [{"role": "assistant", "content": x} if i % 2 else {"role": "user", "content": x} for i, x in enumerate("abc")]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate("abc")]
     talk = Pair("2", turns, "d", "e", "a", "", "")
     prompts = {name: load_prompt(name) for name in ("instruct", "reasoning", "direct", "toy")}
     for pair in (one, talk):

@@ -11,21 +11,25 @@ ROOMS = ("benchmarks", "data", "kernels", "report")  # packages; inside them imp
 MAY_IMPORT = {
     "files": "",
     "reward": "",
-    "options": "files",
+    "prompt": "",
     "kernels": "",
-    "tokenizer": "files",
-    "common": "files options tracking",
+    "options": "files",
     "tracking": "files",
+    "tokenizer": "files",
+    "folder": "files",
     "data": "files",
-    "model": "files kernels",
-    "sample": "common files kernels model options tokenizer",
-    "judge": "common data files model options reward sample tokenizer",
-    "distill": "common data files judge model options reward sample tokenizer",
-    "grpo": "common data distill files judge model options reward sample tokenizer",  # distill: the first stage of the demo's task
+    "common": "files options",
+    "run": "common files options tracking",
+    "model": "files folder kernels",
+    "sample": "common files folder kernels model options tokenizer",
+    "judge": "common data files folder options prompt reward sample tokenizer",
+    "distill": "common data files folder judge model options prompt run sample tokenizer",
+    # distill: stage 1 of the generated task
+    "grpo": "common data distill files folder judge model options prompt reward run sample tokenizer",
     "benchmarks": "data reward",
-    "evaluate": "benchmarks common data files judge model options",
+    "evaluate": "benchmarks common data files folder judge options",
     "report": "benchmarks data files options reward",
-    "demo": "data distill evaluate files grpo judge options reward sample",
+    "demo": "data distill evaluate files grpo judge options prompt sample",
 }
 
 
@@ -77,7 +81,7 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
     while more := {other for room in closure for other in graph[room]} - closure:
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "model", "kernels", "tokenizer", "reward", "data",
-                       "common", "options", "tracking", "files"}
+                       "common", "run", "options", "tracking", "prompt", "folder", "files"}
 
 
 def test_readme_counts_the_lines_as_they_are():

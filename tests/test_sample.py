@@ -22,7 +22,7 @@ from options import parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from kernels import INTERPRETED  # noqa: E402
 from model import Model, ModelConfig, pack  # noqa: E402
-from reward import prompt_path  # noqa: E402
+from prompt import prompt_path  # noqa: E402
 from sample import (Batch, Config, Sampler, Sampling, choose, load_model, prompt_key, read_texts,  # noqa: E402
                     uniforms)
 from tokenizer import Tokenizer  # noqa: E402
@@ -475,8 +475,8 @@ def test_rows_past_the_vocabulary_are_never_sampled():
 
 
 def test_a_padded_model_loaded_by_itself_draws_ids_that_exist(tmp_path):
-    """Published models have more rows than their tokenizers have ids. Once those rows were drawn, too, by whoever did not
-    know that model.n_vocab had to be set. Oracle: the tokenizer."""
+    """Published models have more rows than their tokenizers have ids. Once those rows were drawn, too, by whoever did
+    not know that model.n_vocab had to be set. Oracle: the tokenizer."""
     folder = make_folder(tmp_path)
     model, tokenizer = Model.from_pretrained(folder), Tokenizer(folder)
     assert model.n_vocab == tokenizer.n_vocab == model.config.vocab_size - 7
@@ -489,7 +489,8 @@ def test_a_padded_model_loaded_by_itself_draws_ids_that_exist(tmp_path):
 
 
 @pytest.mark.parametrize("prompts, said", [
-    ("hello", "prompt 0 is 'h': give a list of prompts, each the list of its token ids"), ([1, 2], "prompt 0 is 1: give"),
+    ("hello", "prompt 0 is 'h': give a list of prompts, each the list of its token ids"),
+    ([1, 2], "prompt 0 is 1: give"),
     (["hello"], "prompt 0 is 'hello': give"), ([[1], []], "prompt 1 is []: give"), ([[1.0]], "prompt 0 is [1.0]: give"),
     ([[[1]]], "prompt 0 is [[1]]: give"), ([[1, 61]], "prompt 0 has the token id 61; the model's ids are 0 to 60"),
     ([[-1, 1]], "prompt 0 has the token id -1"), ([None], "prompt 0 is None: give"),

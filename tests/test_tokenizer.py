@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from data.pairs import read_pairs
-from reward import load_prompt, render
+from prompt import load_prompt, render
 from tokenizer import Control, StreamDecoder, Tokenizer, read_template, skeleton
 
 ROOT = Path(__file__).resolve().parent.parent

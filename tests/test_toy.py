@@ -14,7 +14,8 @@ import pytest
 
 from data import toy
 from data.pairs import Pair, read_chains, read_pairs
-from reward import benchmark_verdict, load_prompt, parse, render, training_verdict
+from prompt import load_prompt, render
+from reward import benchmark_verdict, parse, training_verdict
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,160 @@
+"""The folder of a training run: what a run writes, how it is resumed, and why it stops."""
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from common import save_model
+from files import append, parse_json, refuse_file, write_whole
+from options import flag_of, saved_options
+from tracking import check_trackers, open_trackers
+
+MAX_SKIPPED = 3  # optimizer steps in a row without a finite loss and gradient, and the run ends
+
+
+class Run:
+    """runs/NAME/: config.json, metrics.jsonl (a flat row a step), samples.jsonl, checkpoints/step-N/. Rank 0 writes."""
+
+    def __init__(self, config, ranks, may_change=None):
+        """Checks the folder config.out and writes nothing. A new run refuses a folder that already holds one; with
+        config.resume other options than the run's own are refused, but for those of may_change: {name: what changes
+        with it, or ""}."""
+        self.folder, self.ranks, self.config = Path(config.out), ranks, config
+        self.before, self.changed, self.trackers = None, {}, []
+        check_trackers(config.wandb, config.tensorboard)
+        refuse_file(self.folder)
+        if config.resume:
+            self.before = saved_options(type(config), self.folder)
+            self.changed = self.changes(may_change or {})
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                rows_until(self.folder / name, math.inf)  # a damaged one is told before any work
+        else:
+            refuse_taken(self.folder)
+        self.checkpoint = latest_checkpoint(self.folder / "checkpoints") if config.resume else None
+        ranks.barrier()
+
+    def changes(self, may_change):
+        """{name: [before, now]} of the options that have changed; ValueError if one of them may not."""
+        options = dataclasses.asdict(self.config)
+        changed = {}
+        for name, value in options.items():
+            # what an earlier version of a script did not have, its runs had at the default
+            before = self.before[name] if name in self.before else getattr(type(self.config), name)
+            if name in ("resume", "out") or value == before:
+                continue
+            if name not in may_change:
+                raise ValueError(f"{self.folder / 'config.json'}: the run was started with {flag_of(name)} {before}, "
+                                 f"not {value}; leave the option out to go on with the run's own")
+            changed[name] = [before, value]
+            if may_change[name] and self.ranks.main:
+                print(f"note: {flag_of(name)} was {before}, is {value} from here on: {may_change[name]}")
+        return changed
+
+    def begin(self, step, n_steps):
+        """Before the first step that this process makes, `step` being done: writes config.json, and drops the rows
+        that an interrupted run wrote after its last checkpoint."""
+        if step > n_steps:
+            raise ValueError(f"{self.folder}: {step} steps are done already, so it cannot end after {n_steps}")
+        if self.ranks.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / "config.json"
+            options, start = dataclasses.asdict(self.config), {"command": sys.argv, **machine(self.ranks)}
+            record = {"options": options, **start}
+            if self.before is not None:
+                first = parse_json(file.read_bytes())
+                record = first | {"options": options | {"resume": False}}
+                record["resumed"] = first.get("resumed", []) + [{"step": step, "changed": self.changed, **start}]
+                print(f"{self.folder}: goes on after step {step} of {n_steps}")
+            write_whole(file, json.dumps(record, indent=2))
+            self.truncate(step)
+            self.trackers = open_trackers(self.config.wandb, self.config.tensorboard, self.folder, options)
+        self.ranks.barrier()
+
+    def close(self):
+        for tracker in self.trackers:
+            tracker.close(0)
+
+    def row(self, file, row):
+        """Adds a row; a number that is not finite is null in it, since JSON has no other word for it."""
+        if self.ranks.main:
+            finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+            append(self.folder / file, finite)
+            if file == "metrics.jsonl":
+                for tracker in self.trackers:
+                    tracker.log(finite)
+
+    def truncate(self, step):
+        """Drops rows past `step`, and a half-written line."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.folder / name).exists():
+                write_whole(self.folder / name, b"".join(line + b"\n" for line in rows_until(self.folder / name, step)))
+
+    def best_accuracy(self):
+        """The best eval_accuracy so far, if the model that had it was kept; else -1."""
+        metrics = self.folder / "metrics.jsonl"
+        if not (self.folder / "best").exists() or not metrics.exists():
+            return -1.0
+        rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+        return max((row["eval_accuracy"] for row in rows if "eval_accuracy" in row), default=-1.0)
+
+    def save_best(self, row, model, add_files, dtype):
+        """Keeps the model of this row as best/."""
+        def add_accuracy(folder):
+            (folder / "best.json").write_text(json.dumps({key: row[key] for key in ("step", "eval_accuracy")}))
+            add_files(folder)
+        save_model(self.folder / "best", model, self.ranks, add_accuracy, dtype)
+
+    def stop(self, why):
+        """Ends the run with one line and no model/."""
+        kept = latest_checkpoint(self.folder / "checkpoints")
+        raise ValueError(f"{self.folder}: stopped, {why}; no model/ is written, the last good weights are in "
+                         f"{kept or self.config.model}: start another run from there, with a lower --lr")
+
+
+def machine(ranks):
+    """What a reader needs to repeat a run: commit, versions, device."""
+    def git(*args):
+        if shutil.which("git") is None:
+            return None
+        out = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return out.stdout.strip() if out.returncode == 0 else None
+    changes = git("status", "--porcelain")
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
+            "torch": torch.__version__, "python": sys.version.split()[0], "device": device, "ranks": ranks.world,
+            "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def latest_checkpoint(folder):
+    """The newest step-N folder of a run's checkpoints, or None."""
+    found = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
+    return max(found, key=lambda p: int(p.name[5:]), default=None)
+
+
+def refuse_taken(folder):
+    """Before a new run: it would go among another's files, or take the place of a model's config.json, say."""
+    if (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{folder}: already holds a run; --resume continues it, --out chooses another folder")
+    config = folder / "config.json"
+    ours = config.is_file() and b'"options"' in config.read_bytes()  # of a run that was ended before its first row
+    for name in ("config.json", "samples.jsonl", "checkpoints", "model", "best"):
+        if (folder / name).exists() and not (ours and name == "config.json"):
+            raise ValueError(f"{folder / name}: is already there, and is no part of a run; choose another --out")
+
+
+def rows_until(path, step):
+    """The whole lines, as bytes, of a run's rows up to a step; none if there is no such file."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        try:
+            rows += [line] if parse_json(line)["step"] <= step else []
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: is no row of a run; mend the line, or take it out") from None
+    return rows
