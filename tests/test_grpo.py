@@ -508,7 +508,7 @@ def test_a_dead_run_ends_in_one_line_without_a_model(made, tmp_path):
     """Once a learning rate of 1e30 ended in "index 334 is out of bounds". The first update is made, each later one is
     skipped and counted; after the third in a row nothing is sampled from such a policy any more."""
     cfg = config(made, tmp_path / "run", lr=1e30, n_prompts=8, skip_zero_spread=False)
-    with pytest.raises(ValueError, match="run: stopped, loss or gradient were not finite in 3 optimizer steps in a row; "
+    with pytest.raises(ValueError, match="stopped, loss or gradient were not finite in 3 optimizer steps in a row; "
                                          f"no model/ is written, the last good weights are in {cfg.model}: start"):
         grpo.main(cfg)
     row, = metrics(tmp_path / "run")

@@ -1278,7 +1278,8 @@ def test_gaps_and_skipped_steps(visit, tmp_path):
     assert plot["Entropy"].locator(".read").text_content() == "6: none"
     assert page.locator("#training p.wrong").all_text_contents() == [
         "\u00d7 long: 20 optimizer steps skipped, at step 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 \u2026: loss or "
-        "gradient was not finite", "\u00d7 run: 3 optimizer steps skipped, at step 4, 9: loss or gradient was not finite"]
+        "gradient was not finite",
+        "\u00d7 run: 3 optimizer steps skipped, at step 4, 9: loss or gradient was not finite"]
 
 
 def test_samples_over_time(visit, training):

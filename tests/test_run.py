@@ -107,7 +107,7 @@ def test_the_best_accuracy_counts_if_its_model_was_kept(tmp_path):
 
 def test_a_stopped_run_names_its_last_good_weights(tmp_path):
     run = Run(Options(out=str(tmp_path)), ALONE)
-    with pytest.raises(ValueError, match=f"^{tmp_path}: stopped, too bad; no model/ is written, .* are in start: start"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: stopped, too bad; no model/ is written, .* are in start"):
         run.stop("too bad")
     (tmp_path / "checkpoints/step-7").mkdir(parents=True)
     with pytest.raises(ValueError, match="checkpoints/step-7: start another run from there, with a"):
