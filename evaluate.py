@@ -82,7 +82,7 @@ class Config:
 
 def budgets_of(cfg):
     parts = cfg.budgets.split(",") if cfg.budgets else []
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"--budgets: {cfg.budgets!r} is not a list of token counts like 512,1024")
     return tuple(sorted({int(part) for part in parts}))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from files import fail, parse_json
 
 
-LARGEST = 2**40  # of a number that has no bound of its own: what is larger is a slip of the keyboard
+LARGEST = 2**40  # of a whole number that has no bound of its own: what is larger is a slip of the keyboard
 
 
 def parse_config(cls, recipes=None, argv=None, embedded=None):
@@ -111,7 +111,7 @@ def check_at_least(cfg, low, *names):
     for name in names:
         if not low <= getattr(cfg, name) < math.inf:
             raise ValueError(f"{flag_of(name)} must be at least {low}, got {getattr(cfg, name)}")
-        if getattr(cfg, name) > LARGEST:
+        if isinstance(getattr(cfg, name), int) and getattr(cfg, name) > LARGEST:
             raise ValueError(f"{flag_of(name)} must be at most {LARGEST}, got {getattr(cfg, name)}")
 
 
@@ -159,7 +159,7 @@ def rank_and_world():
     if told["RANK"] is None and told["WORLD_SIZE"] is None:
         return 0, 1
     numbers = [told[name] or "" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
-    if not told["MASTER_ADDR"] or not all(x.isdigit() for x in numbers) or not int(numbers[0]) < int(numbers[1]):
+    if not told["MASTER_ADDR"] or not all(x.isdecimal() for x in numbers) or not int(numbers[0]) < int(numbers[1]):
         raise ValueError("the environment has " + ", ".join(f"{name}={value}" for name, value in told.items()) +
                          ": start with torchrun, which sets all of them, or unset RANK and WORLD_SIZE")
     return int(numbers[0]), int(numbers[1])

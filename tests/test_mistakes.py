@@ -46,148 +46,149 @@ SHORT = {  # a row's first word stands for this; of an option that is given twic
 }
 TABLE = r"""
 # options: what cannot be, what is mistyped, what does not go together, what would have no effect
-distill --lr 0                               | --lr must be above 0
-distill --lr 1,5e-5                          | --lr: invalid float value: '1,5e-5'
-distill --batch-size 1e3                     | --batch-size: invalid int value: '1e3'
-distill --batch-size 99999999999999999999    | --batch-size must be at most 1099511627776
-distill --epochs 0                           | --epochs must be at least 1
-distill --max-length 1                       | --max-length must be at least 2
-distill --warmup-frac nan                    | --warmup-frac must be from 0 to 1, got nan
-distill --beta2 nan                          | --beta2 must be at least 0 and below 1
-distill --max-norm nan                       | --max-norm must be above 0
-distill --weight-decay inf                   | --weight-decay must be at least 0, got inf
-distill --dtype ""                           | --dtype is empty: give a value
-distill --out " "                            | --out is empty
-distill --threads 5000                       | --threads must be from 0 to 4096
-distill --gradient-checkpointing true        | unrecognized arguments: true
-distill --resume=yes                         | --resume | ignored explicit argument 'yes'
-distill --eval-every 2                       | --eval-every 2 needs --eval-data
-distill --learning-rate 1e-5                 | --learning-rate | --help lists the options
-distill --recipe 7b                          | --recipe: invalid choice: '7b' (choose from | qwen2.5-7b
-distill --data chains.jsonl pairs.jsonl      | unrecognized arguments: pairs.jsonl
-distill.py --recipe qwen2.5-7b               | --model is missing | --data
-grpo --kl-coef inf                           | --kl-coef must be at least 0, got inf
-grpo --clip -0.1                             | --clip must be at least 0
-grpo --temperature 1e-30                     | --temperature must be from 0.001 to 100
-grpo --group-size 99999                      | --group-size must be from 2 to 1024
-grpo --max-new-tokens 99999999999999999999   | --max-new-tokens must be at most
-grpo --eval-every 5                          | --eval-every 5 needs --eval-data
-grpo --tensorboard=1                         | --tensorboard
-judge --temperature 1e-320 --votes 2         | --temperature must be from 0.001 to 100
-judge --top-k 5                              | --top-k | need a --temperature above 0
-judge --device cuda:0                        | --device is auto or cpu or cuda, got 'cuda:0'
-judge --model model another                  | unrecognized arguments: another
+distill --lr 0                         | --lr must be above 0
+distill --lr 1,5e-5                    | --lr: invalid float value: '1,5e-5'
+distill --batch-size 1e3               | --batch-size: invalid int value: '1e3'
+distill --batch-size 99999999999999999999 | --batch-size must be at most 1099511627776
+distill --epochs 0                     | --epochs must be at least 1
+distill --max-length 1                 | --max-length must be at least 2
+distill --warmup-frac nan              | --warmup-frac must be from 0 to 1, got nan
+distill --beta2 nan                    | --beta2 must be at least 0 and below 1
+distill --max-norm nan                 | --max-norm must be above 0
+distill --weight-decay inf             | --weight-decay must be at least 0, got inf
+distill --dtype ""                     | --dtype is empty: give a value
+distill --out " "                      | --out is empty
+distill --threads 5000                 | --threads must be from 0 to 4096
+distill --gradient-checkpointing true  | unrecognized arguments: true
+distill --resume=yes                   | --resume | ignored explicit argument 'yes'
+distill --eval-every 2                 | --eval-every 2 needs --eval-data
+distill --learning-rate 1e-5           | --learning-rate | --help lists the options
+distill --recipe 7b                    | --recipe: invalid choice: '7b' (choose from | qwen2.5-7b
+distill --data chains.jsonl pairs.jsonl | unrecognized arguments: pairs.jsonl
+distill.py --recipe qwen2.5-7b         | --model is missing | --data
+grpo --kl-coef inf                     | --kl-coef must be at least 0, got inf
+grpo --clip -0.1                       | --clip must be at least 0
+grpo --temperature 1e-30               | --temperature must be from 0.001 to 100
+grpo --group-size 99999                | --group-size must be from 2 to 1024
+grpo --max-new-tokens 99999999999999999999 | --max-new-tokens must be at most
+grpo --eval-every 5                    | --eval-every 5 needs --eval-data
+grpo --tensorboard=1                   | --tensorboard
+judge --temperature 1e-320 --votes 2   | --temperature must be from 0.001 to 100
+judge --top-k 5                        | --top-k | need a --temperature above 0
+judge --device cuda:0                  | --device is auto or cpu or cuda, got 'cuda:0'
+judge --model model another            | unrecognized arguments: another
 judge.py --model model --question q --answer-a a --answer-b b --limit 5 | --limit | --pairs
-judge.py --model model --question "" --answer-a a --answer-b b          | --question is missing
-sample --n 3 --temperature 0                 | --n above 1 needs a --temperature above 0
-sample --top-p nan                           | --top-p must be above 0 and at most 1
-sample --seed 99999999999999999999           | --seed must be from 0
-sample --out new                             | give either --text, or --texts FILE and --out FILE
-evaluate --model ""                          | --model: one of its values is empty
-evaluate --budgets 0                         | --budgets: '0' is not a list of token counts like 512,1024
-evaluate --votes 4                           | --votes above 1 needs a --temperature above 0
-evaluate.py --from "" --out new              | --from: one of its values is empty
-evaluate.py                                  | runs/toy/grpo/model: is not there; python grpo.py makes it, or give --model
-demo --pairs 801                             | --pairs must be from 20 to 800
-fetch --out ""                               | --out is empty
-fetch --files ""                             | --files is empty
-toy --seed -1                                | --seed must be from 0
-toy --careful nan                            | --careful must be from 0 to 1, got nan
-toy --care 0.5                               | --care 0.5 | --help lists the options
-toy --out ""                                 | --out is empty
-docs/figure.py                               | required: run
-figure --ou x                                | --ou x
+judge.py --model model --question "" --answer-a a --answer-b b | --question is missing
+sample --n 3 --temperature 0           | --n above 1 needs a --temperature above 0
+sample --top-p nan                     | --top-p must be above 0 and at most 1
+sample --seed 99999999999999999999     | --seed must be from 0
+sample --out new                       | give either --text, or --texts FILE and --out FILE
+evaluate --model ""                    | --model: one of its values is empty
+evaluate --budgets 0                   | --budgets: '0' is not a list of token counts like 512,1024
+evaluate --votes 4                     | --votes above 1 needs a --temperature above 0
+evaluate.py --from "" --out new        | --from: one of its values is empty
+evaluate.py                            | runs/toy/grpo/model: is not there; python grpo.py makes it, or give --model
+demo --pairs 801                       | --pairs must be from 20 to 800
+fetch --out ""                         | --out is empty
+fetch --files ""                       | --files is empty
+toy --seed -1                          | --seed must be from 0
+toy --careful nan                      | --careful must be from 0 to 1, got nan
+toy --care 0.5                         | --care 0.5 | --help lists the options
+toy --out ""                           | --out is empty
+docs/figure.py                         | required: run
+figure --ou x                          | --ou x
 
 # the environment
-RANK=1 distill                               | RANK=1, WORLD_SIZE=None | start with torchrun
-WORLD_SIZE=2 grpo                            | RANK=None, WORLD_SIZE=2 | start with torchrun
-RANK=x WORLD_SIZE=2 evaluate                 | RANK=x | start with torchrun
-RANK=3 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=localhost MASTER_PORT=2 distill | RANK=3, WORLD_SIZE=2 | start with torchrun
-RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=2 judge   | judge.py needs one process | python, not
-RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=2 demo    | demo.py needs one process
-HF_ENDPOINT=mirror data/fetch.py Qwen/Qwen2.5-7B-Instruct --out new          | HF_ENDPOINT is 'mirror' | https://
+RANK=1 distill                         | RANK=1, WORLD_SIZE=None | start with torchrun
+WORLD_SIZE=2 grpo                      | RANK=None, WORLD_SIZE=2 | start with torchrun
+RANK=x WORLD_SIZE=2 evaluate           | RANK=x | start with torchrun
+RANK=3 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=localhost MASTER_PORT=2 distill | RANK=3, | start with torchrun
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=2 judge | judge.py needs one process | python, not
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=2 demo | demo.py needs one process
+HF_ENDPOINT=mirror data/fetch.py Qwen/Qwen2.5-7B-Instruct --out new | HF_ENDPOINT is 'mirror' | https://
 
 # --model
-distill --model Qwen/Qwen2.5-7B-Instruct     | Qwen/Qwen2.5-7B-Instruct: is no folder here | python data/fetch.py
-sample --model model/model.safetensors       | model/model.safetensors: is a file; --model is a Hugging Face one
-grpo --model run                             | run: has no tokenizer.json | take run/model
-distill --model lora                         | lora: has no config.json, model.safetensors; it is a LoRA adapter: merge it
-judge --model gguf                           | gguf: has no config.json | GGUF is not read: take the model's safetensors
-sample --model pickled                       | pickled: has no model.safetensors; pickled weights are not read: save
-evaluate --model model pickled               | pickled: has no model.safetensors
-evaluate --model model untold                | untold: has no prompt.txt, so --prompt must say how
-grpo --model pointer                         | pointer/model.safetensors: not a readable safetensors file | download it again
-evaluate --model model cut                   | cut/model.safetensors: not a readable safetensors file
-distill --model wide                         | wide/model.safetensors: tensor | take config.json and weights of one model
-distill --model dead                         | dead: its log-probabilities are not finite: take other weights
-distill --model narrow                       | the 8 tokens that narrow was made to read (max_position_embeddings)
-grpo --model narrow                          | 12 of 12 prompts (see --max-prompt-tokens) are longer than the 8 tokens
-sample --model templates                     | no chat template in tokenizer_config.json | an instruct model
-sample --model eos                           | eos/tokenizer_config.json: eos_token is {'x': 5}; it must be a string
-sample --model ids                           | ids/tokenizer.json: not a BPE tokenizer
-sample --model jinja                         | jinja/chat_template.jinja: is not UTF-8
-sample --model html                          | html/config.json: not valid JSON | download it again
-grpo --model promptless                      | promptless/prompt.txt: no section [user]
+distill --model Qwen/Qwen2.5-7B-Instruct | Qwen/Qwen2.5-7B-Instruct: is no folder here | python data/fetch.py
+sample --model model/model.safetensors | model/model.safetensors: is a file; --model is a Hugging Face one
+grpo --model run                       | run: has no tokenizer.json | take run/model
+distill --model lora                   | lora: has no config.json, model.safetensors; it is a LoRA adapter: merge it
+judge --model gguf                     | gguf: has no config.json | GGUF is not read: take the model's safetensors
+sample --model pickled                 | pickled: has no model.safetensors; pickled weights are not read: save
+evaluate --model model pickled         | pickled: has no model.safetensors
+evaluate --model model untold          | untold: has no prompt.txt, so --prompt must say how
+grpo --model pointer                   | pointer/model.safetensors: not a readable safetensors file | download it again
+evaluate --model model cut             | cut/model.safetensors: not a readable safetensors file
+distill --model wide                   | wide/model.safetensors: tensor | take config.json and weights of one model
+distill --model dead                   | dead: its log-probabilities are not finite: take other weights
+distill --model narrow                 | the 8 tokens that narrow was made to read (max_position_embeddings)
+grpo --model narrow                    | 12 of 12 prompts (see --max-prompt-tokens) are longer than the 8 tokens
+sample --model templates               | no chat template in tokenizer_config.json | an instruct model
+sample --model eos                     | eos/tokenizer_config.json: eos_token is {'x': 5}; it must be a string
+sample --model ids                     | ids/tokenizer.json: not a BPE tokenizer
+sample --model jinja                   | jinja/chat_template.jinja: is not UTF-8
+sample --model html                    | html/config.json: not valid JSON | download it again
+grpo --model promptless                | promptless/prompt.txt: no section [user]
 
 # --data and other files
-distill --data pairs.jsonl                   | pairs.jsonl:1: no judgement in this record | data/pairs.py lists the forms
-distill --data zipped.jsonl                  | zipped.jsonl:1: byte 2 of the line, 0x8b, is not UTF-8
-distill --data utf16.jsonl                   | utf16.jsonl:1: | is not UTF-8 (convert a file in another encoding)
-distill --data pairs.parquet                 | pairs.parquet: not a .json or .jsonl file: convert it
-distill --data empty                         | empty: no records: give a file or folder
+distill --data pairs.jsonl             | pairs.jsonl:1: no judgement in this record | data/pairs.py lists the forms
+distill --data zipped.jsonl            | zipped.jsonl:1: byte 2 of the line, 0x8b, is not UTF-8
+distill --data utf16.jsonl             | utf16.jsonl:1: | is not UTF-8 (convert a file in another encoding)
+distill --data pairs.parquet           | pairs.parquet: not a .json or .jsonl file: convert it
+distill --data empty                   | empty: no records: give a file or folder
 distill --data unlabelled.jsonl --answer-only | unlabelled.jsonl: --answer-only needs a winner in every row; add it
-grpo --data messages.jsonl                   | messages.jsonl:1: "messages" alone is a chain, not a pair
-grpo --data cut.jsonl                        | cut.jsonl:12: malformed JSON | repair or remove
-grpo --data upper.jsonl                      | upper.jsonl:1: "winner" is "B": write "a", "b" or null
-grpo --data same.jsonl                       | same.jsonl:2: id "x" is also at same.jsonl:1: remove or rename
-grpo --data unlabelled.jsonl                 | 0 usable pairs are fewer than --n-prompts 2: of 12, 0 have a winner | give more
-grpo --data long.jsonl                       | 0 usable pairs | of 12, 12 have a winner, 0 of them a prompt within --max-pr
-grpo --eval-data unlabelled.jsonl            | unlabelled.jsonl: no labelled pairs to evaluate on
-judge --pairs judged.jsonl                   | judged.jsonl:1: unknown format | data/pairs.py lists the known ones
-judge --pairs long.jsonl                     | tokens, the model can read 1024; or --skip-bad leaves such pairs out
+grpo --data messages.jsonl             | messages.jsonl:1: "messages" alone is a chain, not a pair
+grpo --data cut.jsonl                  | cut.jsonl:12: malformed JSON | repair or remove
+grpo --data upper.jsonl                | upper.jsonl:1: "winner" is "B": write "a", "b" or null
+grpo --data same.jsonl                 | same.jsonl:2: id "x" is also at same.jsonl:1: remove or rename
+grpo --data unlabelled.jsonl           | 0 usable pairs are fewer than --n-prompts 2: of 12, 0 have a winner | give more
+grpo --data long.jsonl                 | 0 usable pairs | of 12, 12 have a winner, 0 of them a prompt within --max-pr
+grpo --eval-data unlabelled.jsonl      | unlabelled.jsonl: no labelled pairs to evaluate on
+judge --pairs judged.jsonl             | judged.jsonl:1: unknown format | data/pairs.py lists the known ones
+judge --pairs long.jsonl               | tokens, the model can read 1024; or --skip-bad leaves such pairs out
 judge.py --model model --question-file void.txt --answer-a a --answer-b b | void.txt: is empty; --question-file is
-distill --prompt "Which is better?"          | Which is better?.txt: no such prompt file: give one of direct, instruct
-grpo --prompt jinja.txt                      | jinja.txt: section [user] lacks {answer_a} | the top of reward.py
-sample.py --model model --texts void.txt --out new    | void.txt: is empty; give a line of JSON for each text
-sample.py --model model --texts jinja.txt --out new   | jinja.txt:1: malformed JSON | like {"text": "..."}
-evaluate --rmb empty                         | empty
-fetch                                        | pairs.jsonl: cannot be read as parquet
-figure --start empty                         | empty/judgements.jsonl: no such file
-figure --start eval                          | eval/judgements.jsonl: not all of its lines are judgements; name another
-docs/figure.py run --out new.svg             | run: holds no finished grpo.py run with --eval-data; name another
-docs/figure.py model --out new.svg           | model/metrics.jsonl: no such file; name the folder of a grpo.py run
+distill --prompt "Which is better?"    | Which is better?.txt: no such prompt file: give one of direct, instruct
+grpo --prompt jinja.txt                | jinja.txt: section [user] lacks {answer_a} | the top of reward.py
+sample.py --model model --texts void.txt --out new | void.txt: is empty; give a line of JSON for each text
+sample.py --model model --texts jinja.txt --out new | jinja.txt:1: malformed JSON | like {"text": "..."}
+evaluate --rmb empty                   | empty
+fetch                                  | pairs.jsonl: cannot be read as parquet
+figure --start empty                   | empty/judgements.jsonl: no such file
+figure --start eval                    | eval/judgements.jsonl: not all of its lines are judgements; name another
+docs/figure.py run --out new.svg       | run: holds no finished grpo.py run with --eval-data; name another
+docs/figure.py model --out new.svg     | model/metrics.jsonl: no such file; name the folder of a grpo.py run
 
 # --out
-distill --out model                          | model/config.json: is already there, and is no part of a run
-distill --out .                              | model: is already there, and is no part of a run; choose another --out
-distill --out link                           | link: is a link to nothing, where --out needs a folder; choose another
-grpo --out pairs.jsonl/new                   | pairs.jsonl: is a file, where --out needs a folder
-judge --out pairs.jsonl/new                  | pairs.jsonl: is a file, where --out needs a folder
+distill --out model                    | model/config.json: is already there, and is no part of a run
+distill --out .                        | model: is already there, and is no part of a run; choose another --out
+distill --out link                     | link: is a link to nothing, where --out needs a folder; choose another
+grpo --out pairs.jsonl/new             | pairs.jsonl: is a file, where --out needs a folder
+judge --out pairs.jsonl/new            | pairs.jsonl: is a file, where --out needs a folder
 sample.py --model model --texts texts.jsonl --out texts.jsonl | texts.jsonl: is already there; choose another --out
-evaluate --out mine                          | mine/pairs.jsonl: is already there, and is no evaluation's; choose another --out
-evaluate --out model                         | model/tokenizer.json: is already there, and is no evaluation's
-evaluate --out eval                          | eval/settings.json: does not begin with a judging run's settings
-toy --out toys                               | toys/rl.jsonl: is already there; choose another --out
-fetch --out pairs.jsonl                      | pairs.jsonl: is a file, where --out needs a folder
-figure --out pairs.jsonl                     | pairs.jsonl: is there and is no SVG; choose another --out
-figure --out no/new.svg                      | no/new.svg: --out is a file to write
-report run --out no/new.html                 | no: no such folder; make it, or choose another --out
+evaluate --out mine                    | mine/pairs.jsonl: is already there, and is no evaluation
+evaluate --out model                   | model/tokenizer.json: is already there, and is no evaluation's
+evaluate --out eval                    | eval/settings.json: does not begin with a judging run's settings
+toy --out toys                         | toys/rl.jsonl: is already there; choose another --out
+fetch --out pairs.jsonl                | pairs.jsonl: is a file, where --out needs a folder
+figure --out pairs.jsonl               | pairs.jsonl: is there and is no SVG; choose another --out
+figure --out no/new.svg                | no/new.svg: --out is a file to write
+report run --out no/new.html           | no: no such folder; make it, or choose another --out
 
 # --resume
-resume nostate                               | nostate/checkpoints/step-1: its optimizer.safetensors or state.json is damaged
-resume badstate                              | badstate/checkpoints/step-1: | malformed JSON | --resume takes the checkpoint before
-resume liststate                             | liststate/checkpoints/step-1: | state.json has no step
-resume early                                 | early/checkpoints/step-1: | state.json has no step
-resume cutmoments                            | cutmoments/checkpoints/step-1: | with the folder moved away
-resume othermoments                          | othermoments/checkpoints/step-1: | is not of this model and optimizer, see model.
-resume fewmoments                            | fewmoments/checkpoints/step-1: | is not of this model and optimizer, see model.
-resume noweights                             | noweights/checkpoints/step-1/model.safetensors: no such file
-resume badrows                               | badrows/metrics.jsonl:2: is no row of a run; mend the line
-resume moved                                 | nowhere: is no folder here; --model is
-resume model                                 | model/config.json: is not the config.json of a run
-resume run --max-steps 1                     | run: 2 steps are done already, so it cannot end after 1
+resume nostate                         | nostate/checkpoints/step-1: its optimizer.safetensors or state.json
+resume badstate                        | badstate/checkpoints/step-1: | malformed JSON | --resume takes
+resume liststate                       | liststate/checkpoints/step-1: | state.json has no step
+resume early                           | early/checkpoints/step-1: | state.json has no step
+resume cutmoments                      | cutmoments/checkpoints/step-1: | with the folder moved away
+resume othermoments                    | othermoments/checkpoints/step-1: | is not of this model and optimizer, see
+resume fewmoments                      | fewmoments/checkpoints/step-1: | is not of this model and optimizer, see
+resume noweights                       | noweights/checkpoints/step-1/model.safetensors: no such file
+resume badrows                         | badrows/metrics.jsonl:2: is no row of a run; mend the line
+resume moved                           | nowhere: is no folder here; --model is
+resume model                           | model/config.json: is not the config.json of a run
+resume run --max-steps 1               | run: 2 steps are done already, so it cannot end after 1
 """
-ROWS = [[part.strip() for part in line.split(" | ")] for line in TABLE.splitlines() if line and not line.startswith("#")]
+LINES = [line for line in TABLE.splitlines() if line and not line.startswith("#")]
+ROWS = [[part.strip() for part in line.split(" | ")] for line in LINES]
 
 
 def write_rows(path, rows):
@@ -364,7 +365,7 @@ def test_what_will_be_learned_is_said(home, capsys):
     cases = {(("A", "a"), ("B", "b")): "", (("A", None), ("B", None)): "",
              (("A", "a"), ("B", "a"), (None, "b")): "note: f: of 3 judgements 1 do not end in a verdict such as "
              "<answer>[[A]]</answer>, 1 in another than the label; they are learned as they are\n",
-             (("B", None), ("B", "b")): "note: f: every label is B, and a judge that always says B is right each time; put"}
+             (("B", None), ("B", "b")): "note: f: every label is B, and a judge that always says B is right each"}
     for rows, said in cases.items():
         note_verdicts([chain(*row) for row in rows], "f", False)
         out = capsys.readouterr().out
@@ -377,7 +378,7 @@ def test_what_will_be_learned_is_said(home, capsys):
     held_out.check(model, [[1, 2]])
     assert capsys.readouterr().out == ""
     held_out.check(model, held_out.prompts[3:] + [[1, 2]])
-    assert capsys.readouterr().out.startswith("note: 2 of 5 pairs of --eval-data are trained on, too: eval_accuracy will")
+    assert capsys.readouterr().out.startswith("note: 2 of 5 pairs of --eval-data are trained on, too: eval_accur")
 
     for lengths, said in (([], ""), ([1024], ""), ([1025, 3], "1 of 2 chains are longer than the 1024 tokens")):
         check_context(model, lengths, "chains", True)
