@@ -32,8 +32,9 @@ def parse_config(cls, recipes=None, argv=None, embedded=None):
     if recipes:
         parser.add_argument("--recipe", choices=recipes, help="a set of options; flags given beside it win")
     types = typing.get_type_hints(cls)
+    source = inspect.getsource(cls)
     for f in dataclasses.fields(cls):
-        add_option(parser, f, types[f.name], trailing_comment(cls, f.name))
+        add_option(parser, f, types[f.name], trailing_comment(source, f.name))
     given = vars(parser.parse_args(argv))
     recipe = given.pop("recipe", None)
     for name, value in given.items():
@@ -83,9 +84,10 @@ def has_type(value, wanted):
     return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def trailing_comment(cls, name):
-    found = re.search(rf"^    {name}:.*?  # (.+)$", inspect.getsource(cls), re.M)
-    assert found, f"{cls.__name__}.{name} needs a trailing comment: it is the option's help"
+def trailing_comment(source, name):
+    """The comment behind a field in its class's source."""
+    found = re.search(rf"^    {name}:.*?  # (.+)$", source, re.M)
+    assert found, f"{name} needs a trailing comment: it is the option's help"
     return found[1].replace("%", "%%")  # argparse formats it
 
 
