@@ -194,7 +194,7 @@ def main(cfg):
     model.gradient_checkpointing = cfg.gradient_checkpointing
     check_context(model, [len(e.ids) for e in examples], "chains (see --max-length)", ranks.main)
     if held_out:
-        check_context(model, [len(ids) for ids in held_out.prompts], "prompts of --eval-data", ranks.main)
+        held_out.check(model, [e.ids[:e.n_prompt] for e in examples])
     model = shard(model, ranks, dtype)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     first_step = restore(run.checkpoint, model, optimizers) if run.checkpoint else 0

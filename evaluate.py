@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks import scores
 from benchmarks.records import read_benchmark, read_recorded
 from common import init_ranks
-from data.pairs import SWAPPED, read_pairs, swapped, write_pairs
+from data.pairs import SWAPPED, note_one_label, read_pairs, swapped, write_pairs
 from files import one_line_errors, refuse_file, write_records, write_whole
 from folder import read_json
 from judge import (check_judging, check_settings, encode_all, judge_file, judge_settings, judged, key_of, load_judge,
@@ -82,7 +82,7 @@ class Config:
 
 def budgets_of(cfg):
     parts = cfg.budgets.split(",") if cfg.budgets else []
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"--budgets: {cfg.budgets!r} is not a list of token counts like 512,1024")
     return tuple(sorted({int(part) for part in parts}))
 
@@ -230,6 +230,8 @@ def sources_of(path):
 def evaluate_models(cfg, ranks):
     """Judges with one model after another; returns what stands in their scores.json (on rank 0)."""
     pairs, results = read_all(cfg), []
+    if ranks.main:
+        note_one_label([pair.winner for pair in pairs], cfg.data or "the pairs")
     for folder in cfg.model:
         prompt_for(folder, cfg.prompt)  # what is wrong is told before hours of judging with another model
     for folder, name, out in places(cfg.model, cfg.out):

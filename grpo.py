@@ -347,6 +347,8 @@ def main(cfg):
     pairs, prompts = read_prompts(cfg, tokenizer, prompt, ranks)
     kept_prompt = prompt_to_keep(prompt_name, pairs, ranks.main)
     n_steps = cfg.steps or len(pairs) // cfg.n_prompts
+    if cfg.warmup_steps >= n_steps and ranks.main:
+        print(f"note: --warmup-steps {cfg.warmup_steps} is the whole run of {n_steps} steps: --lr is hardly reached")
     held_out = None
     if cfg.eval_data:
         held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt, cfg.max_new_tokens, tokenizer, ranks)
@@ -355,7 +357,7 @@ def main(cfg):
     model.name, model.impl, model.gradient_checkpointing = f"{cfg.out}, its policy", impl, cfg.gradient_checkpointing
     check_context(model, [len(prompts[pair.id]) for pair in pairs], "prompts (see --max-prompt-tokens)", ranks.main)
     if held_out:
-        check_context(model, [len(ids) for ids in held_out.prompts], "prompts of --eval-data", ranks.main)
+        held_out.check(model, prompts.values())
     model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
     reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
     reference.impl = impl

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common import Ranks
 from data.pairs import SWAPPED, Pair, note_one_label, read_pairs
 from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
-from folder import check_folder
+from folder import check_context, check_folder
 from options import check_at_least, check_between, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
 from reward import benchmark_verdict, majority, training_verdict
@@ -92,6 +92,15 @@ class HeldOut:
         self.prompts = [tokenizer.chat(render(prompt, pair)) for pair in self.pairs]
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop=tokenizer.stop_ids)
         self.prompt, self.tokenizer, self.ranks = prompt, tokenizer, ranks
+
+    def check(self, model, trained):
+        """Before training on prompts with these ids: is what is held out really so, and can the model read it?"""
+        check_context(model, [len(ids) for ids in self.prompts], "prompts of --eval-data", self.ranks.main)
+        seen = {tuple(ids) for ids in trained}
+        n_seen = sum(tuple(ids) in seen for ids in self.prompts)
+        if n_seen and self.ranks.main:
+            print(f"note: {n_seen} of {len(self.prompts)} pairs of --eval-data are trained on, too: eval_accuracy will "
+                  "not be that of pairs held out; take them out of --data")
 
     def judge(self, model):
         """({"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens", "eval_s"}, the records)."""
@@ -209,12 +218,11 @@ def encode_all(judge, pairs, skip_bad=False, quiet=False):
         try:
             ids = array("i", judge.encode(pair))  # a list of integers takes nine times as much
             if context and len(ids) >= context:
-                raise ValueError(f"pair {pair.id}: its prompt has {len(ids)} tokens, the model can read {context}; "
-                                 "take it out, or --skip-bad")
+                raise ValueError(f"pair {pair.id}: its prompt has {len(ids)} tokens, the model can read {context}")
             encoded.append((pair, ids))
         except ValueError as e:
             if not skip_bad:
-                raise
+                raise ValueError(f"{e}; or --skip-bad leaves such pairs out") from None
             bad_items.add(pair.item)
             print(f"skipped: {e}", file=sys.stderr)
     encoded = [(pair, ids) for pair, ids in encoded if not (pair.item and pair.item in bad_items)]

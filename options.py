@@ -32,8 +32,9 @@ def parse_config(cls, recipes=None, argv=None, embedded=None):
     if recipes:
         parser.add_argument("--recipe", choices=recipes, help="a set of options; flags given beside it win")
     types = typing.get_type_hints(cls)
+    source = inspect.getsource(cls)
     for f in dataclasses.fields(cls):
-        add_option(parser, f, types[f.name], trailing_comment(cls, f.name))
+        add_option(parser, f, types[f.name], trailing_comment(source, f.name))
     given = vars(parser.parse_args(argv))
     recipe = given.pop("recipe", None)
     for name, value in given.items():
@@ -83,9 +84,10 @@ def has_type(value, wanted):
     return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def trailing_comment(cls, name):
-    found = re.search(rf"^    {name}:.*?  # (.+)$", inspect.getsource(cls), re.M)
-    assert found, f"{cls.__name__}.{name} needs a trailing comment: it is the option's help"
+def trailing_comment(source, name):
+    """The comment behind a field in its class's source."""
+    found = re.search(rf"^    {name}:.*?  # (.+)$", source, re.M)
+    assert found, f"{name} needs a trailing comment: it is the option's help"
     return found[1].replace("%", "%%")  # argparse formats it
 
 
@@ -161,7 +163,7 @@ def rank_and_world():
     if told["RANK"] is None and told["WORLD_SIZE"] is None:
         return 0, 1
     numbers = [told[name] or "" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
-    if not told["MASTER_ADDR"] or not all(x.isdigit() for x in numbers) or not int(numbers[0]) < int(numbers[1]):
+    if not told["MASTER_ADDR"] or not all(x.isdecimal() for x in numbers) or not int(numbers[0]) < int(numbers[1]):
         raise ValueError("the environment has " + ", ".join(f"{name}={value}" for name, value in told.items()) +
                          ": start with torchrun, which sets all of them, or unset RANK and WORLD_SIZE")
     return int(numbers[0]), int(numbers[1])

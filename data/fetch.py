@@ -388,6 +388,8 @@ def convert(name, files, path, skip_bad=False):
     in it, from 1; its id by its number in all files, whatever is skipped."""
     source, number, n_bad = SOURCES[name], 0, 0
     columns = sorted({column for text in source.keys.values() for column in text.split(" + ")})
+    for file in files:
+        next(rows(file, columns), None)  # none of them is another kind of file: told before the first is converted
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         with open(temporary, "w", encoding="utf-8", newline="\n") as lines:
