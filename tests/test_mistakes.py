@@ -28,7 +28,7 @@ from data import toy  # noqa: E402
 from data.pairs import Chain, Pair  # noqa: E402
 from judge import HeldOut, check_context, note_verdicts  # noqa: E402
 from model import Model  # noqa: E402
-from reward import load_prompt  # noqa: E402
+from prompt import load_prompt  # noqa: E402
 from test_sample import make_folder  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -55,7 +55,7 @@ distill --max-length 1                 | --max-length must be at least 2
 distill --warmup-frac nan              | --warmup-frac must be from 0 to 1, got nan
 distill --beta2 nan                    | --beta2 must be at least 0 and below 1
 distill --max-norm nan                 | --max-norm must be above 0
-distill --weight-decay inf             | --weight-decay must be at least 0, got inf
+distill --weight-decay inf             | --weight-decay must be at least 0 and finite
 distill --dtype ""                     | --dtype is empty: give a value
 distill --out " "                      | --out is empty
 distill --threads 5000                 | --threads must be from 0 to 4096
@@ -66,7 +66,7 @@ distill --learning-rate 1e-5           | --learning-rate | --help lists the opti
 distill --recipe 7b                    | --recipe: invalid choice: '7b' (choose from | qwen2.5-7b
 distill --data chains.jsonl pairs.jsonl | unrecognized arguments: pairs.jsonl
 distill.py --recipe qwen2.5-7b         | --model is missing | --data
-grpo --kl-coef inf                     | --kl-coef must be at least 0, got inf
+grpo --kl-coef inf                     | --kl-coef must be at least 0 and finite
 grpo --clip -0.1                       | --clip must be at least 0
 grpo --temperature 1e-30               | --temperature must be from 0.001 to 100
 grpo --group-size 99999                | --group-size must be from 2 to 1024
@@ -147,7 +147,7 @@ judge --pairs judged.jsonl             | judged.jsonl:1: unknown format | data/p
 judge --pairs long.jsonl               | tokens, the model can read 1024; or --skip-bad leaves such pairs out
 judge.py --model model --question-file void.txt --answer-a a --answer-b b | void.txt: is empty; --question-file is
 distill --prompt "Which is better?"    | Which is better?.txt: no such prompt file: give one of direct, instruct
-grpo --prompt jinja.txt                | jinja.txt: section [user] lacks {answer_a} | the top of reward.py
+grpo --prompt jinja.txt                | jinja.txt: section [user] lacks {answer_a} | the top of prompt.py
 sample.py --model model --texts void.txt --out new | void.txt: is empty; give a line of JSON for each text
 sample.py --model model --texts jinja.txt --out new | jinja.txt:1: malformed JSON | like {"text": "..."}
 evaluate --rmb empty                   | empty
