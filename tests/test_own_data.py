@@ -43,7 +43,7 @@ def mine(tmp_path_factory):
                 module = what[1] == "-m"
                 patch.setattr(sys, "argv", what[2:] if module else what[1:])
                 if module:
-                    runpy.run_module(what[2], run_name="__main__", alter_sys=False)
+                    runpy.run_module(what[2], run_name="__main__", alter_sys=True)
                 else:
                     runpy.run_path(str(ROOT / what[1]), run_name="__main__")
     return here / "mine"
