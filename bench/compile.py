@@ -5,24 +5,28 @@
 
 The operations are called on meta tensors, forward and backward, and their launches are recorded instead of run: so what
 is compiled is what the launchers would ask for. `cuobjdump` of the triton package then reads registers, stack and local
-memory (spills), and counts each generation's tensor-core instructions: HMMA on sm_80, HGMMA on sm_90, UTCHMMA on
-sm_100. Prints a table and the faults; the exit status is 1 if there are any.
+memory (spills), and the loops: each generation's tensor-core instructions (HMMA on sm_80, HGMMA on sm_90, UTCHMMA on
+sm_100), what else an iteration executes, and whether it waits for its own copies; ptxas says what it serializes.
+Prints two tables and the faults; the exit status is 1 if there are any.
 """
 
 import argparse
 import importlib
+import io
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
+# ptxas's messages, which a kernel out of Triton's cache would not bring
+os.environ.update(TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -30,6 +34,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import kernels  # noqa: E402
+from bench import machine_code  # noqa: E402
 from kernels import tiles  # noqa: E402
 
 MODULES = "kernels.attention", "kernels.decode", "kernels.logp", "kernels.pointwise"
@@ -40,6 +45,13 @@ SHARED_KB = {80: 163, 90: 227, 100: 227, 89: 99, 120: 99}  # per block, NVIDIA's
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 TUNED = tuple((C, 7) for C in (32, 64, 128, 256))  # head size, query heads per key/value head: one for each tile
 GEOMETRIES = TUNED + ((80, 7), (96, 7)) + tuple((C, share) for C in (64, 128) for share in (1, 4, 5, 8))
+# Bytes of stack outside the loops: a few registers stored and read once are nothing beside a faster loop
+SPILLED_OUTSIDE = 64
+# On sm_80 a product takes its left factor from registers, where the product before it has left the scores: if the
+# compiler sees that one leads to the other and lays them out alike, which it can if a tile has as many rows as
+# channels. On later generations shared or tensor memory is the way
+WEIGHTS_IN_REGISTERS = ("_attention_fwd_kernel", "_attention_bwd_q_kernel")
+COLUMNS = ("HMMA + HGMMA + UTCHMMA", "MUFU", "F32", "INT", "copy", "shared + store", "spill", "barrier")
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # HMMA will do: beside two float32 gradients of 256 channels, what HGMMA needs spills at every tile
 OLDER_INSTRUCTIONS = {("attention_bwd_kv C=256", 90)}
@@ -155,13 +167,26 @@ def launches(generation, dtype, geometries=GEOMETRIES):
     return list(dict.fromkeys(found))
 
 
+@dataclass(frozen=True)
+class Code:
+    """What is read from a compiled kernel. Memory in bytes."""
+    registers: int
+    spilled: int      # stack and local memory
+    shared: int
+    n_dots: int       # products in the source
+    messages: tuple   # ptxas's on tensor cores: C7515 says that it serializes the products of a loop
+    loops: tuple      # the innermost ones with tensor-core instructions: machine_code.Loop
+
+
 def compiled(launch, capability):
-    """(registers, bytes of stack and local memory, bytes of shared memory, tensor-core instructions, products)."""
+    """The Code of a launch on a GPU of this compute capability."""
     _, function = KERNELS[launch.kernel]
     source = ASTSource(function, dict(zip(function.arg_names, launch.types)), constexprs=dict(launch.constants),
                        attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible})
     options = {"enable_fp_fusion": True} | dict(launch.options)  # Triton's default, with a warning if unnamed
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    log = io.StringIO()
+    with redirect_stdout(log):
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     n_dots = binary.asm["ttir"].count("tt.dot")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -169,29 +194,56 @@ def compiled(launch, capability):
         command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage", file.name]
         text = subprocess.run(command + ["-sass"] * (n_dots > 0), capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return (registers, stack + local, binary.metadata.shared, len(re.findall(rf"\b{TENSOR_CORE[capability]}\b", text)),
-            n_dots)
+    assert "Compiling entry function" in log.getvalue(), "ptxas's log did not come: it may hold messages"
+    messages = tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log.getvalue()))))
+    return Code(registers, stack + local, binary.metadata.shared, n_dots, messages, tuple(machine_code.loops(text)))
 
 
-def compile_all(capabilities, dtype, geometries=GEOMETRIES, workers=2):
-    """{(launch, capability): what `compiled` found}."""
+def compile_all(capabilities, dtype, geometries=GEOMETRIES, workers=2, chosen=lambda launch: True):
+    """{(launch, capability): its Code}, of the chosen launches."""
     jobs = [(launch, cc) for cc in capabilities
-            for launch in launches(cc if cc in tiles.GENERATIONS else "small", dtype, geometries)]
+            for launch in launches(cc if cc in tiles.GENERATIONS else "small", dtype, geometries) if chosen(launch)]
     with ProcessPoolExecutor(workers) as pool:
         return dict(zip(jobs, pool.map(compiled, *zip(*jobs))))
 
 
 def faults(found, tensor_cores=True):
-    """A line for every launch that spills, does not fit, or multiplies without its generation's tensor cores."""
+    """A line for everything in these {(launch, capability): Code} that must not be. See docs/kernels.md for the rules.
+    """
     lines = []
-    for (launch, cc), (_, spilled, shared, n_tensor, n_dots) in found.items():
-        label = f"sm_{cc} {launch.name}, {launch.tile}"
-        if spilled:
-            lines.append(f"{label}: {spilled} bytes of stack and local memory")
-        if shared > SHARED_KB[cc] * 1024:
-            lines.append(f"{label}: {shared} bytes of shared memory, {SHARED_KB[cc]} KB exist")
-        if tensor_cores and n_dots and not n_tensor and (launch.name, cc) not in OLDER_INSTRUCTIONS:
-            lines.append(f"{label}: no {TENSOR_CORE[cc]} instruction")
+    for (launch, cc), code in found.items():
+        wrong = []
+        if code.shared > SHARED_KB[cc] * 1024:
+            wrong.append(f"{code.shared} bytes of shared memory, {SHARED_KB[cc]} KB exist")
+        if not code.loops and code.spilled or code.spilled > SPILLED_OUTSIDE:
+            wrong.append(f"{code.spilled} bytes of stack and local memory")
+        if code.messages and cc == 90:
+            wrong.append(f"serialized products, ptxas says {' '.join(code.messages)}")
+        if tensor_cores and code.n_dots and not any(TENSOR_CORE[cc] in loop.mix for loop in code.loops):
+            if (launch.name, cc) not in OLDER_INSTRUCTIONS:
+                wrong.append(f"no loop with {TENSOR_CORE[cc]}")
+        for loop in code.loops:
+            if loop.mix["spill"]:
+                wrong.append(f"a loop with {loop.mix['spill']} instructions that spill")
+            if loop.waits_for_own_copies and dict(launch.options)["num_stages"] > 1:
+                wrong.append("a loop that waits for the copies it has just started: its stages overlap nothing")
+            values = dict(launch.constants)
+            if cc == 80 and launch.kernel in WEIGHTS_IN_REGISTERS and values["BLOCK_M"] >= values["BLOCK_C"]:
+                if loop.mix["store"]:
+                    wrong.append("a loop whose weights go through shared memory to the next product")
+        lines += [f"sm_{cc} {launch.name}, {launch.tile}: {what}" for what in wrong]
+    return lines
+
+
+def mixes(found):
+    """The table of the loops: a line for each, of the matrix kernels."""
+    lines = ["| kernel | sm | tile | registers | spilled | " + " | ".join(COLUMNS) + " | all | of these masks |",
+             "|---|" + "--:|" * (len(COLUMNS) + 6)]
+    for (launch, cc), code in found.items():
+        for loop in code.loops:
+            counts = [sum(loop.mix[name] for name in names.split(" + ")) for names in (*COLUMNS, "all")]
+            lines.append(f"| {launch.name} | {cc} | {launch.tile} | {code.registers} | {code.spilled} | "
+                         + " | ".join(map(str, counts)) + f" | {loop.skipped} |")
     return lines
 
 
@@ -201,12 +253,14 @@ if __name__ == "__main__":
     parser.add_argument("--sm", type=int, nargs="+", choices=tuple(SHARED_KB), default=(80, 90, 100))
     args = parser.parse_args()
     found = compile_all(args.sm, getattr(torch, args.dtype))
-    print("| | " + " | ".join(f"sm_{cc}: tile, registers, shared KB" for cc in args.sm) + " |")
+    print("| | " + " | ".join(f"sm_{cc}: tile, registers, shared KB, spilled bytes" for cc in args.sm) + " |")
     print("|---|" + "---|" * len(args.sm))
     for name in dict.fromkeys(launch.name for launch, _ in found):
-        cells = {cc: f"{launch.tile}, {row[0]}, {row[2] / 1024:.0f}" for (launch, cc), row in found.items()
-                 if launch.name == name}
+        cells = {cc: f"{launch.tile}, {code.registers}, {code.shared / 1024:.0f}"
+                 + f", {code.spilled}" * (code.spilled > 0)
+                 for (launch, cc), code in found.items() if launch.name == name}
         print(f"| {name} | " + " | ".join(cells.get(cc, "") for cc in args.sm) + " |")
+    print("\nThe loops, instructions of one iteration:\n", *mixes(found), sep="\n")
     wrong = faults(found, args.dtype != "float32")
     print(f"\n{len(found)} compilations, {len(wrong)} faults")
     print("\n".join(wrong))

@@ -76,12 +76,20 @@ def _keys_at(ptr, prefix_ptr, key_n, n_prefix, own_row, prefix_row, stride, pref
     """Pointers to keys number key_n of a sequence: the first n_prefix are rows from prefix_row on, then own_row's.
 
     The reply (5, 2, 0) to the prompt (0, 3, -1) has prefix_row 0, n_prefix 3, own_row 5: its keys are rows 0 1 2 5 6.
+    Offsets of packed keys fit 32 bits, which the launcher asserts: in 64 they made a tenth of the loops' instructions.
     """
     if CACHED:  # two tensors; a choice between pointers forgets that both are aligned: loads of 2 bytes would follow
         ptr_n = tl.where(key_n < n_prefix, prefix_ptr + (prefix_row + key_n).to(tl.int64) * prefix_stride,
                          ptr + (own_row + key_n - n_prefix).to(tl.int64) * stride)
         return tl.multiple_of(ptr_n, 16)
-    return ptr + tl.where(key_n < n_prefix, prefix_row + key_n, own_row + key_n - n_prefix).to(tl.int64) * stride
+    return ptr + tl.where(key_n < n_prefix, prefix_row + key_n, own_row + key_n - n_prefix) * stride
+
+
+@jit
+def _load_tile(tile_ptr):
+    """The six numbers of a row of _query_tiles."""
+    first, n_tokens, position = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
+    return first, n_tokens, position, tl.load(tile_ptr + 3), tl.load(tile_ptr + 4), tl.load(tile_ptr + 5)
 
 
 @jit
@@ -98,44 +106,47 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
     #    rows 0 1 2 3 .. are token 0's heads 0 1 2, token 1's head 0 ..
     tile_ptr += tl.program_id(0) // n_kv * 6  # a row of _query_tiles
     kv = tl.program_id(0) % n_kv
-    first, n_tokens, position = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
-    own_row, prefix_row, n_prefix = tl.load(tile_ptr + 3), tl.load(tile_ptr + 4), tl.load(tile_ptr + 5)
+    first, n_tokens, position, own_row, prefix_row, n_prefix = _load_tile(tile_ptr)
     r, j, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
     real_m = token_m < n_tokens
     row_m = (first + token_m).to(tl.int64)  # 600,000 tokens of 28 heads of 128 channels are 2^31 elements
     q_m = q_ptr + row_m * stride_qn + head_m * stride_qh
-    q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C, True)
+    q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C)
     k_ptr, v_ptr = k_ptr + kv * stride_kh.to(tl.int64), v_ptr + kv * stride_kh.to(tl.int64)
     prefix_k_ptr += kv * stride_ph.to(tl.int64)
     prefix_v_ptr += kv * stride_ph.to(tl.int64)
     # 2. Online softmax: weight = exp2(score - max); acc and sum are rescaled whenever the running maximum grows. Scores
     #    1 and 3, then a block with 5: max 3, sum 2^-2 + 2^0 = 1.25; then max 5, sum 1.25 2^-2 + 2^0 = 1.3125, and
-    #    1.3125 2^5 = 2^1 + 2^3 + 2^5. First over the n_clear keys that every row sees, without masks: a tile at
-    #    position 100 sees key 0 to 100 with its first row, so in blocks of 64 one is clear. Then around the diagonal
+    #    1.3125 2^5 = 2^1 + 2^3 + 2^5. The first n_clear keys every row sees: a tile at position 100 sees key 0 to 100
+    #    with its first row, so in blocks of 64 one is clear. In the blocks around the diagonal the scores that a row
+    #    must not see start from minus infinity, to which the product adds. One loop with an `if`, not two loops: if
+    #    the first one may have nothing to do, ptxas lets no two products of an H100 run into each other (C7515)
     max_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_m = tl.zeros([BLOCK_M], tl.float32)
     acc_mc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     n_keys = position + n_tokens
     n_clear = (position + 1) // BLOCK_N * BLOCK_N
-    for MASKED in tl.static_range(2):  # unrolled by the compiler: two loops, of which the first has no masks at all
-        for start in range(n_clear if MASKED else 0, n_keys if MASKED else n_clear, BLOCK_N):
-            key_n = start + j
-            real_n = key_n < n_keys
-            k_n = _keys_at(k_ptr, prefix_k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
-            v_n = _keys_at(v_ptr, prefix_v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
-            k_nc = load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
-            # "ieee": float32 inputs are multiplied in float32; Triton's default would be TF32, of 10 bits
-            score_mn = tl.dot(q_mc, k_nc.T, input_precision="ieee") * (scale * LOG2E)
-            if MASKED:
-                score_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], score_mn, float("-inf"))
-            new_max_m = tl.maximum(max_m, tl.max(score_mn, 1))  # finite: all rows see position 0, of the first block
-            weight_mn = tl.exp2(score_mn - new_max_m[:, None])
-            keep_m = tl.exp2(max_m - new_max_m)
-            sum_m = sum_m * keep_m + tl.sum(weight_mn, 1)
-            v_nc = load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
-            acc_mc = tl.dot(weight_mn.to(v_nc.dtype), v_nc, acc_mc * keep_m[:, None], input_precision="ieee")
-            max_m = new_max_m
+    for start in range(0, n_keys, BLOCK_N):
+        key_n = start + j
+        real_n = key_n < n_keys
+        k_n = _keys_at(k_ptr, prefix_k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
+        v_n = _keys_at(v_ptr, prefix_v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
+        k_nc = load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C)
+        v_nc = load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C)
+        mask_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if start >= n_clear:
+            mask_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], 0.0, float("-inf"))
+        # "ieee": float32 inputs are multiplied in float32; Triton's default would be TF32, of 10 bits
+        score_mn = tl.dot(q_mc, k_nc.T, mask_mn, input_precision="ieee")
+        # the maximum is finite: all rows see position 0, of the first block. It is taken before the scores are scaled:
+        # then scaling them and subtracting it is one instruction
+        new_max_m = tl.maximum(max_m, tl.max(score_mn, 1) * (scale * LOG2E))
+        weight_mn = tl.exp2(score_mn * (scale * LOG2E) - new_max_m[:, None])
+        keep_m = tl.exp2(max_m - new_max_m)
+        sum_m = sum_m * keep_m + tl.sum(weight_mn, 1)
+        acc_mc = tl.dot(weight_mn.to(v_nc.dtype), v_nc, acc_mc * keep_m[:, None], input_precision="ieee")
+        max_m = new_max_m
     # 3. out is dense [N, H, C], lse [N, H]. Where a row goes is read and computed again (volatile: or the compiler
     #    would keep it): offsets kept during the loops took registers from the products, which spilled 56 bytes
     first, n_tokens = tl.load(tile_ptr, volatile=True), tl.load(tile_ptr + 1, volatile=True)
@@ -157,18 +168,17 @@ def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr,
     """
     tile_ptr += tl.program_id(0) // n_kv * 6
     kv = tl.program_id(0) % n_kv
-    first, n_tokens, position = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
-    own_row, prefix_row, n_prefix = tl.load(tile_ptr + 3), tl.load(tile_ptr + 4), tl.load(tile_ptr + 5)
+    first, n_tokens, position, own_row, prefix_row, n_prefix = _load_tile(tile_ptr)
     r, j, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
     real_m = token_m < n_tokens
     row_m = (first + token_m).to(tl.int64)
     q_m = q_ptr + row_m * stride_qn + head_m * stride_qh
-    q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C, True)
+    q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C)
     row_m = row_m * (n_kv * SHARE) + head_m  # from here on a row of the dense [N H, C]
     dense_mc = row_m[:, None] * C + c[None, :]
-    grad_out_mc = load_rows(grad_out_ptr + dense_mc, real_m, c, C, BLOCK_C, True)
-    out_mc = load_rows(out_ptr + dense_mc, real_m, c, C, BLOCK_C, True)
+    grad_out_mc = load_rows(grad_out_ptr + dense_mc, real_m, c, C, BLOCK_C)
+    out_mc = load_rows(out_ptr + dense_mc, real_m, c, C, BLOCK_C)
     delta_m = tl.sum(grad_out_mc.to(tl.float32) * out_mc.to(tl.float32), 1)
     tl.store(delta_ptr + row_m, delta_m, mask=real_m)
     lse_m = tl.load(lse_ptr + row_m, mask=real_m, other=0.0)
@@ -176,21 +186,22 @@ def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr,
     grad_q_mc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     n_keys = position + n_tokens
     n_clear = (position + 1) // BLOCK_N * BLOCK_N
-    for MASKED in tl.static_range(2):
-        for start in range(n_clear if MASKED else 0, n_keys if MASKED else n_clear, BLOCK_N):
-            key_n = start + j
-            real_n = key_n < n_keys
-            k_n = _keys_at(k_ptr, k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
-            v_n = _keys_at(v_ptr, v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
-            k_nc = load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
-            v_nc = load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C, MASKED)
-            score_mn = tl.dot(q_mc, k_nc.T, input_precision="ieee") * (scale * LOG2E)
-            weight_mn = tl.exp2(score_mn - lse_m[:, None])  # the forward pass's softmax: its scores were not kept
-            if MASKED:
-                weight_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], weight_mn, 0.0)
-            grad_weight_mn = tl.dot(grad_out_mc, v_nc.T, input_precision="ieee")
-            grad_score_mn = weight_mn * (grad_weight_mn - delta_m[:, None])
-            grad_q_mc = tl.dot(grad_score_mn.to(k_nc.dtype), k_nc, grad_q_mc, input_precision="ieee")
+    for start in range(0, n_keys, BLOCK_N):
+        key_n = start + j
+        real_n = key_n < n_keys
+        k_n = _keys_at(k_ptr, k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
+        v_n = _keys_at(v_ptr, v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
+        k_nc = load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C)
+        v_nc = load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C)
+        mask_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if start >= n_clear:
+            mask_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], 0.0, float("-inf"))
+        score_mn = tl.dot(q_mc, k_nc.T, mask_mn, input_precision="ieee")
+        # the forward pass's softmax: its scores were not kept
+        weight_mn = tl.exp2(score_mn * (scale * LOG2E) - lse_m[:, None])
+        grad_weight_mn = tl.dot(grad_out_mc, v_nc.T, input_precision="ieee")
+        grad_score_mn = weight_mn * (grad_weight_mn - delta_m[:, None])
+        grad_q_mc = tl.dot(grad_score_mn.to(k_nc.dtype), k_nc, grad_q_mc, input_precision="ieee")
     first, n_tokens = tl.load(tile_ptr, volatile=True), tl.load(tile_ptr + 1, volatile=True)  # as in the forward kernel
     real_m = token_m < n_tokens
     dense_mc = ((first + token_m).to(tl.int64) * (n_kv * SHARE) + head_m)[:, None] * C + c[None, :]
@@ -215,8 +226,8 @@ def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_p
     real_n = j < n_tile_keys
     key_n = (first + j).to(tl.int64)
     offset_nc = (key_n * stride_kn + kv * stride_kh)[:, None] + c[None, :]
-    k_nc = load_rows(k_ptr + offset_nc, real_n, c, C, BLOCK_C, True)
-    v_nc = load_rows(v_ptr + offset_nc, real_n, c, C, BLOCK_C, True)
+    k_nc = load_rows(k_ptr + offset_nc, real_n, c, C, BLOCK_C)
+    v_nc = load_rows(v_ptr + offset_nc, real_n, c, C, BLOCK_C)
     grad_k_nc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     grad_v_nc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     q_ptr += first.to(tl.int64) * stride_qn
@@ -234,9 +245,9 @@ def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_p
             token_m, head_m = r // SHARE, kv * SHARE + r % SHARE
             real_m = r < n_rows  # q and grad_out of rows beyond are zeros: they add nothing
             q_m = q_ptr + (token_m * stride_qn + head_m * stride_qh)
-            q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C, True)
+            q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C)
             row_m = token_m * (n_kv * SHARE) + head_m
-            grad_out_mc = load_rows(grad_out_ptr + (row_m[:, None] * C + c[None, :]), real_m, c, C, BLOCK_C, True)
+            grad_out_mc = load_rows(grad_out_ptr + (row_m[:, None] * C + c[None, :]), real_m, c, C, BLOCK_C)
             lse_m = tl.load(lse_ptr + row_m, mask=real_m, other=0.0)
             delta_m = tl.load(delta_ptr + row_m, mask=real_m, other=0.0)
             # transposed, keys by query rows: so both gradients are products of it as it is
@@ -335,6 +346,7 @@ class AttentionTriton(torch.autograd.Function):
         check_launch(q_nhc, k_nkc, v_nkc)
         segments = segments_s3.numpy().tobytes()
         (N, H, C), K = q_nhc.shape, k_nkc.shape[1]
+        assert N * k_nkc.stride(0) < 2**31, f"{N} tokens: the kernels count elements of packed keys in 32 bits"
         _check_segments(segments, N)
         tiling = attention_tiling("attention_invariant" if invariant else "attention_fwd", q_nhc, C)
         tiles = _query_tiles(segments, tokens_per_tile(tiling, H, K), q_nhc.device)

@@ -83,7 +83,7 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
     not: one token's heads that share a key/value head may be 7. On the right, 16 columns are enough.
 
     out and lse (log2) go to a row's n_all_splits places, of which this item has those from first_split on. A split
-    without keys writes nothing: its lse stays what the launcher put there, minus infinity.
+    without keys says so by an lse of minus infinity, and writes no out.
     """
     item = (tl.program_id(0) // n_row_tiles).to(tl.int64)
     kv, split = tl.program_id(1), tl.program_id(2)
@@ -92,15 +92,18 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
     n_split_keys = tl.cdiv(tl.cdiv(n_keys, n_splits), BLOCK_N) * BLOCK_N
     begin = split * n_split_keys
     end = tl.minimum(begin + n_split_keys, n_keys)
-    if begin < end:
-        r = tl.program_id(0) % n_row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(0) % n_row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    member_m, head_m = r // SHARE, kv * SHARE + r % SHARE
+    # -1 where nobody took the place, or the tile has more rows than the item: loaded as zeros, and not stored
+    slot_m = tl.load(slot_ptr + item * n_members + member_m, mask=member_m < n_members, other=-1).to(tl.int64)
+    real_m = slot_m >= 0
+    out_m = (slot_m * (n_kv * SHARE) + head_m) * n_all_splits + first_split + split
+    if begin >= end:
+        tl.store(lse_ptr + out_m, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=real_m)
+    else:
         j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
-        member_m, head_m = r // SHARE, kv * SHARE + r % SHARE
-        # -1 where nobody took the place, or the tile has more rows than the item: loaded as zeros, and not stored
-        slot_m = tl.load(slot_ptr + item * n_members + member_m, mask=member_m < n_members, other=-1).to(tl.int64)
-        real_m = slot_m >= 0
         q_m = q_ptr + slot_m * stride_qb + head_m * stride_qh
-        q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C, True)
+        q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C)
         k_ptr += item * stride_kx + kv.to(tl.int64) * stride_kh
         v_ptr += item * stride_kx + kv.to(tl.int64) * stride_kh
         max_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -109,32 +112,33 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
         for start in range(begin, end, BLOCK_N):  # the online softmax of _attention_fwd_kernel
             real_n = start + j < end
             offset_nc = ((start + j).to(tl.int64) * stride_kt)[:, None] + c[None, :]
-            k_nc = load_rows(k_ptr + offset_nc, real_n, c, C, BLOCK_C, True)
+            k_nc = load_rows(k_ptr + offset_nc, real_n, c, C, BLOCK_C)
             score_nm = tl.dot(k_nc, q_mc.T, input_precision="ieee") * (scale * LOG2E)
             score_nm = tl.where(real_n[:, None], score_nm, float("-inf"))
             new_max_m = tl.maximum(max_m, tl.max(score_nm, 0))
             weight_nm = tl.exp2(score_nm - new_max_m[None, :])
             keep_m = tl.exp2(max_m - new_max_m)
             sum_m = sum_m * keep_m + tl.sum(weight_nm, 0)
-            v_nc = load_rows(v_ptr + offset_nc, real_n, c, C, BLOCK_C, True)
+            v_nc = load_rows(v_ptr + offset_nc, real_n, c, C, BLOCK_C)
             acc_cm = tl.dot(v_nc.T, weight_nm.to(v_nc.dtype), acc_cm * keep_m[None, :], input_precision="ieee")
             max_m = new_max_m
-        out_m = (slot_m * (n_kv * SHARE) + head_m) * n_all_splits + first_split + split
         tl.store(out_ptr + out_m[None, :] * C + c[:, None], acc_cm / sum_m[None, :],
                  mask=real_m[None, :] & (c < C)[:, None])
         tl.store(lse_ptr + out_m, max_m + tl.log2(sum_m), mask=real_m)
 
 
-@jit(do_not_specialize=["n_all_splits"])
-def _decode_merge_kernel(part_ptr, lse_ptr, out_ptr, n_all_splits, C: tl.constexpr, BLOCK_S: tl.constexpr,
-                         BLOCK_C: tl.constexpr):
+@jit(do_not_specialize=["n_own_splits", "n_all_splits"])
+def _decode_merge_kernel(part_ptr, lse_ptr, place_ptr, out_ptr, n_heads, n_own_splits, n_all_splits, C: tl.constexpr,
+                         BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
     """out = sum_s weight_s part_s with weight = softmax(lse over the splits s), for one head of one slot.
 
-    Splits that saw sums of 8 and 24 have lse 3 and 4.58, and weigh 8 / 32 and 24 / 32.
+    Splits that saw sums of 8 and 24 have lse 3 and 4.58, and weigh 8 / 32 and 24 / 32. The last splits are the
+    prompt's: nobody wrote those of a slot without one.
     """
     s, c = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
     row = tl.program_id(0).to(tl.int64)
-    lse_s = tl.load(lse_ptr + row * n_all_splits + s, mask=s < n_all_splits, other=float("-inf"))
+    n_splits = tl.where(tl.load(place_ptr + row // n_heads) >= 0, n_all_splits, n_own_splits)
+    lse_s = tl.load(lse_ptr + row * n_all_splits + s, mask=s < n_splits, other=float("-inf"))
     weight_s = tl.exp2(lse_s - tl.max(lse_s, 0))
     # an empty split wrote no part: what lies there may be NaN, and is not read
     part_sc = tl.load(part_ptr + (row * n_all_splits + s)[:, None] * C + c[None, :],
@@ -150,19 +154,25 @@ def decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
     """
     B, H, C = q_bhc.shape
     check_launch(q_bhc, k_bktc, v_bktc, prompts.k_pkuc, prompts.v_pkuc)
-    slot_b1 = torch.arange(B, device=q_bhc.device)[:, None]
+    slot_b1 = _each_slot(B, q_bhc.device)[:, None]
     n_own = _n_splits(q_bhc, k_bktc, slot_b1)
     n_prompt = _n_splits(q_bhc, prompts.k_pkuc, prompts.slot_pg)
     part_bhsc = q_bhc.new_empty(B, H, n_own + n_prompt, C, dtype=torch.float32)
-    lse_bhs = torch.full((B, H, n_own + n_prompt), -math.inf, device=q_bhc.device)
+    lse_bhs = part_bhsc.new_empty(B, H, n_own + n_prompt)
     _launch_splits(q_bhc, k_bktc, v_bktc, length_b, slot_b1, part_bhsc, lse_bhs, 0, n_own)
     _launch_splits(q_bhc, prompts.k_pkuc, prompts.v_pkuc, prompts.length_p, prompts.slot_pg, part_bhsc, lse_bhs, n_own,
                    n_prompt)
     out_bhc = q_bhc.new_empty(B, H, C)
     BLOCK_S, BLOCK_C = triton.next_power_of_2(n_own + n_prompt), triton.next_power_of_2(C)
-    _decode_merge_kernel[B * H,](part_bhsc, lse_bhs, out_bhc, n_own + n_prompt, C, BLOCK_S, BLOCK_C,
-                                 num_warps=min(max(BLOCK_S * BLOCK_C // 2048, 1), 16), **POINTWISE)
+    _decode_merge_kernel[B * H,](part_bhsc, lse_bhs, prompts.place_b, out_bhc, H, n_own, n_own + n_prompt, C, BLOCK_S,
+                                 BLOCK_C, num_warps=min(max(BLOCK_S * BLOCK_C // 2048, 1), 16), **POINTWISE)
     return out_bhc
+
+
+@functools.lru_cache
+def _each_slot(B, device):
+    """0, 1 .. B - 1: made once, not in every layer of every step."""
+    return torch.arange(B, device=device)
 
 
 def _launch_splits(q_bhc, k_xktc, v_xktc, length_x, slot_xg, part_bhsc, lse_bhs, first_split, n_splits):
@@ -214,7 +224,7 @@ def decode_invariant(q_bhc, k_bktc, v_bktc, length_b, prompts):
     # A cache's memory as rows of [C] a position's stride apart: slot b's begin at b rows_per_slot. So the table below
     # addresses [B, K, T, C] as the kernel addresses packed keys, with a key/value head being an offset within a row
     assert k_bktc.stride(0) % k_bktc.stride(2) == prompts.k_pkuc.stride(0) % prompts.k_pkuc.stride(2) == 0
-    slot_b = torch.arange(B, device=q_bhc.device)
+    slot_b = _each_slot(B, q_bhc.device)
     own_row_b = slot_b * (k_bktc.stride(0) // k_bktc.stride(2))
     prefix_row_b = prompt_b * (prompts.k_pkuc.stride(0) // prompts.k_pkuc.stride(2))
     k_tkc, v_tkc, prompt_k_ukc, prompt_v_ukc = (

@@ -50,40 +50,40 @@ def check_launch(*tensors):
 # How attention kernels are cut, by operation and padded head size: BLOCK_M (query rows), BLOCK_N (keys), warps and
 # pipeline stages. A column for each generation: 80, 90 and 100 are A100, H100 and B200; "small" are the cards of any of
 # these with 99 KB of shared memory (RTX 30, 40, 50). So on an H100 attention_fwd takes heads of 128 channels in tiles
-# of 128 rows by 128 keys, with 8 warps and 2 stages. Chosen with bench/compile.py, which compiles every tile: registers
-# do not spill, shared memory suffices, products use the generation's widest tensor-core instructions (LOG.md names
-# exceptions). An "invariant" tile serves training, prefill and decoding, which must agree; "decode_group" serves slots
-# that share a prompt.
+# of 128 rows by 128 keys, with 8 warps and 3 stages. Chosen with bench/compile.py, which compiles every tile and reads
+# its loops: nothing spills in them, the copies of two stages overlap the third's products, which use the generation's
+# widest tensor-core instructions (LOG.md names exceptions). An "invariant" tile serves training, prefill and decoding,
+# which must agree; "decode_group" serves slots that share a prompt.
 GENERATIONS = (80, 90, 100, "small")
 ATTENTION_TILES = {
     ("attention_fwd", 32): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    ("attention_fwd", 64): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    ("attention_fwd", 128): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
-    ("attention_fwd", 256): ((64, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("attention_fwd", 64): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
+    ("attention_fwd", 128): ((128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
+    ("attention_fwd", 256): ((64, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 3), (64, 32, 8, 2)),
     ("attention_invariant", 32): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
     ("attention_invariant", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
-    ("attention_invariant", 128): ((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-    ("attention_invariant", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("attention_invariant", 128): ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
+    ("attention_invariant", 256): ((64, 32, 8, 3), (64, 32, 8, 3), (64, 32, 8, 3), (64, 32, 8, 2)),
     ("attention_bwd_q", 32): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    ("attention_bwd_q", 64): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
-    ("attention_bwd_q", 128): ((128, 32, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 32, 8, 2)),
-    ("attention_bwd_q", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    ("attention_bwd_q", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
+    ("attention_bwd_q", 128): ((128, 32, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2)),
+    ("attention_bwd_q", 256): ((64, 32, 8, 3), (64, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("attention_bwd_kv", 32): ((64, 128, 8, 3), (32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
-    ("attention_bwd_kv", 64): ((32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 3)),
-    ("attention_bwd_kv", 128): ((64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
-    ("attention_bwd_kv", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+    ("attention_bwd_kv", 64): ((32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
+    ("attention_bwd_kv", 128): ((64, 64, 8, 3), (32, 128, 8, 4), (64, 128, 8, 3), (64, 64, 8, 2)),
+    ("attention_bwd_kv", 256): ((32, 32, 8, 3), (32, 32, 8, 3), (32, 64, 8, 3), (32, 32, 8, 2)),
     ("decode", 32): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
     ("decode", 64): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
-    ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2), (16, 64, 4, 3)),
-    ("decode", 256): ((16, 32, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
+    ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
+    ("decode", 256): ((16, 32, 4, 2), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
     ("decode_group", 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 3)),
-    ("decode_group", 64): ((64, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
-    ("decode_group", 128): ((64, 64, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3), (32, 64, 4, 2)),
-    ("decode_group", 256): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+    ("decode_group", 64): ((64, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
+    ("decode_group", 128): ((64, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 3), (32, 64, 4, 2)),
+    ("decode_group", 256): ((32, 64, 8, 2), (32, 64, 8, 3), (32, 64, 8, 3), (32, 64, 8, 2)),
 }
 # The same for products of [rows, D] with [columns, D]: BLOCK_N (rows), BLOCK_V (columns), warps, stages
 PRODUCT_TILES = {
-    "logp": ((128, 256, 8, 3), (128, 256, 16, 4), (128, 128, 8, 4), (128, 128, 8, 3)),
+    "logp": ((128, 256, 8, 3), (128, 256, 8, 4), (128, 256, 8, 3), (128, 128, 8, 3)),
     "linear_invariant": ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 3)),
 }
 # float32 on any GPU, by padded head size: "ieee" products have no tensor core, and hold whole rows in registers
@@ -138,12 +138,8 @@ def product_tiling(op, x):
 
 
 @jit
-def load_rows(ptr_rc, real_r, c, C: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr):
-    """A [rows, BLOCK_C] block, zero from channel C on and, if MASKED, in rows that are not real."""
-    if MASKED and C == BLOCK_C:
-        return tl.load(ptr_rc, mask=real_r[:, None], other=0.0)
-    if MASKED:
-        return tl.load(ptr_rc, mask=real_r[:, None] & (c < C)[None, :], other=0.0)
+def load_rows(ptr_rc, real_r, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A [rows, BLOCK_C] block, zero from channel C on and in rows that are not real."""
     if C == BLOCK_C:
-        return tl.load(ptr_rc)
-    return tl.load(ptr_rc, mask=(c < C)[None, :], other=0.0)
+        return tl.load(ptr_rc, mask=real_r[:, None], other=0.0)
+    return tl.load(ptr_rc, mask=real_r[:, None] & (c < C)[None, :], other=0.0)
