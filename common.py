@@ -209,14 +209,14 @@ def optimizer_step(model, optimizers, lr, max_norm, loss):
 
 
 def is_finite(model, probe):
-    """Are the log-probabilities of a Forest's tokens numbers, and their gradient? Not after a step that was far too
-    long: the weights can still be finite then, and even the probabilities, where a norm of them has overflowed."""
+    """Is the gradient of a Forest's log-probabilities finite? Not after a step that was far too long: the weights can
+    still be finite then, and even the probabilities, where a norm of them has overflowed."""
     scored_m = torch.arange(1, len(probe.tokens_n), device=probe.tokens_n.device)
     logp_m, _ = model(probe, scored_m)
     logp_m.sum().backward()
     norm = float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)))
     model.zero_grad(set_to_none=True)
-    return math.isfinite(norm) and bool(logp_m.isfinite().all())
+    return math.isfinite(norm)  # the norm is of all ranks: they take the same way from here
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -268,7 +268,8 @@ def save_checkpoint(folder, model, optimizers, state, ranks, add_files):
 
 
 def restore(folder, model, optimizers):
-    """Fills the optimizers from a checkpoint, sharding each moment like its weight; returns the steps done.
+    """Fills the optimizers from a checkpoint, sharding each moment like its weight; returns the steps done, and
+    how many optimizer steps in a row had been skipped.
 
     The weights are not touched: Model.from_pretrained loads them from the same folder. ValueError if what is there is
     damaged, or of another model or optimizer.
@@ -300,4 +301,4 @@ def restore(folder, model, optimizers):
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{folder}: its optimizer.safetensors or state.json is damaged ({e}); with the folder moved "
                          "away, --resume takes the checkpoint before") from None
-    return state["step"]
+    return state["step"], state.get("skipped_in_a_row", 0)

@@ -41,7 +41,7 @@ from judge import HeldOut, note_verdicts
 from model import Model, ModelConfig, pack
 from options import check_at_least, check_between, check_choice, check_training, parse_config
 from prompt import load_prompt, prompt_path, prompt_to_keep, render
-from run import MAX_SKIPPED, Run
+from run import MAX_SKIPPED, NO_MATTER, Run
 from sample import refresh, whole_model
 from tokenizer import Tokenizer
 
@@ -100,12 +100,7 @@ RECIPES = {  # what differs from the defaults
                 eval_data="runs/toy/data/heldout.jsonl", eval_tokens=128, save_every=200, seed=0),
 }
 SCHEDULE = "its learning rates are those of a run of the new length"
-ROUNDING = "sums are added in another order, so it is not bit for bit the run without the change"
-MAY_CHANGE = {  # on --resume; and what changes with it
-    "epochs": SCHEDULE, "max_steps": SCHEDULE, "micro_tokens": ROUNDING, "threads": ROUNDING, "eval_data": "",
-    "eval_pairs": "", "eval_every": "", "eval_tokens": "", "n_samples": "", "save_every": "", "keep_best": "",
-    "wandb": "", "tensorboard": "",
-}
+MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "epochs": SCHEDULE, "max_steps": SCHEDULE}  # on --resume, and what then
 
 
 @dataclass(frozen=True)
@@ -183,21 +178,23 @@ def main(cfg):
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     examples, pairs = read_examples(cfg, tokenizer, ranks.main)
     kept_prompt = prompt_to_keep(cfg.prompt, pairs, ranks.main)
+    prompt_text = prompt_path(kept_prompt).read_bytes() if kept_prompt else b""  # now: the file may change meanwhile
     n_steps = cfg.epochs * -(-len(examples) // cfg.batch_size)
     n_steps = min(n_steps, cfg.max_steps) if cfg.max_steps else n_steps
     held_out = None
     if cfg.eval_data:
-        prompt = load_prompt(cfg.prompt) if cfg.prompt else None
-        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt, cfg.eval_tokens, tokenizer, ranks)
+        asked = kept_prompt or cfg.prompt  # as it is trained
+        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, asked and load_prompt(asked), cfg.eval_tokens, tokenizer,
+                           ranks)
 
     model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     check_context(model, [len(e.ids) for e in examples], "chains (see --max-length)", ranks.main)
     if held_out:
-        held_out.check(model, [e.ids[:e.n_prompt] for e in examples])
+        held_out.check(model, pairs)
     model = shard(model, ranks, dtype)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    first_step = restore(run.checkpoint, model, optimizers) if run.checkpoint else 0
+    first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
     probe = pack([(examples[0].ids, [])], ranks.device)
     if not is_finite(model, probe):
         raise ValueError(f"{run.checkpoint or cfg.model}: its log-probabilities are not finite: take other weights")
@@ -206,9 +203,9 @@ def main(cfg):
     def add_files(folder):
         tokenizer.save(folder)
         if kept_prompt:
-            shutil.copyfile(prompt_path(kept_prompt), folder / "prompt.txt")  # it will be asked as it was trained
+            (folder / "prompt.txt").write_bytes(prompt_text)  # it will be asked as it was trained
 
-    best_accuracy, n_skipped = run.best_accuracy(), 0  # optimizer steps skipped in a row
+    best_accuracy = run.best_accuracy()
     bar = tqdm(range(first_step, n_steps), "answer-only" if cfg.answer_only else "distill", initial=first_step,
                total=n_steps, disable=not ranks.main)
     for step in bar:
@@ -230,10 +227,10 @@ def main(cfg):
         means = tally.means(ranks)
         lr = learning_rate(step, n_steps, cfg.lr, round(cfg.warmup_frac * n_steps), cfg.final_lr_frac)
         norm = optimizer_step(model, optimizers, lr, cfg.max_norm, means["loss"])
-        n_skipped = 0 if math.isfinite(norm) else n_skipped + 1
+        n_in_a_row = 0 if math.isfinite(norm) else n_in_a_row + 1  # skipped
 
         done, seconds = step + 1, time.perf_counter() - began
-        row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_skipped": int(n_skipped > 0),
+        row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_skipped": int(n_in_a_row > 0),
                "n_tokens": n_tokens, "step_s": seconds, "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
         evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
@@ -247,8 +244,8 @@ def main(cfg):
                 run.row("samples.jsonl", {"step": done, **record})
         run.row("metrics.jsonl", row)
         bar.set_postfix(loss=f"{means['loss']:.3f}", tok_s=f"{row['train_tok_s']:.0f}")
-        if n_skipped == MAX_SKIPPED:
-            run.stop(f"loss or gradient were not finite in {n_skipped} steps in a row")
+        if n_in_a_row == MAX_SKIPPED:
+            run.stop(f"loss or gradient were not finite in {n_in_a_row} steps in a row")
         if dead:
             run.stop("its model gives no finite log-probabilities or gradient any more")
 
@@ -257,7 +254,7 @@ def main(cfg):
             run.save_best(row, model, add_files, dtype)
         if saves and cfg.save_every:
             save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
-                            {"step": done, "seed": cfg.seed}, ranks, add_files)
+                            {"step": done, "skipped_in_a_row": n_in_a_row}, ranks, add_files)
     save_model(run.folder / "model", model, ranks, add_files, dtype)
     run.close()
 

@@ -39,9 +39,8 @@ under runs/toy. Then the same on eight GPUs with data of one's own, and a run th
 """
 
 import math
-import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +54,10 @@ from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
 from model import Model, pack
-from options import check_at_least, check_between, check_training, parse_config
+from options import check_at_least, check_between, check_training, parse_config, saved_options
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
-from run import MAX_SKIPPED, Run
+from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run
 from sample import Rollout, Sampler, Sampling, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 
@@ -125,12 +124,9 @@ RECIPES = {  # what differs from the defaults
                 gradient_checkpointing=False, micro_tokens=16384, n_slots=256,
                 eval_data="runs/toy/data/heldout.jsonl", save_every=20, seed=0),
 }
-ROUNDING = "sums are added in another order, so it is not bit for bit the run without the change"
-MAY_CHANGE = {  # on --resume; and what changes with it
+MAY_CHANGE = NO_MATTER | {  # on --resume, and what then
     "steps": "with a --final-lr-frac below 1, its learning rates are those of a run of the new length",
-    "n_slots": f"without --batch-invariant {ROUNDING}", "micro_tokens": ROUNDING, "threads": ROUNDING, "eval_data": "",
-    "eval_pairs": "", "eval_every": "", "n_samples": "", "save_every": "", "keep_best": "", "wandb": "",
-    "tensorboard": "",
+    "n_slots": f"without --batch-invariant {ROUNDING}",
 }
 
 
@@ -338,41 +334,46 @@ def main(cfg):
     run = Run(cfg, ranks, MAY_CHANGE)
     if cfg.model == RECIPES["toy"]["model"] and not Path(cfg.model).exists():  # the task begins with its first stage
         import distill
-        first_stage = distill.Config(**distill.RECIPES["toy"] | {"threads": cfg.threads})
-        distill.main(replace(first_stage, resume=Path(first_stage.out, "config.json").exists()))  # if it was begun
+        options = distill.RECIPES["toy"] | {"threads": cfg.threads}
+        if Path(options["out"], "config.json").exists():  # it was begun: it goes on with its own
+            options = saved_options(distill.Config, options["out"]) | {"resume": True}
+        distill.main(distill.Config(**options))
     check_folder(cfg.model)
     tokenizer = Tokenizer(cfg.model)
     prompt_name = prompt_of(cfg.model, cfg.prompt)
     prompt = load_prompt(prompt_name) if prompt_name else None
     pairs, prompts = read_prompts(cfg, tokenizer, prompt, ranks)
     kept_prompt = prompt_to_keep(prompt_name, pairs, ranks.main)
+    prompt_text = prompt_path(kept_prompt).read_bytes() if kept_prompt else b""  # now: the file may change meanwhile
     n_steps = cfg.steps or len(pairs) // cfg.n_prompts
     if cfg.warmup_steps >= n_steps and ranks.main:
         print(f"note: --warmup-steps {cfg.warmup_steps} is the whole run of {n_steps} steps: --lr is hardly reached")
     held_out = None
     if cfg.eval_data:
-        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, prompt, cfg.max_new_tokens, tokenizer, ranks)
+        asked = kept_prompt or prompt_name  # as it is trained
+        held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, asked and load_prompt(asked), cfg.max_new_tokens, tokenizer,
+                           ranks)
 
     model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
     model.name, model.impl, model.gradient_checkpointing = f"{cfg.out}, its policy", impl, cfg.gradient_checkpointing
     check_context(model, [len(prompts[pair.id]) for pair in pairs], "prompts (see --max-prompt-tokens)", ranks.main)
     if held_out:
-        held_out.check(model, prompts.values())
+        held_out.check(model, pairs)
     model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
     reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
     reference.impl = impl
     reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    first_step = restore(run.checkpoint, model, optimizers) if run.checkpoint else 0
+    first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
     run.begin(first_step, n_steps)
     sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.micro_tokens)
 
     def add_files(folder):
         tokenizer.save(folder)
         if kept_prompt:
-            shutil.copyfile(prompt_path(kept_prompt), folder / "prompt.txt")  # it will be asked as it was trained
+            (folder / "prompt.txt").write_bytes(prompt_text)  # it will be asked as it was trained
 
-    best_accuracy, n_in_a_row = run.best_accuracy(), 0  # optimizer steps skipped in a row
+    best_accuracy = run.best_accuracy()
     probe = pack([(prompts[pairs[0].id], [])], ranks.device)
     bar = tqdm(range(first_step, n_steps), "grpo", initial=first_step, total=n_steps, disable=not ranks.main)
     for step in bar:
@@ -405,7 +406,7 @@ def main(cfg):
                 n_in_a_row = 0
             else:
                 n_skipped += 1
-                n_in_a_row += 1
+                n_in_a_row += 1  # over steps, too
             if n_in_a_row == MAX_SKIPPED:
                 break
         update_s = time.perf_counter() - began
@@ -440,7 +441,7 @@ def main(cfg):
             run.save_best(row, model, add_files, dtype)
         if saves and cfg.save_every:
             save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
-                            {"step": done, "seed": cfg.seed}, ranks, add_files)
+                            {"step": done, "skipped_in_a_row": n_in_a_row}, ranks, add_files)
     save_model(run.folder / "model", model, ranks, add_files, dtype)
     run.close()
 

@@ -85,22 +85,22 @@ class HeldOut:
 
     def __init__(self, path, n_pairs, prompt, max_new_tokens, tokenizer, ranks):
         """prompt: a Prompt, or None where every pair is ready-made."""
-        pairs = [pair for pair in read_pairs(path) if pair.winner is not None][:n_pairs]
-        if not pairs:
+        self.all_pairs = [pair for pair in read_pairs(path) if pair.winner is not None][:n_pairs]
+        if not self.all_pairs:
             raise ValueError(f"{path}: no labelled pairs to evaluate on")
-        self.pairs = pairs[ranks.rank::ranks.world]
+        self.pairs = self.all_pairs[ranks.rank::ranks.world]  # this rank's
         self.prompts = [tokenizer.chat(render(prompt, pair)) for pair in self.pairs]
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop=tokenizer.stop_ids)
         self.prompt, self.tokenizer, self.ranks = prompt, tokenizer, ranks
 
     def check(self, model, trained):
-        """Before training on prompts with these ids: is what is held out really so, and can the model read it?"""
+        """Before training on these pairs: is what is held out really so, and can the model read it?"""
         check_context(model, [len(ids) for ids in self.prompts], "prompts of --eval-data", self.ranks.main)
-        seen = {tuple(ids) for ids in trained}
-        n_seen = sum(tuple(ids) in seen for ids in self.prompts)
+        seen = {contents(pair) for pair in trained}
+        n_seen = sum(contents(pair) in seen for pair in self.all_pairs)
         if n_seen and self.ranks.main:
-            print(f"note: {n_seen} of {len(self.prompts)} pairs of --eval-data are trained on, too: eval_accuracy will "
-                  "not be that of pairs held out; take them out of --data")
+            print(f"note: {n_seen} of {len(self.all_pairs)} pairs of --eval-data are trained on, too: eval_accuracy "
+                  "will not be that of pairs held out; take them out of --data")
 
     def judge(self, model):
         """({"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens", "eval_s"}, the records)."""
@@ -128,6 +128,12 @@ def note_verdicts(chains, path, answer_only):
                   f"<answer>[[A]]</answer>, {n_against} in another than the label; they are learned as they are")
         labels = verdicts
     note_one_label(labels, path)
+
+
+def contents(pair):
+    """What a pair holds, whichever answer is A."""
+    answers = sorted(json.dumps(answer) for answer in (pair.answer_a, pair.answer_b))
+    return json.dumps([pair.prompt, answers, pair.rendered])
 
 
 def accuracy(records):

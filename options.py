@@ -30,7 +30,8 @@ def parse_config(cls, recipes=None, argv=None, embedded=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{Path(sys.argv[0]).name}: {message} (--help lists the options)")
     if recipes:
-        parser.add_argument("--recipe", choices=recipes, help="a set of options; flags given beside it win")
+        parser.add_argument("--recipe", choices=recipes, help="a set of options; flags given beside it win" +
+                            (f"; without --model and --data it is {embedded}" if embedded else ""))
     types = typing.get_type_hints(cls)
     source = inspect.getsource(cls)
     for f in dataclasses.fields(cls):
@@ -150,6 +151,8 @@ def check_training(cfg):
     if not cfg.max_norm > 0:
         raise ValueError(f"--max-norm must be above 0 (inf does not clip), got {cfg.max_norm}")
     check_choice(cfg, "dtype", "float32", "bfloat16")
+    if cfg.resume:  # evaluation may be switched off by --eval-data alone
+        return
     if cfg.eval_every not in (0, type(cfg).eval_every) and not cfg.eval_data:
         raise ValueError(f"--eval-every {cfg.eval_every} needs --eval-data, the pairs to judge")
     if cfg.keep_best and not (cfg.eval_data and cfg.eval_every):

@@ -56,6 +56,9 @@ def prompt_to_keep(given, pairs, say):
     for name in names:
         prompt = load_prompt(name)
         if all(could_show(prompt, pair.rendered) for pair in ready_made):
+            if say and given and name != given:
+                print(f"note: the rows bring their own messages, made by the prompt {name}, not by {given}: {name} is "
+                      "saved with the model")
             return name
     if say:
         print(f"note: {len(ready_made)} of {len(pairs)} rows bring their own messages, which were not made by "

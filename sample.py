@@ -133,6 +133,8 @@ def _picked(logp_bv, id_b):
 
 # ---------------------------------------------------------------------------------------------------- cache and batch
 
+DAMAGED = "the weights are damaged, or were trained with too high a learning rate"
+
 
 class Cache:
     """Keys (rotated) and values, per layer: [X, K, T, C]. The rows X are slots or prompts, see Batch."""
@@ -268,6 +270,9 @@ class Batch:
         self.shared.clear([self.rows[i] for i in admitted])
         packs = _packs([len(self.prompts[i]) for i in admitted], self.prefill_tokens)
         hidden_pd = torch.cat([self.prefill(admitted[first:last]) for first, last in packs])
+        row_v = logits(hidden_pd[:1], self.model.head_vd, self.model.impl)[0]
+        if row_v.max() == row_v.min() and len(row_v) > 1:  # weights so large that a norm of them has overflowed
+            raise ValueError(f"{self.model.name}: its logits are all equal: {DAMAGED}")
         # the first tokens of all n rollouts are drawn from the same state: the prompt's last
         self.draw(hidden_pd.repeat_interleave(n, 0), taken, torch.tensor(taken, device=self.device))
 
@@ -321,8 +326,7 @@ class Batch:
         ids, logps = torch.stack([id_a.double(), logp_a.double()]).tolist()  # one wait for the device, not two
         for b, token, logp in zip(slots, map(int, ids), logps):
             if not math.isfinite(logp):
-                raise ValueError(f"{self.model.name}: its logits are not finite (NaN or infinity): the weights are "
-                                 "damaged, or were trained with too high a learning rate")
+                raise ValueError(f"{self.model.name}: its logits are not finite (NaN or infinity): {DAMAGED}")
             slot = self.slots[b]
             slot.rollout.ids.append(token)
             slot.rollout.logps.append(logp)
@@ -383,6 +387,7 @@ class Sampler:
 
     def generate(self, prompts, sampling, on_token=None):
         """For each prompt (a list of token ids) its rollouts, in order."""
+        check_prompts(prompts, self.model.n_vocab)
         out = [None] * len(prompts)
         for i, rollouts in self.stream(prompts, sampling, on_token):
             out[i] = rollouts
@@ -396,7 +401,7 @@ class Sampler:
         Continuous batching: slots that become free are taken by waiting prompts while the others go on. Whole groups
         are admitted, so that a prompt is computed once.
         """
-        check_prompts(prompts, self.model.config.vocab_size)
+        check_prompts(prompts, self.model.n_vocab)
         if not prompts:
             return
         n = sampling.n
@@ -429,16 +434,18 @@ class Sampler:
                 "decode_tok_s": self.n_decoded / max(self.decode_s, 1e-9)}
 
 
-def check_prompts(prompts, vocab_size):
+def check_prompts(prompts, n_vocab):
     """ValueError unless each prompt is a list (or array) of one or more ids that the model has."""
+    if not hasattr(prompts, "__len__"):
+        raise ValueError(f"prompts is {prompts!r:.40}: give a list of prompts, each the list of its token ids")
     for i, ids in enumerate(prompts):
         array = None if isinstance(ids, str) else np.asarray(ids)
         if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
             raise ValueError(f"prompt {i} is {ids!r:.40}: give a list of prompts, each the list of its token ids, as "
                              "tokenizer.chat(messages) makes it")
-        if array.min() < 0 or array.max() >= vocab_size:
+        if array.min() < 0 or array.max() >= n_vocab:
             raise ValueError(f"prompt {i} has the token id {array.max() if array.min() >= 0 else array.min()}; the "
-                             f"model's ids are 0 to {vocab_size - 1}")
+                             f"model's ids are 0 to {n_vocab - 1}")
 
 
 def model_impl(batch_invariant, device, dtype):

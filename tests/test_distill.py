@@ -468,8 +468,7 @@ def test_a_dead_model_is_neither_saved_nor_evaluated(changes, made, tmp_path):
 
 
 def test_the_last_good_checkpoint_stays(made, tmp_path):
-    """Resumed with weights that are fine and then broken on disk, as a damaged disk or a bug would: its optimizer's
-    moments are infinite, so the next step kills the model."""
+    """Resumed with an optimizer whose moments are 1e38 times too large, so that its next step kills the model."""
     distill.main(config(made, tmp_path / "run", save_every=2, max_steps=4))
     good = (tmp_path / "run/checkpoints/step-2/model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run/checkpoints/step-4")
@@ -506,6 +505,7 @@ def test_prompt_txt_is_the_prompt_that_the_rows_were_made_with(made_by, given, k
                         max_length=2000))
     saved, said = tmp_path / "run/model/prompt.txt", capsys.readouterr().out
     assert ("note: 14 of 14 rows bring their own messages" in said) is (kept is None)
+    assert ("note: the rows bring their own messages, made by the prompt" in said) is (given not in (None, kept))
     assert saved.exists() is (kept is not None)
     if kept:
         source = Path(names[kept]) if kept in names else ROOT / f"data/prompts/{kept}.txt"

@@ -551,19 +551,50 @@ def test_one_bad_update_is_skipped_and_the_run_goes_on(made, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("given, kept", [(None, "direct"), ("toy", "direct"), ("own", None)])
-def test_prompt_txt_is_the_prompt_that_ready_made_pairs_were_made_with(given, kept, made, tmp_path, capsys):
-    """Once it was --prompt, or the model's own: judge.py then asked another one than the policy was trained with."""
+def test_prompt_txt_is_the_prompt_that_ready_made_pairs_were_made_with(given, kept, made, tmp_path, capsys,
+                                                                       monkeypatch):
+    """Once it was --prompt, or the model's own: judge.py then asked another one than the policy was trained with. The
+    evaluations in the run ask it, too (here the model's own, "toy", where none can be told)."""
+    asked = []
+    judge = grpo.HeldOut.judge
+    monkeypatch.setattr(grpo.HeldOut, "judge", lambda self, model: asked.append(self.prompt.user) or judge(self, model))
     (tmp_path / "own.txt").write_text("[user]\nQ {question}\nA {answer_a}\nB {answer_b}\n")
     shown_by = grpo.load_prompt("direct" if given != "own" else str(tmp_path / "own.txt"))
     rows = [{"id": pair.id, "context_messages": grpo.render(shown_by, pair), "winner": f"model_{pair.winner}"}
             for pair in read_pairs(made / "rl.jsonl")]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     grpo.main(config(made, tmp_path / "run", data=str(data), prompt="direct" if given == "own" else given, steps=1,
-                     max_prompt_tokens=2000, micro_tokens=2000))
+                     max_prompt_tokens=2000, micro_tokens=2000, eval_data=str(made / "heldout.jsonl")))
+    assert asked == [grpo.load_prompt("direct").user]
     saved = tmp_path / "run/model/prompt.txt"
     assert saved.exists() is (kept is not None)
     assert not kept or saved.read_text() == (ROOT / f"data/prompts/{kept}.txt").read_text()
-    assert ("note: 11 of 11 rows bring their own messages" in capsys.readouterr().out) is (kept is None)
+    said = capsys.readouterr().out
+    assert ("note: 11 of 11 rows bring their own messages" in said) is (kept is None)
+    assert (", made by the prompt direct, not by" in said) is (kept is not None)  # not by --prompt, nor by the model's
+
+
+def test_skips_in_a_row_are_counted_over_a_resume(made, tmp_path, monkeypatch):
+    """Two skipped updates before the checkpoint and one after it are three. Oracle: the run without an interruption."""
+    accumulate = grpo.accumulate_gradients
+
+    def bad(*args, **kwargs):
+        n, loss, mismatches = accumulate(*args, **kwargs)
+        return n, math.nan, mismatches
+    cfg = config(made, tmp_path / "run", steps=1, save_every=1, skip_zero_spread=False)
+    monkeypatch.setattr(grpo, "accumulate_gradients", bad)
+    grpo.main(cfg)
+    with pytest.raises(ValueError, match="were not finite in 3 optimizer steps in a row"):
+        grpo.main(replace(cfg, steps=3, resume=True))
+    assert [row["n_skipped"] for row in metrics(tmp_path / "run")] == [2, 1]
+
+
+def test_evaluation_can_be_switched_off_on_resuming(made, tmp_path):
+    cfg = config(made, tmp_path / "run", steps=2, save_every=1, eval_data=str(made / "heldout.jsonl"), eval_every=1)
+    grpo.main(replace(cfg, steps=1, keep_best=True))
+    resumed = replace(cfg, eval_data=None, keep_best=True, resume=True)
+    grpo.main(resumed)
+    assert ["eval_accuracy" in row for row in metrics(tmp_path / "run")] == [True, False]
 
 
 def test_a_changed_number_of_slots_is_said_and_recorded(made, tmp_path, capsys):

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ import distill  # noqa: E402
 import files  # noqa: E402
 from common import Ranks  # noqa: E402
 from data import toy  # noqa: E402
-from data.pairs import Chain, Pair  # noqa: E402
-from judge import HeldOut, check_context, note_verdicts  # noqa: E402
+from data.pairs import Chain, Pair, swapped  # noqa: E402
+from folder import check_context  # noqa: E402
+from judge import HeldOut, note_verdicts  # noqa: E402
 from model import Model  # noqa: E402
 from prompt import load_prompt  # noqa: E402
 from test_sample import make_folder  # noqa: E402
@@ -375,9 +377,10 @@ def test_what_will_be_learned_is_said(home, capsys):
 
     tokenizer, model = Tokenizer(home / "model"), Model.from_pretrained(home / "model")  # made to read 1,024 tokens
     held_out = HeldOut(home / "pairs.jsonl", 5, load_prompt("toy"), 2, tokenizer, Ranks(0, 1, torch.device("cpu")))
-    held_out.check(model, [[1, 2]])
+    held_out.check(model, held_out.pairs[:0])
     assert capsys.readouterr().out == ""
-    held_out.check(model, held_out.prompts[3:] + [[1, 2]])
+    one, other = held_out.pairs[3:5]
+    held_out.check(model, [one, swapped(other), replace(one, prompt=[{"role": "user", "content": "other"}])])
     assert capsys.readouterr().out.startswith("note: 2 of 5 pairs of --eval-data are trained on, too: eval_accur")
 
     for lengths, said in (([], ""), ([1024], ""), ([1025, 3], "1 of 2 chains are longer than the 1024 tokens")):

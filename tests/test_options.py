@@ -127,7 +127,7 @@ def test_the_embedded_recipe_is_taken_when_neither_model_nor_data_is_given():
 
 
 def test_resume_takes_the_options_of_the_run(tmp_path, capsys):
-    """They need not be repeated; those that are given win, and common.Run says which of them may."""
+    """They need not be repeated; those that are given win, and run.Run says which of them may."""
     out = tmp_path / "moved"
     out.mkdir()
     saved = asdict(Training("mine", "pairs", 1, str(tmp_path / "elsewhere")))  # 1: what JSON makes of 1.0

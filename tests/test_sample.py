@@ -493,7 +493,8 @@ def test_a_padded_model_loaded_by_itself_draws_ids_that_exist(tmp_path):
     ([1, 2], "prompt 0 is 1: give"),
     (["hello"], "prompt 0 is 'hello': give"), ([[1], []], "prompt 1 is []: give"), ([[1.0]], "prompt 0 is [1.0]: give"),
     ([[[1]]], "prompt 0 is [[1]]: give"), ([[1, 61]], "prompt 0 has the token id 61; the model's ids are 0 to 60"),
-    ([[-1, 1]], "prompt 0 has the token id -1"), ([None], "prompt 0 is None: give"),
+    ([[-1, 1]], "prompt 0 has the token id -1"), ([None], "prompt 0 is None: give"), (None, "prompts is None: give"),
+    (5, "prompts is 5: give"),
 ])
 def test_what_is_no_list_of_prompts_is_told_what_is_wanted(prompts, said):
     with pytest.raises(ValueError) as e:
@@ -527,6 +528,19 @@ def test_a_dead_model_is_refused_by_name(how, name, value, tmp_path):
     model.get_parameter(name).data.fill_(value)
     with pytest.raises(ValueError, match=f"^{folder}: its logits are not finite"):
         Sampler(model).generate([[1, 2]], how)
+
+
+def test_a_model_whose_logits_are_all_equal_is_refused(tmp_path):
+    """Weights of 1e30, as one step at such a learning rate leaves: a norm of them overflows, and everything becomes 0.
+    It wrote "!!!!!", the first id."""
+    folder = make_folder(tmp_path)
+    model, _ = load_model(str(folder), dtype="float32")
+    for x in model.parameters():
+        x.data.fill_(1e30)
+    assert model.logits([1, 2]).isfinite().all()
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"^{folder}: its logits are all equal: the weights are damaged"):
+            Sampler(model).generate([[1, 2]], Sampling(2, 5, temperature=temperature))
 
 
 def test_on_token_sees_every_token_in_order_and_groups_come_when_they_are_done():
