@@ -436,6 +436,10 @@ def test_without_options_the_embedded_default_is_evaluated(monkeypatch, tmp_path
     """And a model or pairs of one's own are not mixed with its pairs or model."""
     seen = []
     monkeypatch.setattr(evaluate, "evaluate_models", lambda cfg, ranks: seen.append(cfg) or [])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^runs/toy/grpo/model: is not there; python grpo.py makes it, or give --model"):
+        main(Config())
+    Path("runs/toy/grpo/model").mkdir(parents=True)
     main(Config(out=str(tmp_path)))
     assert seen == [Config(model=("runs/toy/grpo/model",), data="runs/toy/data/heldout.jsonl", out=str(tmp_path))]
     for options in ({"model": ("x",)}, {"data": "x"}, {"rmb": "x"}):
