@@ -176,6 +176,7 @@ class Code:
     n_dots: int       # products in the source
     messages: tuple   # ptxas's on tensor cores: C7515 says that it serializes the products of a loop
     loops: tuple      # the innermost ones with tensor-core instructions: machine_code.Loop
+    n_outside: int = 0  # instructions outside these loops
 
 
 def compiled(launch, capability):
@@ -196,7 +197,9 @@ def compiled(launch, capability):
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
     assert "Compiling entry function" in log.getvalue(), "ptxas's log did not come: it may hold messages"
     messages = tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log.getvalue()))))
-    return Code(registers, stack + local, binary.metadata.shared, n_dots, messages, tuple(machine_code.loops(text)))
+    found = tuple(machine_code.loops(text))
+    n_outside = len(machine_code.instructions(text)) - sum(len(loop.instructions) for loop in found)
+    return Code(registers, stack + local, binary.metadata.shared, n_dots, messages, found, n_outside)
 
 
 def compile_all(capabilities, dtype, geometries=GEOMETRIES, workers=2, chosen=lambda launch: True):
@@ -217,7 +220,7 @@ def faults(found, tensor_cores=True):
             wrong.append(f"{code.shared} bytes of shared memory, {SHARED_KB[cc]} KB exist")
         if not code.loops and code.spilled or code.spilled > SPILLED_OUTSIDE:
             wrong.append(f"{code.spilled} bytes of stack and local memory")
-        if code.messages and cc == 90:
+        if code.messages and cc in (90, 100):
             wrong.append(f"serialized products, ptxas says {' '.join(code.messages)}")
         if tensor_cores and code.n_dots and not any(TENSOR_CORE[cc] in loop.mix for loop in code.loops):
             if (launch.name, cc) not in OLDER_INSTRUCTIONS:

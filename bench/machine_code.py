@@ -78,11 +78,15 @@ def branch_target(opcode, arguments):
     return int(target[1], 16) if target else None
 
 
+def instructions(text):
+    """(address, instruction, arguments) of every instruction, in the order of the text."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", text)
+    return [(int(address, 16), opcode, arguments.strip()) for address, opcode, arguments in lines]
+
+
 def loops(text):
     """The innermost loops with products, in the order of the text."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", text)
-    lines = [(int(address, 16), opcode, arguments.strip()) for address, opcode, arguments in lines]
-    found = []
+    lines, found = instructions(text), []
     for address, opcode, arguments in lines:
         target = branch_target(opcode, arguments)
         if target is not None and target < address:

@@ -13,9 +13,11 @@ a core busy for so many clocks:
 
 A block's products wait for its softmax and its softmax for its products: alone on a core it takes their sum and LATENCY
 for each change between the two ("chain"); at best, with the two warp groups of a block out of step, half of the
-shorter one is hidden. Blocks that share a core hide each other, until a unit is full. So there are two predictions, and
-the table says both. Iterations are counted in the very tables that the launchers make. What it cannot know: clocks
-under a power limit, what L2 and HBM really deliver, copies that come late.
+shorter one is hidden. (Log-probabilities have one product and no softmax in the loop: LATENCY, or nothing.) What stands
+outside a block's loop is issued once, beside STARTUP. Blocks that share a core hide each other, until a unit is full.
+So there are two predictions, and the table says both. Attention's iterations are counted in the very tables that the
+launchers make. A decoding step of a group is its prompt's keys alone: the slots' own ones are a launch like the one of
+64 slots. What it cannot know: clocks under a power limit, what L2 and HBM really deliver, copies that come late.
 """
 
 import argparse
@@ -44,7 +46,7 @@ GPUS = {"H100": GPU(90, 132, 1.83, 2048, 3.35), "H200": GPU(90, 132, 1.83, 2048,
         "B200": GPU(100, 148, 1.85, 4096, 8.0)}
 LATENCY = 150     # clocks from a product's last operand to the first use of its result, barriers included
 EXPOSED = 800     # clocks of a copy that is waited for right after its issue
-PROLOGUE = 2000   # clocks of a block outside its loop: tables, its own rows, the first copies, storing the result
+STARTUP = 1500    # clocks of a block until its tables, its own rows and the first copies are there
 LAUNCH_S = 5e-6   # of a decode step's attention: the launches inside a CUDA graph, filling the cores, the merge
 HBM_SHARE = 0.92  # of the data sheet's bandwidth that a plain copy reaches
 SHAPES = {"7B": (28, 4, 3584), "14B, 32B": (40, 8, 5120)}  # query heads, key/value heads, width; 128 channels
@@ -92,6 +94,11 @@ def clocks(gpu, launch, code, n_dots):
     return units, (chain, chain - hidden), resident
 
 
+def outside(launch, code):
+    """Clocks of a block outside its loop."""
+    return STARTUP + code.n_outside * dict(launch.options)["num_warps"] / 4
+
+
 def product_clocks(gpu, loop, warps, fma):
     """Each product reads its right factor from shared memory, and its left one if that lies there too: narrow ones take
     longer to read than to multiply."""
@@ -102,6 +109,7 @@ def product_clocks(gpu, loop, warps, fma):
             times, (rows, columns, depth) = warps // 4, (int(x) for x in opcode.split(".")[1].split("x"))
             left_is_shared = arguments.split(", ")[1].startswith("gdesc")  # one descriptor of both, or registers first
         else:                           # UTCHMMA does not say: 128 rows, 16 deep, and the columns on average
+            assert opcode.startswith("UTCHMMA"), opcode
             times, rows, columns, depth = 1, 128, fma / len(products) / 128 / 16, 16
             left_is_shared = arguments.startswith("gdesc")
         left = rows * left_is_shared
@@ -109,10 +117,10 @@ def product_clocks(gpu, loop, warps, fma):
     return total
 
 
-def waves(gpu, n_iterations, n_blocks, unit_clocks, alone, resident):
-    """Seconds of all blocks, spread evenly over the cores."""
+def waves(gpu, n_iterations, n_blocks, unit_clocks, alone, resident, once):
+    """Seconds of all blocks, spread evenly over the cores; `once`: a block's clocks outside its loop."""
     per_core = max(max(unit_clocks.values()), alone / resident)
-    return (n_iterations * per_core + n_blocks * PROLOGUE / resident) / gpu.cores / gpu.ghz / 1e9
+    return (n_iterations * per_core + n_blocks * once / resident) / gpu.cores / gpu.ghz / 1e9
 
 
 def find(codes, name):
@@ -120,7 +128,8 @@ def find(codes, name):
 
 
 def attention_rows(gpu, codes, H, K, groups):
-    """(kernel, units, [slow s, fast s], useful multiply-adds) of forward and backward over a forest."""
+    """(kernel, tile, units, alone, resident, [slow s, fast s], useful multiply-adds) of forward and backward over a
+    forest."""
     segments, pairs = forest(groups)
     share = "" if H // K == 7 else f" share={H // K}"
     rows = []
@@ -134,7 +143,8 @@ def attention_rows(gpu, codes, H, K, groups):
             tiles = _query_tiles(segments, values["BLOCK_M"] // (H // K), torch.device("cpu"))
             n_iterations = -(-(tiles[:, 2] + tiles[:, 1]) // values["BLOCK_N"])
         units, alone, resident = clocks(gpu, launch, code, n_dots)
-        seconds = [waves(gpu, int(n_iterations.sum()) * K, len(tiles) * K, units, x, resident) for x in alone]
+        once = outside(launch, code)
+        seconds = [waves(gpu, int(n_iterations.sum()) * K, len(tiles) * K, units, x, resident, once) for x in alone]
         rows.append((kernel, launch.tile, units, alone, resident, seconds, n_dots * pairs * H * 128))
     return rows
 
@@ -143,8 +153,9 @@ def show(gpu_name, work, shape, kernel, tile, units, alone, resident, reached, o
     unit = "HBM" if min(reached) == max(reached) and of == "bandwidth" else max(units, key=units.get)
     low, high = sorted(reached)
     busy = " / ".join(f"{units[name]:.0f}" for name in ("products", "exponents", "issue"))
+    share = f"{low:.0%}-{high:.0%}" if f"{low:.0%}" != f"{high:.0%}" else f"{low:.0%}"
     print(f"| {gpu_name} | {shape} | {work} | {kernel} {tile} | {busy} | {alone[1]:.0f}-{alone[0]:.0f}, {resident} "
-          f"| {unit} | {low:.0%}-{high:.0%} of {of} | |")
+          f"| {unit} | {share} of {of} | |")
 
 
 @functools.lru_cache
@@ -155,11 +166,31 @@ def compiled_for(generation):
     return compiler.compile_all((generation,), torch.bfloat16, ((128, 7), (128, 5)), 1, modelled)
 
 
+def decode_rows(name, gpu, found, shape, H, K):
+    """The table's rows of decoding: a launch over the items' keys, whose partial results are written and read again."""
+    for work, (n_items, members, n_keys) in DECODE.items():
+        share = "" if H // K == 7 else f" share={H // K}"
+        launch, code = find(found, f"decode_split C=128{share}" + " group" * (members > 1))
+        units, alone, resident = clocks(gpu, launch, code, 2)
+        block_keys = dict(launch.constants)["BLOCK_N"]
+        wanted = min(2 * gpu.cores / n_items / K, n_keys / (4 * block_keys), 64)  # as decode._n_splits_for
+        n_splits = 2 ** max(0, math.ceil(math.log2(wanted)))
+        key_s = n_items * K * n_keys * 128 * 2 * 2 / gpu.tb_s / 1e12
+        parts_s = n_items * members * H * n_splits * (128 + 1) * 4 * 2 / gpu.tb_s / 1e12
+        work_s = [waves(gpu, n_items * K * n_keys / block_keys, n_items * K * n_splits, units, x, resident,
+                        outside(launch, code)) for x in alone]
+        reached = [key_s / (max((key_s + parts_s) / HBM_SHARE, s) + LAUNCH_S) for s in work_s]
+        show(name, work, shape, "decode_split", launch.tile, units, alone, resident, reached, "bandwidth")
+
+
 def predict(name, gpu):
     """The table's rows for one GPU."""
     found = compiled_for(gpu.generation)
     peak = gpu.cores * gpu.fma * gpu.ghz * 1e9
     for shape, (H, K, D) in SHAPES.items():
+        if name == "H200":  # H100's cores with a faster memory: what only multiplies is the same
+            decode_rows(name, gpu, found, shape, H, K)
+            continue
         for work, groups in (("SFT", SFT), ("GRPO", GRPO)):
             rows = attention_rows(gpu, found, H, K, groups)
             for *row, seconds, useful in rows:
@@ -172,25 +203,16 @@ def predict(name, gpu):
                              for groups in ([(2560, 0, 0)] * 28, GRPO))
         print(f"| {name} | {shape} | GRPO | forward and backward, against a prompt for each response | | | | "
               f"{alone_s[0] / forest_s[0]:.2f} times as fast | |")
-        for work, (n_items, members, n_keys) in DECODE.items():
-            share = "" if H // K == 7 else f" share={H // K}"
-            launch, code = find(found, f"decode_split C=128{share}" + " group" * (members > 1))
-            units, alone, resident = clocks(gpu, launch, code, 2)
-            n_splits = 2 ** max(0, math.ceil(math.log2(min(2 * gpu.cores / n_items / K, n_keys / 256, 64))))
-            n_blocks = n_items * K * n_splits
-            n_iterations = n_items * K * n_keys / dict(launch.constants)["BLOCK_N"]
-            read_s = n_items * K * n_keys * 128 * 2 * 2 / gpu.tb_s / 1e12
-            work_s = [waves(gpu, n_iterations, n_blocks, units, x, resident) for x in alone]
-            reached = [read_s / (max(read_s / HBM_SHARE, s) + LAUNCH_S) for s in work_s]
-            show(name, work, shape, "decode_split", launch.tile, units, alone, resident, reached, "bandwidth")
+        decode_rows(name, gpu, found, shape, H, K)
         launch, code = find(found, "logp_fwd")
         units, alone, resident = clocks(gpu, launch, code, 1)
         values, N = dict(launch.constants), 16384
         n_blocks = -(-N // values["BLOCK_N"]) * -(-V // values["BLOCK_V"])
-        seconds = waves(gpu, n_blocks * D / values["BLOCK_D"], n_blocks, units, alone[0], resident)
-        fast = waves(gpu, n_blocks * D / values["BLOCK_D"], n_blocks, units, max(units.values()), resident)
-        show(name, f"{N:,} tokens", shape, "logp_fwd", launch.tile, units, (alone[0], max(units.values())), resident,
-             [N * V * D / s / peak for s in (seconds, fast)], "peak")
+        alone = alone[0], max(units.values())
+        seconds = [waves(gpu, n_blocks * D / values["BLOCK_D"], n_blocks, units, x, resident, outside(launch, code))
+                   for x in alone]
+        show(name, f"{N:,} tokens", shape, "logp_fwd", launch.tile, units, alone, resident,
+             [N * V * D / s / peak for s in seconds], "peak")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
     slot_b1 = _each_slot(B, q_bhc.device)[:, None]
     n_own = _n_splits(q_bhc, k_bktc, slot_b1)
     n_prompt = _n_splits(q_bhc, prompts.k_pkuc, prompts.slot_pg)
+    assert prompts.place_b.shape == (B,) and prompts.place_b.is_contiguous(), prompts.place_b.shape
     part_bhsc = q_bhc.new_empty(B, H, n_own + n_prompt, C, dtype=torch.float32)
     lse_bhs = part_bhsc.new_empty(B, H, n_own + n_prompt)
     _launch_splits(q_bhc, k_bktc, v_bktc, length_b, slot_b1, part_bhsc, lse_bhs, 0, n_own)
@@ -171,7 +172,7 @@ def decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
 
 @functools.lru_cache
 def _each_slot(B, device):
-    """0, 1 .. B - 1: made once, not in every layer of every step."""
+    """0, 1 .. B - 1: made once, not in every layer of every step; before a CUDA graph is captured, not within."""
     return torch.arange(B, device=device)
 
 

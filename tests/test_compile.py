@@ -69,8 +69,15 @@ launch = forward(128, 90)
 code = compiled(launch, 90)
 for changed in ({}, {"messages": ("C7515",)}, {"loops": ()}, {"spilled": 400}):
     print(faults({(launch, 90): dataclasses.replace(code, **changed)}))
+launch = forward(128, 80)
+code = compiled(launch, 80)
+loop = code.loops[-1]
+store = (loop.instructions[-1][0] + 16, "STS", "[R1], R2")
+stores = dataclasses.replace(loop, instructions=loop.instructions + (store,))
+print(faults({(launch, 80): code}), faults({(launch, 80): dataclasses.replace(code, loops=(stores,))}))
 """, tmp_path)
-    spilling, large, waiting, good, serialized, no_products, much = out.splitlines()
+    spilling, large, waiting, good, serialized, no_products, much, through_memory = out.splitlines()
+    assert through_memory.startswith("[] [") and "weights go through shared memory" in through_memory, out
     assert "a loop with" in spilling and "instructions that spill" in spilling, out
     assert "bytes of shared memory, 163 KB exist" in large, out
     assert waiting.endswith("a loop that waits for the copies it has just started: its stages overlap nothing"), out
