@@ -385,9 +385,10 @@ def test_the_prompt_to_keep_is_the_one_that_made_what_was_trained_on(tmp_path, c
     own = str(own)
     assert prompt_to_keep("direct", [plain], True) == "direct"
     assert prompt_to_keep(None, [ready_made("reasoning", 1), ready_made("reasoning", 2)], True) == "reasoning"
-    assert prompt_to_keep("toy", [ready_made("reasoning", 1)], True) == "reasoning"  # --prompt showed none of the rows
     assert prompt_to_keep(own, [ready_made(own, 1), plain], True) == own
     assert capsys.readouterr().out == ""
+    assert prompt_to_keep("toy", [ready_made("reasoning", 1)], True) == "reasoning"  # --prompt showed none of the rows
+    assert "made by the prompt reasoning, not by toy: reasoning is saved" in capsys.readouterr().out
     assert prompt_to_keep(None, [ready_made(own, 1)], True) is None
     assert prompt_to_keep("toy", [ready_made("reasoning", 1), plain], True) is None
     assert prompt_to_keep(None, [ready_made("toy", 1), ready_made("reasoning", 2)], True) is None
