@@ -332,7 +332,8 @@ def test_two_ranks_train_as_one_does(made, tmp_path):
     one rank goes on as a run of two; the bare verdicts are learned by Muon."""
     # the last batch has one chain: a rank without work
     data = write_rows(tmp_path / "13.jsonl", toy.make("distill", 13, seed=3))
-    cases = {"plain": config(made, "", data=str(data), eval_data=str(made / "heldout.jsonl"), eval_every=8),
+    cases = {"plain": config(made, "", data=str(data), eval_data=str(made / "heldout.jsonl"), eval_every=4,
+                             keep_best=True),
              "resumed": config(made, "", data=str(data), save_every=3, max_steps=6),
              "muon": config(made, "", data=str(data), optimizer="muon", answer_only=True, max_steps=4)}
     argvs = []
@@ -355,6 +356,8 @@ def test_two_ranks_train_as_one_does(made, tmp_path):
         for weight in x:
             torch.testing.assert_close(y[weight], x[weight], rtol=0, atol=2e-2 if name == "muon" else 2e-4,
                                        msg=f"{name} {weight}")
+    best = [json.loads((tmp_path / "plain" / ranks / "best/best.json").read_text()) for ranks in ("one", "two")]
+    assert best[0] == best[1] and Model.from_pretrained(tmp_path / "plain/two/best")
 
 
 def torchrun(*command):
