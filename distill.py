@@ -205,7 +205,6 @@ def main(cfg):
         if kept_prompt:
             (folder / "prompt.txt").write_bytes(prompt_text)  # it will be asked as it was trained
 
-    best_accuracy = run.best_accuracy()
     bar = tqdm(range(first_step, n_steps), "answer-only" if cfg.answer_only else "distill", initial=first_step,
                total=n_steps, disable=not ranks.main)
     for step in bar:
@@ -249,9 +248,7 @@ def main(cfg):
         if dead:
             run.stop("its model gives no finite log-probabilities or gradient any more")
 
-        if cfg.keep_best and row.get("eval_accuracy", -1) > best_accuracy:
-            best_accuracy = row["eval_accuracy"]
-            run.save_best(row, model, add_files, dtype)
+        run.keep_if_best(row, model, add_files, dtype)
         if saves and cfg.save_every:
             save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
                             {"step": done, "skipped_in_a_row": n_in_a_row}, ranks, add_files)

@@ -3,6 +3,7 @@
 The one leaf that every script and data/ stand on; it imports nothing of ours, and not torch.
 """
 
+import argparse
 import json
 import os
 import re
@@ -15,6 +16,14 @@ from pathlib import Path
 def fail(message):
     print("error:", " ".join(message.split()), file=sys.stderr)  # a quoted value may hold line breaks
     raise SystemExit(2)
+
+
+def argument_parser(description):
+    """An argparse parser whose mistakes are one line, and whose options cannot be abbreviated."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{Path(sys.argv[0]).name}: {message} (--help lists the options)")
+    return parser
 
 
 @contextmanager

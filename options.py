@@ -10,7 +10,7 @@ import sys
 import typing
 from pathlib import Path
 
-from files import fail, parse_json
+from files import argument_parser, parse_json
 
 
 LARGEST = 2**40  # of a whole number that has no bound of its own: what is larger is a slip of the keyboard
@@ -26,9 +26,7 @@ def parse_config(cls, recipes=None, argv=None, embedded=None):
     mistyped flags, and values that cls.__post_init__ refuses with ValueError, end the program with one line and
     status 2.
     """
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{Path(sys.argv[0]).name}: {message} (--help lists the options)")
+    parser = argument_parser(sys.modules[cls.__module__].__doc__)
     if recipes:
         parser.add_argument("--recipe", choices=recipes, help="a set of options; flags given beside it win" +
                             (f"; without --model and --data it is {embedded}" if embedded else ""))

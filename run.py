@@ -81,6 +81,7 @@ class Run:
             self.truncate(step)
             self.trackers = open_trackers(self.config.wandb, self.config.tensorboard, self.folder, options)
         self.ranks.barrier()
+        self.best = self.best_accuracy()
 
     def close(self):
         for tracker in self.trackers:
@@ -109,8 +110,12 @@ class Run:
         rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
         return max((row["eval_accuracy"] for row in rows if "eval_accuracy" in row), default=-1.0)
 
-    def save_best(self, row, model, add_files, dtype):
-        """Keeps the model of this row as best/."""
+    def keep_if_best(self, row, model, add_files, dtype):
+        """With --keep-best, keeps the model of this row as best/ if it was evaluated and none before was as good."""
+        if not self.config.keep_best or row.get("eval_accuracy", -1) <= self.best:
+            return
+        self.best = row["eval_accuracy"]
+
         def add_accuracy(folder):
             (folder / "best.json").write_text(json.dumps({key: row[key] for key in ("step", "eval_accuracy")}))
             add_files(folder)

@@ -387,11 +387,8 @@ class Sampler:
 
     def generate(self, prompts, sampling, on_token=None):
         """For each prompt (a list of token ids) its rollouts, in order."""
-        check_prompts(prompts, self.model.n_vocab)
-        out = [None] * len(prompts)
-        for i, rollouts in self.stream(prompts, sampling, on_token):
-            out[i] = rollouts
-        return out
+        groups = dict(self.stream(prompts, sampling, on_token))
+        return [groups[i] for i in range(len(groups))]
 
     @torch.inference_mode()
     def stream(self, prompts, sampling, on_token=None):

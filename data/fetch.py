@@ -42,7 +42,8 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
-from files import NotJson, fail, json_line, one_line_errors, parse_json, refuse_file, whole, write_whole  # noqa: E402
+from files import NotJson, argument_parser, json_line, one_line_errors, parse_json  # noqa: E402
+from files import refuse_file, whole, write_whole  # noqa: E402
 from data import pairs  # noqa: E402
 
 GITHUB_API, GITHUB_RAW = "https://api.github.com", "https://raw.githubusercontent.com"
@@ -94,9 +95,7 @@ def source_of(name):
 
 def parse_options(argv=None):
     """The options of the command line; what makes no sense ends the program with one line and status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{Path(sys.argv[0]).name}: {message} (--help lists the options)")
+    parser = argument_parser(__doc__)
     parser.add_argument("what", nargs="+", metavar="WHAT", help="names from the table above, or models as ORG/MODEL")
     parser.add_argument("--out", default="runs/data", help="folder for what is fetched and converted "
                         "(default: %(default)s)")

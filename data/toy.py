@@ -29,7 +29,6 @@ misled wherever it would have misled the oracle.
 Questions are split by a hash: none is shared between distillation, reinforcement learning and held-out evaluation.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -40,7 +39,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
-from files import fail, one_line_errors, refuse_existing, refuse_file, whole, write_records, write_whole  # noqa: E402
+from files import argument_parser, one_line_errors, refuse_existing, refuse_file  # noqa: E402
+from files import whole, write_records, write_whole  # noqa: E402
 
 OPEN = "Dear Hello Ahoy Greetings Welcome Hi Salute Hey".split()
 SAY = "silver amber garden river candle winter copper meadow lantern harbor violet thunder".split()
@@ -244,9 +244,7 @@ def write_data(folder, seed=0, careful=None, n_distill=19_200, n_rl=3_200, n_hel
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"toy.py: {message} (--help lists the options)")
+    parser = argument_parser(__doc__)
     parser.add_argument("--out", default="runs/toy/data", help="folder for distill.jsonl, rl.jsonl and heldout.jsonl")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs; the split does not depend on it")
     parser.add_argument("--careful", type=float, help="share of careful chains; 1 also weights every rubric")

@@ -8,14 +8,13 @@ run's starting model in --start on as many of the same pairs. The colours follow
 background is drawn too: the text stays legible where the page and the browser disagree on that setting.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only docs/ itself would be searched
 from data.fields import at, need  # noqa: E402
-from files import fail, one_line_errors, refuse_closed, write_whole  # noqa: E402
+from files import argument_parser, one_line_errors, refuse_closed, write_whole  # noqa: E402
 from report.read import lines, read_object  # noqa: E402
 
 WIDTH, HEIGHT = 840, 330
@@ -139,9 +138,7 @@ def main(run, start, out):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"figure.py: {message} (--help lists the options)")
+    parser = argument_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a grpo.py run")
     parser.add_argument("--start", type=Path, help="folder with the starting model's judgements of the same pairs")
     parser.add_argument("--out", type=Path, default="docs/grpo.svg", help="the SVG to write")
