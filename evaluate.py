@@ -32,7 +32,7 @@ from files import one_line_errors, refuse_file, write_records, write_whole
 from folder import read_json
 from judge import (check_judging, check_settings, encode_all, judge_file, judge_settings, judged, key_of, load_judge,
                    prompt_for, refuse_others)
-from options import check_choice, parse_config
+from options import check_choice, flag_of, parse_config
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Config:
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         others = [name for name in changed if name not in ("from_", "out", "skip_bad", "threads")]
         if self.from_ and others:
-            raise ValueError(f"--from scores what was recorded: --{others[0].replace('_', '-')} does not go with it")
+            raise ValueError(f"--from scores what was recorded: {flag_of(others[0])} does not go with it")
         to_judge = self.rewardbench or self.rmbench or self.rmb or self.data
         if bool(self.model) != bool(to_judge):
             raise ValueError("--model and what it is to judge (--data, --rewardbench, --rmbench or --rmb) need each "

@@ -22,7 +22,7 @@ from common import Ranks
 from data.pairs import SWAPPED, Pair, note_one_label, read_pairs
 from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
 from folder import check_context, check_folder
-from options import check_at_least, check_between, parse_config, refuse_ranks
+from options import check_at_least, check_between, flag_of, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
 from reward import benchmark_verdict, majority, training_verdict
 from sample import Sampler, Sampling, check_model, check_options, load_model, prompt_key, sampling_of
@@ -315,7 +315,7 @@ class Config:
         check_judging(self)
         check_model(self)
         for name in ("question", "answer_a", "answer_b"):
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             given, from_file = getattr(self, name) is not None, getattr(self, name + "_file") is not None
             if given and from_file:
                 raise ValueError(f"{flag} and its -file are both given; give one")
@@ -376,10 +376,10 @@ def texts_from_options(cfg):
             except UnicodeDecodeError as e:
                 raise ValueError(f"{file}: byte {e.start} is not UTF-8: convert the file") from None
             if not content.strip():
-                raise ValueError(f"{file}: is empty; --{name.replace('_', '-')}-file is a file with the text")
+                raise ValueError(f"{file}: is empty; {flag_of(name)}-file is a file with the text")
             return content
         if getattr(cfg, name) is None:
-            fail(f"--{name.replace('_', '-')} is missing: give a question and two answers, or --pairs FILE --out FILE")
+            fail(f"{flag_of(name)} is missing: give a question and two answers, or --pairs FILE --out FILE")
         return getattr(cfg, name)
     return text("question"), text("answer_a"), text("answer_b")
 
