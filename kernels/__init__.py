@@ -1,7 +1,8 @@
 """The operations that decide the speed and the memory of everything else: Triton kernels, each beside plain PyTorch.
 
     attention           packed segments that see themselves causally and their parent whole   training, prefill
-    decode_attention    one new token per slot against its own cache and its shared prompt    sampling
+    decode_attention    one new token per slot against its own pages and its prompt's         sampling
+    store               keys and values into pages                                            sampling, prefill
     linear_logp         log-probability and entropy of a token, straight from hidden states   SFT, policy, reference
     rms_norm, add_rms_norm, rope, swiglu    what stands between the matrix products           every layer
     linear, logits      the matrix product itself, in an order that no batch changes          batch invariance
@@ -16,8 +17,8 @@ PyTorch computes). No operation but `logits` holds [tokens, tokens] scores of a 
 logits of more than a block: they are made in blocks, reduced and forgotten. Nothing uses atomics: every sum has one
 order.
 
-Letters: N packed tokens, S segments, B decode slots with T positions, P prompts with U positions and G slots each, H
-query heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads
+Letters: N packed tokens, S segments, B decode slots with T pages, P prompts with U pages and G slots each, X pages
+of I tokens, H query heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads
 key/value head h // (H / K). In the attention kernels, as usual, m counts query rows and n keys (m are scored tokens in
 model.py and grpo.py). A query row is a (token, head) pair: the H / K heads that share a key/value head are rows of one
 tile, so that keys are loaded once for all of them and their gradients need no sum over heads afterwards.
@@ -28,8 +29,8 @@ import torch.nn.functional as F
 
 # `kernels.attention` is the function below; `from kernels.attention import ...` still finds the module
 from kernels.attention import AttentionTriton, attention_ref
-from kernels.decode import Prompts  # noqa: F401
-from kernels.decode import decode_attention_ref, decode_invariant, decode_triton
+from kernels.decode import NOBODY, Tables  # noqa: F401
+from kernels.decode import decode_attention_ref, decode_invariant, decode_triton, store_ref, store_triton
 from kernels.logp import LinearInvariant, LinearLogpChunked, LinearLogpTriton, launch_linear, logits_ref
 from kernels.logp import linear_logp_ref  # noqa: F401
 from kernels.pointwise import AddRmsNormTriton, RopeTriton, SwigluTriton, add_rms_norm_ref, rope_ref, swiglu_ref
@@ -63,17 +64,25 @@ def attention(q_nhc, k_nkc, v_nkc, segments_s3, impl=None):
     return AttentionTriton.apply(q_nhc, k_nkc, v_nkc, segments_s3, impl == "invariant")
 
 
-def decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts, impl=None):
-    """Attention of one token per slot over its prompt and the first length_b entries of its cache; returns out_bhc.
+def decode_attention(q_bhc, k_xkic, v_xkic, tables, impl=None):
+    """Attention of one token per slot over its prompt and its own tokens, the new one included; returns out_bhc.
 
-    The slot's own new token is in its cache already: length_b is at least 1. In the Triton path a program takes one
-    split of a slot's keys, or of a prompt's keys for all the heads and slots that share them: a prompt is read once for
-    its group, and one long sequence still fills the GPU.
+    Keys and values lie in a pool of pages, and `tables` (a Tables) says which are whose. In the Triton path a program
+    takes one split of a slot's keys, or of a prompt's keys for all the heads and slots that share them: a prompt is
+    read once for its group, and one long sequence still fills the GPU. The grid depends on shapes alone.
     """
     if not use_triton(q_bhc, impl):
-        return decode_attention_ref(q_bhc, k_bktc, v_bktc, length_b, prompts)
+        return decode_attention_ref(q_bhc, k_xkic, v_xkic, tables)
     decode = decode_invariant if impl == "invariant" else decode_triton
-    return decode(q_bhc, k_bktc, v_bktc, length_b, prompts)
+    return decode(q_bhc, k_xkic, v_xkic, tables)
+
+
+def store(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n, impl=None):
+    """Writes the keys and values of packed tokens into a pool of pages: token n's to place offset_n of page_n."""
+    if not use_triton(k_nkc, impl):
+        store_ref(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n)
+    else:
+        store_triton(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n)
 
 
 def linear_logp(hidden_nd, weight_vd, target_n, temperature=1.0, impl=None):

@@ -1,4 +1,4 @@
-"""`decode_attention`: one new token per slot against its own cache and its shared prompt."""
+"""`decode_attention`: one new token per slot against its own pages and its prompt's; `store`: keys into pages."""
 
 import functools
 import math
@@ -9,64 +9,121 @@ import torch
 from kernels.attention import launch_attention, tokens_per_tile
 from kernels.tiles import LOG2E, POINTWISE, attention_tiling, check_launch, jit, load_rows, tl, triton, wide
 
+NOBODY = 2**62  # first_x of a page that nobody owns: beyond every length
+
 
 @dataclass(frozen=True)
-class Prompts:
-    """The prompts of a decode step, each held once for all the slots that continue it.
+class Tables:
+    """Where the keys of a decode step lie: in pages of I tokens, some a slot's own, some a prompt's, for all its slots.
 
-    Two rollouts of prompt 0 in slots 3 and 1, and one of prompt 1 in slot 0, are slot_pg [[3, 1], [0, -1]], where -1
-    is a place that nobody takes, and place_b [2, 1, -1, 0]. Slot 2 is empty, or has its whole sequence in its cache.
+    A pool of 9 pages of 64 tokens. Slots 0 and 1 continue prompt 0, of 100 tokens; slot 2 has its whole sequence in its
+    own pages. The slots hold 5, 70 and 3 tokens of their own, the new one included:
+
+        page_bt = [[0, -1], [1, 3], [2, -1]]    length_b = [5, 70, 3]    slots' pages, from the pool's beginning
+        page_pu = [[8, 7]]                      length_p = [100]         prompts' pages, from its end
+        slot_pg = [[0, 1]]                      place_b  = [0, 1, -1]    who continues whom
+
+    and the same from the pages' side, as the PyTorch path walks them, with n_own = 4 and n_shared = 2:
+
+        owner_x = [0, 1, 2, 1, 0, 0, 0, 0, 0]   first_x  = [0, 0, 0, 64, NOBODY, NOBODY, NOBODY, 64, 0]
+
+    The kernels read no page beyond the lengths, so the tables may be wider than needed and the pool's memory anything.
+    The PyTorch path multiplies what lies there by zero: it must be finite.
     """
-    k_pkuc: torch.Tensor
-    v_pkuc: torch.Tensor
-    length_p: torch.Tensor  # int64: so many of the U positions count
+    page_bt: torch.Tensor   # int32: where the slot's own tokens t I to (t + 1) I lie
+    length_b: torch.Tensor  # int64: how many they are, the new one included
+    page_pu: torch.Tensor   # int32: where the prompt's tokens u I to (u + 1) I lie
+    length_p: torch.Tensor  # int64
     slot_pg: torch.Tensor   # int64: the slots that continue prompt p, or -1
     place_b: torch.Tensor   # int64: where slot b stands in slot_pg, as p * G + g, or -1
+    owner_x: torch.Tensor   # int64: the slot, or the prompt, whose tokens page x holds
+    first_x: torch.Tensor   # int64: which of its tokens is the page's first
+    n_own: int              # pages 0 to n_own are walked as slots' ...
+    n_shared: int           # ... and the last n_shared as prompts'
+    page_size: int          # I
+
+    # What the PyTorch path derives, once for all layers of a step
+
+    @functools.cached_property
+    def own_hidden_xi(self):
+        """1 where page x has no token of its slot, or the slot no such token yet."""
+        owner_x, first_x = self.owner_x[:self.n_own], self.first_x[:self.n_own]
+        return _hidden(self.length_b[owner_x] - first_x, self.page_size)
+
+    @functools.cached_property
+    def shared_hidden_xi(self):
+        begin = len(self.owner_x) - self.n_shared
+        return _hidden(self.length_p[self.owner_x[begin:]] - self.first_x[begin:], self.page_size)
+
+    @functools.cached_property
+    def slot_xg(self):
+        """The slots that see each of the prompts' pages; slot 0 in places that nobody takes."""
+        return self.slot_pg[self.owner_x[len(self.owner_x) - self.n_shared:]].clamp(min=0)
+
+    @functools.cached_property
+    def part_by(self):
+        """Of the results per page, n_own of slots' pages and then n_shared x G of prompts', those that slot b needs;
+        and where there are none."""
+        G, begin = self.slot_pg.shape[1], len(self.owner_x) - self.n_shared
+        prompt_b, member_b1 = self.place_b.clamp(min=0) // G, self.place_b[:, None] % G
+        shared_bu = self.n_own + (self.page_pu[prompt_b].long() - begin) * G + member_b1
+        n_prompt_b = torch.where(self.place_b >= 0, self.length_p[prompt_b], 0)
+        absent_by = torch.cat([_starts(self.page_bt, self.page_size) >= self.length_b[:, None],
+                               _starts(self.page_pu, self.page_size) >= n_prompt_b[:, None]], 1)
+        return torch.cat([self.page_bt.long(), shared_bu], 1).masked_fill(absent_by, 0), absent_by
 
 
-def decode_attention_ref(q_bhc, k_bktc, v_bktc, length_b, prompts):
-    """One softmax over the prompt's keys and the slot's own, in two parts merged by their maxima, as the kernels do it.
+def _hidden(n_left_x, page_size):
+    return (torch.arange(page_size, device=n_left_x.device) >= n_left_x[:, None]).float()
 
-    The queries of a prompt's slots become rows of one matrix product, so that its keys are read once for all of them;
-    with the prompt's keys copied to each slot a step takes 1.4 times as long. What the caches hold beyond the lengths
-    must be finite: it is multiplied by zero.
+
+def _starts(page_xt, page_size):
+    return page_size * torch.arange(page_xt.shape[1], device=page_xt.device)
+
+
+def decode_attention_ref(q_bhc, k_xkic, v_xkic, tables):
+    """A softmax within each page; then a slot's pages and its prompt's are weighed by a softmax over their log-sums.
+
+    Pages are walked as they lie in the pool, so that none is copied, and a prompt's page meets the queries of all its
+    slots as rows of one matrix product, so that it is read once for them.
     """
-    (B, H, C), K = q_bhc.shape, k_bktc.shape[1]
-    P, G = prompts.slot_pg.shape
+    (B, H, C), (X, K) = q_bhc.shape, k_xkic.shape[:2]
+    n_own, n_shared, G = tables.n_own, tables.n_shared, tables.slot_pg.shape[1]
     share = H // K
     q_bkrc = q_bhc.view(B, K, share, C)
-    # 1. each slot against its own cache
-    own_bkrc, own_max_bkr1, own_sum_bkr1 = _softmax_part(q_bkrc, k_bktc, v_bktc, length_b)
-    # 2. each prompt against the queries of its G slots, gathered: [B, K, share, C] -> [P, K, G share, C]; and back
-    q_pkrc = q_bkrc[prompts.slot_pg.clamp(min=0)].transpose(1, 2).reshape(P, K, G * share, C)
-    part = _softmax_part(q_pkrc, prompts.k_pkuc, prompts.v_pkuc, prompts.length_p)
-    read_b = prompts.place_b.clamp(min=0)
-    prompt_bkrc, prompt_max_bkr1, prompt_sum_bkr1 = (
-        x.view(P, K, G, share, -1).transpose(1, 2).flatten(0, 1)[read_b] for x in part)
-    # a slot without prompt has read place 0: it weighs nothing, and must not raise the maximum either
-    seen_b111 = (prompts.place_b >= 0)[:, None, None, None]
-    prompt_max_bkr1 = torch.where(seen_b111, prompt_max_bkr1, torch.finfo(prompt_max_bkr1.dtype).min)
-    # 3. under the larger of both maxima: sums of 3 and 4 under maxima of 2 and 5 are exp(2 - 5) 3 + 4 under 5
-    max_bkr1 = torch.maximum(own_max_bkr1, prompt_max_bkr1)
-    keep_own = ((own_max_bkr1 - max_bkr1) / math.sqrt(C)).exp()
-    keep_prompt = ((prompt_max_bkr1 - max_bkr1) / math.sqrt(C)).exp()
-    total_bkr1 = keep_own * own_sum_bkr1 + keep_prompt * prompt_sum_bkr1
-    out_bkrc = (keep_own * own_bkrc + keep_prompt * prompt_bkrc) / total_bkr1
+    own_xkrc, own_lse_xkr = _softmax_parts(q_bkrc[tables.owner_x[:n_own]], k_xkic[:n_own], v_xkic[:n_own],
+                                           tables.own_hidden_xi)
+    # the queries of a page's G slots, gathered: [G, K, share, C] -> [K, G share, C]; and the results back
+    q_xkrc = q_bkrc[tables.slot_xg].transpose(1, 2).reshape(n_shared, K, G * share, C)
+    parts = _softmax_parts(q_xkrc, k_xkic[X - n_shared:], v_xkic[X - n_shared:], tables.shared_hidden_xi)
+    shared_ykrc, shared_lse_ykr = (x.view(n_shared, K, G, share, -1).transpose(1, 2).flatten(0, 1) for x in parts)
+    # sums of 8 and 24 have log-sums 2.08 and 3.18, and weigh 8 / 32 and 24 / 32
+    part_by, absent_by = tables.part_by
+    lse_bykr = torch.cat([own_lse_xkr, shared_lse_ykr[..., 0]])[part_by]
+    weight_bykr = lse_bykr.masked_fill_(absent_by[..., None, None], -math.inf).softmax(1)
+    out_bkrc = (weight_bykr[..., None] * torch.cat([own_xkrc, shared_ykrc])[part_by]).sum(1)
     return out_bkrc.to(q_bhc.dtype).reshape(B, H, C)
 
 
-def _softmax_part(q_xkrc, k_xktc, v_xktc, length_x):
-    """score = q k^T over the first length_x keys, weight = exp((score - max) / sqrt(C)): weight v, max, sum weight.
+def _softmax_parts(q_xkrc, k_xkic, v_xkic, hidden_xi):
+    """softmax(q k^T / sqrt(C)) v over a page's keys that are not hidden, and log sum exp of their scores."""
+    X, K, R, C = q_xkrc.shape
+    dtype = q_xkrc.dtype
+    hidden_n1i = hidden_xi.to(dtype).repeat_interleave(K, 0)[:, None]
+    # half the lowest number, not infinity: a page of which nothing is seen must not become NaN
+    score_nri = torch.baddbmm(hidden_n1i, q_xkrc.view(X * K, R, C), k_xkic.flatten(0, 1).transpose(1, 2),
+                              beta=torch.finfo(dtype).min / 2, alpha=1 / math.sqrt(C))
+    weight_nri = score_nri.softmax(-1, dtype=wide(dtype))
+    # the largest weight is exp(largest score - log-sum)
+    lse_nr = score_nri.amax(-1).to(wide(dtype)) - weight_nri.amax(-1).log()
+    out_nrc = torch.bmm(weight_nri.to(dtype), v_xkic.flatten(0, 1))
+    return out_nrc.view(X, K, R, C), lse_nr.view(X, K, R)
 
-    Scaled after the subtraction, so that what is rounded is a small difference.
-    """
-    score_xkrt = (q_xkrc @ k_xktc.transpose(2, 3)).to(wide(q_xkrc.dtype))
-    hidden_xt = torch.arange(score_xkrt.shape[-1], device=score_xkrt.device) >= length_x[:, None]
-    score_xkrt.masked_fill_(hidden_xt[:, None, None], -math.inf)
-    max_xkr1 = score_xkrt.amax(-1, keepdim=True)
-    max_xkr1 = max_xkr1.clamp(min=torch.finfo(score_xkrt.dtype).min)  # without keys: -inf less -inf would be NaN
-    weight_xkrt = score_xkrt.sub_(max_xkr1).div_(math.sqrt(q_xkrc.shape[-1])).exp_()
-    return weight_xkrt.to(v_xktc.dtype) @ v_xktc, max_xkr1, weight_xkrt.sum(-1, keepdim=True)
+
+def store_ref(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n):
+    """Keys and values of token n go to place offset_n of page_n."""
+    k_xkic[page_n, :, offset_n] = k_nkc
+    v_xkic[page_n, :, offset_n] = v_nkc
 
 
 # not specialized: these vary during a run, and a 1 or a multiple of 16 among them would compile anew
