@@ -28,7 +28,8 @@ from files import one_line_errors, refuse_file, write_records
 from judge import Judge
 from options import check_between, parse_config, refuse_ranks
 from prompt import load_prompt
-from sample import Sampler, Sampling, load_model
+from draw import Sampling
+from sample import Sampler, load_model
 
 TITLES = {"untrained": "untrained", "answer_only": "answer-only SFT", "distilled": "distilled",
           "grpo": "distilled + GRPO"}

@@ -58,7 +58,9 @@ from options import check_at_least, check_between, check_training, parse_config,
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
 from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run
-from sample import Rollout, Sampler, Sampling, model_impl, refresh, whole_model
+from batch import Rollout
+from draw import Sampling
+from sample import Sampler, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 
 

@@ -25,7 +25,8 @@ from folder import check_context, check_folder
 from options import check_at_least, check_between, flag_of, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
 from reward import benchmark_verdict, majority, training_verdict
-from sample import Sampler, Sampling, check_model, check_options, load_model, prompt_key, sampling_of
+from draw import Sampling, prompt_key
+from sample import Sampler, check_model, check_options, load_model, sampling_of
 from tokenizer import StreamDecoder, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- one pair

@@ -254,9 +254,21 @@ class Model(nn.Module):
 
     @property
     def head_vd(self):
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         # nobody trained the padded rows: softmax would still give them a share, and the sampler could draw one
-        return head.weight[:self.n_vocab]
+        return self.padded_head_vd[:self.n_vocab]
+
+    @property
+    def padded_head_vd(self):
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head.weight
+
+    def fuse(self):
+        """For sampling: q, k and v become one matrix product, gate and up another. The weights keep their names, and
+        can be copied into, as parts of the whole ones; nothing can be trained any more."""
+        for block in self.model.layers:
+            block.self_attn.fuse()
+            block.mlp.fuse()
+        return self
 
     @torch.no_grad()
     def logits(self, ids):
@@ -331,10 +343,20 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
 
+        self.fused = None  # weight and bias of q, k and v in one, see fuse
+
+    def fuse(self):
+        projections = self.q_proj, self.k_proj, self.v_proj
+        bias = _join([p.bias for p in projections]) if self.q_proj.bias is not None else None
+        self.fused = _join([p.weight for p in projections]), bias
+
     def forward(self, x_nd, cos_nc, sin_nc, attend, layer, impl):
-        q_nd = linear(x_nd, self.q_proj.weight, self.q_proj.bias, impl)
-        k_nd = linear(x_nd, self.k_proj.weight, self.k_proj.bias, impl)
-        v_nd = linear(x_nd, self.v_proj.weight, self.v_proj.bias, impl)
+        if self.fused:
+            q_nd, k_nd, v_nd = linear(x_nd, *self.fused, impl).split((self.H * self.C, self.K * self.C, self.K * self.C), 1)
+        else:
+            q_nd = linear(x_nd, self.q_proj.weight, self.q_proj.bias, impl)
+            k_nd = linear(x_nd, self.k_proj.weight, self.k_proj.bias, impl)
+            v_nd = linear(x_nd, self.v_proj.weight, self.v_proj.bias, impl)
         # v is neither normed nor rotated: positions decide what is looked at, not what is read there
         q_nhc = self.rotated(q_nd.view(-1, self.H, self.C), self.q_norm, cos_nc, sin_nc, impl)
         k_nkc = self.rotated(k_nd.view(-1, self.K, self.C), self.k_norm, cos_nc, sin_nc, impl)
@@ -354,11 +376,26 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fused = None  # gate and up in one, see fuse
+
+    def fuse(self):
+        self.fused = _join([self.gate_proj.weight, self.up_proj.weight])
 
     def forward(self, x_nd, impl):
-        gate_nf = linear(x_nd, self.gate_proj.weight, None, impl)
-        up_nf = linear(x_nd, self.up_proj.weight, None, impl)
+        if self.fused is not None:
+            gate_nf, up_nf = linear(x_nd, self.fused, None, impl).chunk(2, 1)
+        else:
+            gate_nf = linear(x_nd, self.gate_proj.weight, None, impl)
+            up_nf = linear(x_nd, self.up_proj.weight, None, impl)
         return linear(swiglu(gate_nf, up_nf, impl), self.down_proj.weight, None, impl)
+
+
+def _join(parameters):
+    """Their rows in one tensor, of which they become views."""
+    whole = torch.cat([x.data for x in parameters])
+    for x, part in zip(parameters, whole.split([len(x) for x in parameters])):
+        x.data = part
+    return whole
 
 
 class RMSNorm(nn.Module):

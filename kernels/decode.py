@@ -294,3 +294,7 @@ def decode_invariant(q_bhc, k_bktc, v_bktc, length_b, prompts):
     assert tokens_per_tile(tiling, H, K) >= 1, "a slot's token, with all heads that share a key/value head, is a tile"
     out_bhc, _ = launch_attention(q_bhc, k_tkc, v_tkc, prompt_k_ukc, prompt_v_ukc, tiles, tiling, cached=True)
     return out_bhc
+
+
+def store_triton(*args):
+    raise NotImplementedError

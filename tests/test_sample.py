@@ -23,8 +23,9 @@ from data import toy  # noqa: E402
 from kernels import INTERPRETED  # noqa: E402
 from model import Model, ModelConfig, pack  # noqa: E402
 from prompt import prompt_path  # noqa: E402
-from sample import (Batch, Config, Sampler, Sampling, choose, load_model, prompt_key, read_texts,  # noqa: E402
-                    uniforms)
+from batch import Batch  # noqa: E402
+from draw import Sampling, choose, prompt_key, uniforms  # noqa: E402
+from sample import Config, Sampler, load_model, read_texts  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 SHARED = (ROOT / os.environ.get("RM_SHARED", "../shared")).resolve()
