@@ -77,10 +77,10 @@ class Sampler:
         self.n_prefilled, self.n_decoded, self.n_put_back = 0, 0, 0
 
     def stats(self):
-        """{prefill_s, decode_s, prefill_tok_s, decode_tok_s, n_put_back} since the last reset_stats."""
+        """{prefill_s, decode_s, prefill_tok_s, decode_tok_s} since the last reset_stats."""
         return {"prefill_s": self.prefill_s, "decode_s": self.decode_s,
                 "prefill_tok_s": self.n_prefilled / max(self.prefill_s, 1e-9),
-                "decode_tok_s": self.n_decoded / max(self.decode_s, 1e-9), "n_put_back": self.n_put_back}
+                "decode_tok_s": self.n_decoded / max(self.decode_s, 1e-9)}
 
     def progress(self, batch):
         stats = self.stats()

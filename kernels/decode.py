@@ -56,14 +56,9 @@ class Tables:
         return _hidden(self.length_p[self.owner_x[begin:]] - self.first_x[begin:], self.page_size)
 
     @functools.cached_property
-    def slot_xg(self):
-        """The slots that see each of the prompts' pages; slot 0 in places that nobody takes."""
-        return self.slot_pg[self.owner_x[len(self.owner_x) - self.n_shared:]].clamp(min=0)
-
-    @functools.cached_property
     def part_by(self):
-        """Of the results per page, n_own of slots' pages and then n_shared x G of prompts', those that slot b needs;
-        and where there are none."""
+        """Of the numbers that pages have, n_own of slots' pages and then n_shared x G of prompts', those of slot b; and
+        where there is none."""
         G, begin = self.slot_pg.shape[1], len(self.owner_x) - self.n_shared
         prompt_b, member_b1 = self.place_b.clamp(min=0) // G, self.place_b[:, None] % G
         shared_bu = self.n_own + (self.page_pu[prompt_b].long() - begin) * G + member_b1
@@ -82,42 +77,61 @@ def _starts(page_xt, page_size):
 
 
 def decode_attention_ref(q_bhc, k_xkic, v_xkic, tables):
-    """A softmax within each page; then a slot's pages and its prompt's are weighed by a softmax over their log-sums.
-
-    Pages are walked as they lie in the pool, so that none is copied, and a prompt's page meets the queries of all its
+    """Pages are walked as they lie in the pool, so that none is copied, and a prompt's page meets the queries of all its
     slots as rows of one matrix product, so that it is read once for them.
+
+    With the slot's largest score over all pages, max: out = sum exp(score - max) v / sum exp(score - max), each sum
+    within the pages first, then over a slot's own and over its prompt's.
     """
     (B, H, C), (X, K) = q_bhc.shape, k_xkic.shape[:2]
-    n_own, n_shared, G = tables.n_own, tables.n_shared, tables.slot_pg.shape[1]
+    (P, G), n_own, n_shared = tables.slot_pg.shape, tables.n_own, tables.n_shared
     share = H // K
+    owner_x, prompt_x = tables.owner_x[:n_own], tables.owner_x[X - n_shared:]
+    own_k, shared_k, own_v, shared_v = k_xkic[:n_own], k_xkic[X - n_shared:], v_xkic[:n_own], v_xkic[X - n_shared:]
+
+    def by_prompt(x_bkr):  # [B, K, share, ..] of the slots -> [P, K, G share, ..] of the prompts
+        return x_bkr[tables.slot_pg.clamp(min=0)].transpose(1, 2).flatten(2, 3)
+
+    def by_member(x_pkr):  # and back to (prompt, member), or (page, member)
+        return x_pkr.unflatten(2, (G, share)).transpose(1, 2).flatten(0, 1)
     q_bkrc = q_bhc.view(B, K, share, C)
-    own_xkrc, own_lse_xkr = _softmax_parts(q_bkrc[tables.owner_x[:n_own]], k_xkic[:n_own], v_xkic[:n_own],
-                                           tables.own_hidden_xi)
-    # the queries of a page's G slots, gathered: [G, K, share, C] -> [K, G share, C]; and the results back
-    q_xkrc = q_bkrc[tables.slot_xg].transpose(1, 2).reshape(n_shared, K, G * share, C)
-    parts = _softmax_parts(q_xkrc, k_xkic[X - n_shared:], v_xkic[X - n_shared:], tables.shared_hidden_xi)
-    shared_ykrc, shared_lse_ykr = (x.view(n_shared, K, G, share, -1).transpose(1, 2).flatten(0, 1) for x in parts)
-    # sums of 8 and 24 have log-sums 2.08 and 3.18, and weigh 8 / 32 and 24 / 32
+    own_xkri = _scores(q_bkrc[owner_x], own_k, tables.own_hidden_xi)
+    shared_xkri = _scores(by_prompt(q_bkrc)[prompt_x], shared_k, tables.shared_hidden_xi)
+
     part_by, absent_by = tables.part_by
-    lse_bykr = torch.cat([own_lse_xkr, shared_lse_ykr[..., 0]])[part_by]
-    weight_bykr = lse_bykr.masked_fill_(absent_by[..., None, None], -math.inf).softmax(1)
-    out_bkrc = (weight_bykr[..., None] * torch.cat([own_xkrc, shared_ykrc])[part_by]).sum(1)
-    return out_bkrc.to(q_bhc.dtype).reshape(B, H, C)
+    max_ykr = torch.cat([own_xkri.amax(-1), by_member(shared_xkri.amax(-1))])
+    max_bkr = max_ykr[part_by].masked_fill_(absent_by[..., None, None], -math.inf).amax(1)
+    own_xkri.sub_(max_bkr[owner_x][..., None]).exp_()
+    shared_xkri.sub_(by_prompt(max_bkr)[prompt_x][..., None]).exp_()
+
+    own_bkrc, own_sum_bkr = _weighted(own_xkri, own_v, owner_x, B)
+    shared_pkrc, shared_sum_pkr = _weighted(shared_xkri, shared_v, prompt_x, P)
+    place_b = tables.place_b.clamp(min=0)
+    alone_b = (tables.place_b < 0)[:, None, None]
+    total_bkr = own_sum_bkr + by_member(shared_sum_pkr)[place_b].masked_fill(alone_b, 0)
+    out_bkrc = own_bkrc + by_member(shared_pkrc)[place_b].masked_fill(alone_b[..., None], 0)
+    return (out_bkrc / total_bkr[..., None]).to(q_bhc.dtype).reshape(B, H, C)
 
 
-def _softmax_parts(q_xkrc, k_xkic, v_xkic, hidden_xi):
-    """softmax(q k^T / sqrt(C)) v over a page's keys that are not hidden, and log sum exp of their scores."""
+def _scores(q_xkrc, k_xkic, hidden_xi):
+    """q k^T / sqrt(C), and of hidden keys half the lowest number less: not infinity, of which a page that nobody sees
+    would make NaN."""
     X, K, R, C = q_xkrc.shape
     dtype = q_xkrc.dtype
     hidden_n1i = hidden_xi.to(dtype).repeat_interleave(K, 0)[:, None]
-    # half the lowest number, not infinity: a page of which nothing is seen must not become NaN
-    score_nri = torch.baddbmm(hidden_n1i, q_xkrc.view(X * K, R, C), k_xkic.flatten(0, 1).transpose(1, 2),
+    score_nri = torch.baddbmm(hidden_n1i, q_xkrc.reshape(X * K, R, C), k_xkic.flatten(0, 1).transpose(1, 2),
                               beta=torch.finfo(dtype).min / 2, alpha=1 / math.sqrt(C))
-    weight_nri = score_nri.softmax(-1, dtype=wide(dtype))
-    # the largest weight is exp(largest score - log-sum)
-    lse_nr = score_nri.amax(-1).to(wide(dtype)) - weight_nri.amax(-1).log()
-    out_nrc = torch.bmm(weight_nri.to(dtype), v_xkic.flatten(0, 1))
-    return out_nrc.view(X, K, R, C), lse_nr.view(X, K, R)
+    return score_nri.to(wide(dtype)).view(X, K, R, -1)
+
+
+def _weighted(weight_xkri, v_xkic, owner_x, n_owners):
+    """sum weight v and sum weight, over the pages of each owner."""
+    (X, K, R, _), C = weight_xkri.shape, v_xkic.shape[3]
+    out_xkrc = torch.bmm(weight_xkri.flatten(0, 1).to(v_xkic.dtype), v_xkic.flatten(0, 1)).view(X, K, R, C)
+    out_xkrc = out_xkrc.to(weight_xkri.dtype)
+    sum_xkr = weight_xkri.sum(-1)
+    return (out_xkrc.new_zeros(n_owners, K, R, C).index_add_(0, owner_x, out_xkrc),
+            sum_xkr.new_zeros(n_owners, K, R).index_add_(0, owner_x, sum_xkr))
 
 
 def store_ref(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n):
