@@ -72,9 +72,9 @@ class Batch:
         n_prompt = -(-longest_prompt // page_size)
         n_pages = self.affordable(kv_gb, self.n_own, n_prompt, dtype)
         self.pool = Pool(model.config, n_pages, page_size, self.device, dtype)
-        on_gpu = self.device.type == "cuda" and use_triton(model.head_vd, model.impl)
-        self.compute = Graphs(self.compute_step) if graphs and on_gpu else self.compute_step
-        most = bucket(self.n_slots) if graphs and on_gpu else self.n_slots
+        graphs = graphs and self.wants_graphs()
+        self.compute = Graphs(self.compute_step) if graphs else self.compute_step
+        most = bucket(self.n_slots) if graphs else self.n_slots
         self.inputs = StepInputs(most, self.n_own, n_prompt, sampling.n, n_pages, self.device)
         self.out_2b = torch.zeros(2, most, dtype=torch.float64, device=self.device)  # drawn ids and their logps
         self.waiting = deque((i, sample) for i in range(len(prompts)) for sample in range(sampling.n))
@@ -86,6 +86,9 @@ class Batch:
         self.finished = []  # prompts whose rollouts are all done, until they are taken
         self.stale = True  # slots have changed since the inputs were filled
         self.n_put_back = 0
+
+    def wants_graphs(self):
+        return self.device.type == "cuda" and use_triton(self.model.head_vd, self.model.impl)
 
     def affordable(self, kv_gb, n_own, n_prompt, dtype):
         """The number of pages: what all slots could ever need, or what the bound allows. ValueError if that is less than

@@ -41,8 +41,8 @@ from judge import HeldOut, note_verdicts
 from model import Model, ModelConfig, pack
 from options import check_at_least, check_between, check_choice, check_training, parse_config
 from prompt import load_prompt, prompt_path, prompt_to_keep, render
-from run import MAX_SKIPPED, NO_MATTER, Run
-from sample import refresh, whole_model
+from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run
+from sample import Sampler, refresh, whole_model
 from tokenizer import Tokenizer
 
 
@@ -73,6 +73,9 @@ class Config:
     eval_pairs: int = 200  # how many of them
     eval_every: int = 0  # steps between evaluations; the last step always evaluates; 0 = only then
     eval_tokens: int = 8192  # longest judgement in an evaluation
+    n_slots: int = 256  # judgements that one rank writes at once there, as far as their keys and values fit kv_gb
+    kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
+    eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
     n_samples: int = 4  # judgements of an evaluation that samples.jsonl keeps
     save_every: int = 20  # steps between checkpoints, 0 = none
     keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
@@ -85,8 +88,8 @@ class Config:
     def __post_init__(self):
         check_training(self)
         check_at_least(self, 2, "max_length")  # a token of the prompt, one of the judgement
-        check_at_least(self, 1, "batch_size", "epochs", "eval_tokens")
-        check_at_least(self, 0, "max_steps")
+        check_at_least(self, 1, "batch_size", "epochs", "eval_tokens", "n_slots")
+        check_at_least(self, 0, "max_steps", "kv_gb")
         check_between(self, 0, 1, "warmup_frac")
         check_choice(self, "optimizer", "adamw", "muon")
 
@@ -100,7 +103,8 @@ RECIPES = {  # what differs from the defaults
                 eval_data="runs/toy/data/heldout.jsonl", eval_tokens=128, save_every=200, seed=0),
 }
 SCHEDULE = "its learning rates are those of a run of the new length"
-MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "epochs": SCHEDULE, "max_steps": SCHEDULE}  # on --resume, and what then
+MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "n_slots": ROUNDING, "kv_gb": ROUNDING, "epochs": SCHEDULE,
+                          "max_steps": SCHEDULE}  # on --resume, and what then
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,7 @@ def main(cfg):
     if not is_finite(model, probe):
         raise ValueError(f"{run.checkpoint or cfg.model}: its log-probabilities are not finite: take other weights")
     run.begin(first_step, n_steps)
+    sampler = None  # from the first evaluation on
 
     def add_files(folder):
         tokenizer.save(folder)
@@ -235,9 +240,10 @@ def main(cfg):
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)
         if evaluates and not dead:
-            sampled_model = whole_model(model, dtype)
-            refresh(sampled_model, model)
-            scores, records = held_out.judge(sampled_model)
+            sampler = sampler or Sampler(whole_model(model, dtype), cfg.n_slots, cfg.kv_gb, cfg.micro_tokens,
+                                         graphs=not cfg.eager)
+            refresh(sampler.model, model)
+            scores, records = held_out.judge(sampler)
             row |= scores
             for record in records[:cfg.n_samples]:
                 run.row("samples.jsonl", {"step": done, **record})

@@ -55,7 +55,9 @@ class Config:
     top_p: float = 1.0  # sample from the smallest set of likeliest tokens with this probability
     top_k: int = 0  # sample from so many likeliest tokens, 0 = all
     max_new_tokens: int = 8192  # longest judgement
-    n_slots: int = 64  # judgements written at once
+    n_slots: int = 64  # judgements written at once, as far as their keys and values fit kv_gb
+    kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
+    eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
     seed: int = 0  # of the sampling, and of the A/B order where a source has chosen and rejected
     device: str = "auto"  # cpu, cuda, or auto
     dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU

@@ -36,8 +36,8 @@ def one_line_errors():
             raise
         system = isinstance(e, OSError) and e.filename and e.strerror
         fail(f"{e.filename}: {e.strerror}" if system else str(e))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"interrupted: {e}" if str(e) else "interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 

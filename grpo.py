@@ -92,7 +92,9 @@ class Config:
     gradient_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more time
     batch_invariant: bool = False  # one order for every sum: mismatch becomes exactly 0; slower, needs a GPU
     micro_tokens: int = 12288  # packed tokens that one rank runs through the model at once
-    n_slots: int = 32  # judgements that one rank writes at once
+    n_slots: int = 256  # judgements that one rank writes at once, as far as their keys and values fit kv_gb
+    kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
+    eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
     eval_data: str | None = None  # pairs to judge every eval_every steps
     eval_pairs: int = 200  # how many of them
     eval_every: int = 10  # steps between evaluations; the last step always evaluates; 0 = only then
@@ -110,7 +112,7 @@ class Config:
         check_between(self, 1e-3, 100, "temperature")
         check_between(self, 2, 1024, "group_size")  # a judgement is measured against its siblings
         check_at_least(self, 1, "n_prompts", "mini_prompts", "max_new_tokens", "max_prompt_tokens", "n_slots")
-        check_at_least(self, 0, "steps", "clip", "kl_coef", "warmup_steps")
+        check_at_least(self, 0, "steps", "clip", "kl_coef", "warmup_steps", "kv_gb")
         if self.n_prompts % self.mini_prompts:
             raise ValueError(f"--n-prompts {self.n_prompts} must be a multiple of --mini-prompts {self.mini_prompts}")
 
@@ -123,12 +125,13 @@ RECIPES = {  # what differs from the defaults
     "toy": dict(model="runs/toy/distill/model", data="runs/toy/data/rl.jsonl", out="runs/toy/grpo", n_prompts=64,
                 mini_prompts=32, steps=50, max_prompt_tokens=1024, max_new_tokens=96, skip_zero_spread=True, lr=1.5e-4,
                 warmup_steps=3, final_lr_frac=0.05, beta2=0.99, weight_decay=0.0, dtype="float32",
-                gradient_checkpointing=False, micro_tokens=16384, n_slots=256,
+                gradient_checkpointing=False, micro_tokens=16384,
                 eval_data="runs/toy/data/heldout.jsonl", save_every=20, seed=0),
 }
 MAY_CHANGE = NO_MATTER | {  # on --resume, and what then
     "steps": "with a --final-lr-frac below 1, its learning rates are those of a run of the new length",
     "n_slots": f"without --batch-invariant {ROUNDING}",
+    "kv_gb": f"without --batch-invariant {ROUNDING}",
 }
 
 
@@ -203,13 +206,13 @@ def steps_pairs(pairs, step, n_prompts, seed):
     return [pairs[i] for i in order[place * n_prompts:(place + 1) * n_prompts]]
 
 
-def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks):
+def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks, bar=None):
     """The step's groups in the pairs' order. Every rank samples its share of the pairs; all get all groups."""
     # the seed counts the steps: a pair that comes again in a later pass must not get the same random numbers
     sampling = Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature, stop=tokenizer.stop_ids,
                         seed=1_000_003 * cfg.seed + step)
     mine = list(range(ranks.rank, len(pairs), ranks.world))
-    written = sampler.generate([prompts[pairs[i].id] for i in mine], sampling)
+    written = sampler.generate([prompts[pairs[i].id] for i in mine], sampling, bar=bar)
     rollouts_of = {}
     for share in ranks.gather(list(zip(mine, written))):
         rollouts_of.update(share)
@@ -368,7 +371,7 @@ def main(cfg):
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
     run.begin(first_step, n_steps)
-    sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.micro_tokens)
+    sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.kv_gb, cfg.micro_tokens, graphs=not cfg.eager)
 
     def add_files(folder):
         tokenizer.save(folder)
@@ -383,7 +386,7 @@ def main(cfg):
         refresh(sampler.model, model)
         sampler.reset_stats()
         step_pairs = steps_pairs(pairs, step, cfg.n_prompts, cfg.seed)
-        groups = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks)
+        groups = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks, bar)
         rollout_s = time.perf_counter() - began
 
         # 2. updates: one optimizer step per mini-batch. After the first the policy is no longer the one that wrote the
@@ -424,7 +427,7 @@ def main(cfg):
         dead = (evaluates or saves) and not is_finite(model, probe)
         if evaluates and not dead:
             refresh(sampler.model, model)
-            scores, _ = held_out.judge(sampler.model)
+            scores, _ = held_out.judge(sampler)
             row |= scores
         run.row("metrics.jsonl", row)
         for group in groups[:cfg.n_samples]:

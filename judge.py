@@ -44,11 +44,11 @@ class Judge:
     def encode(self, pair):
         return self.tokenizer.chat(render(self.prompt, pair))
 
-    def judge(self, pairs, on_token=None, prompts=None):
+    def judge(self, pairs, on_token=None, prompts=None, bar=None):
         """Yields (index, judgement record) as they are done; verdicts by the benchmarks' rule. prompts: the pairs'
-        token ids, if they are known."""
+        token ids, if they are known. bar: a tqdm that shows how it goes."""
         prompts = [self.encode(pair) for pair in pairs] if prompts is None else prompts
-        for i, rollouts in self.sampler.stream(prompts, self.sampling, on_token):
+        for i, rollouts in self.sampler.stream(prompts, self.sampling, on_token, bar):
             yield i, self.record(pairs[i], prompts[i], [self.vote(rollout) for rollout in rollouts])
 
     def judge_one(self, question, answer_a, answer_b, on_token=None):
@@ -103,10 +103,10 @@ class HeldOut:
             print(f"note: {n_seen} of {len(self.all_pairs)} pairs of --eval-data are trained on, too: eval_accuracy "
                   "will not be that of pairs held out; take them out of --data")
 
-    def judge(self, model):
+    def judge(self, sampler):
         """({"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens", "eval_s"}, the records)."""
         began = time.perf_counter()
-        judge = Judge(Sampler(model), self.tokenizer, self.prompt, self.sampling)
+        judge = Judge(sampler, self.tokenizer, self.prompt, self.sampling)
         mine = [record for _, record in judge.judge(self.pairs, prompts=self.prompts)]
         records = [record for share in self.ranks.gather(mine) for record in share]
         metrics = {"eval_accuracy": accuracy(records)}
@@ -263,15 +263,20 @@ def judge_file(judge, encoded, out, settings, ranks=ALONE, begin=lambda: None):
     if ranks.world > 1:
         share.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     bar = tqdm(total=n_done + len(todo), initial=n_done, desc="judge", unit="pair", disable=not ranks.main)
-    for _, record in judge.judge([pair for pair, _ in todo], prompts=[ids for _, ids in todo]):
-        if ranks.world == 1:
-            file.add(record)
-        else:
-            append(share, record)
-        bar.update()
-        stats = judge.sampler.stats()
-        bar.set_postfix(prefill_tok_s=f"{stats['prefill_tok_s']:.0f}", decode_tok_s=f"{stats['decode_tok_s']:.0f}")
-    bar.close()
+    n_now = 0
+    try:
+        for _, record in judge.judge([pair for pair, _ in todo], prompts=[ids for _, ids in todo], bar=bar):
+            if ranks.world == 1:
+                file.add(record)
+            else:
+                append(share, record)
+            bar.update()
+            n_now += 1
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{n_done + n_now} of {n_done + len(todo)} pairs are judged, and kept in "
+                                f"{file.partial if ranks.world == 1 else share}; the same command goes on") from None
+    finally:
+        bar.close()
     ranks.barrier()
     if not ranks.main:
         return []
@@ -305,7 +310,9 @@ class Config:
     top_p: float = 1.0  # sample from the smallest set of likeliest tokens with this probability
     top_k: int = 0  # sample from so many likeliest tokens, 0 = all
     max_new_tokens: int = 8192  # longest judgement
-    n_slots: int = 64  # judgements written at once
+    n_slots: int = 64  # judgements written at once, as far as their keys and values fit kv_gb
+    kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
+    eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
     seed: int = 0  # of the sampling, and of the A/B order where a source has chosen and rejected
     device: str = "auto"  # cpu, cuda, or auto
     dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU
@@ -344,7 +351,7 @@ def load_judge(cfg, budgets=()):
     prompt = prompt_for(cfg.model, cfg.prompt)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant)
     sampling = sampling_of(cfg, cfg.votes, tokenizer)
-    return Judge(Sampler(model, cfg.n_slots), tokenizer, prompt, sampling, budgets)
+    return Judge(Sampler(model, cfg.n_slots, cfg.kv_gb, graphs=not cfg.eager), tokenizer, prompt, sampling, budgets)
 
 
 def prompt_for(folder, given):

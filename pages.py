@@ -117,7 +117,7 @@ class StepInputs:
         for prompt, row in row_of.items():
             host["length_p"][row] = prompt_lengths[prompt]
             for u, page in enumerate(prompts[prompt]):
-                self._give(page, "page_pu", row, u, page_size)
+                self._give(page, -1 - row, "page_pu", row, u, page_size)
         for b, slot in enumerate(slots):
             row = row_of[slot.prompt]
             host["slot_pg"][row, slot.sample] = b
@@ -128,7 +128,7 @@ class StepInputs:
             column["key"][b] = slot.key
             column["sample"][b] = slot.sample
             for t, page in enumerate(slot.pages):
-                self._give(page, "page_bt", b, t, page_size)
+                self._give(page, b, "page_bt", b, t, page_size)
         self.n_slots, self.n_rows = len(slots), len(row_of)
         self.n_own = 1 + max(max(slot.pages) for slot in slots)
         self.n_shared = len(host["owner_x"]) - min(min(prompts[prompt]) for prompt in row_of)
@@ -136,14 +136,14 @@ class StepInputs:
         self.n_prompt_pages = max(len(prompts[prompt]) for prompt in row_of)
         self.changed = set(host)
 
-    def _give(self, page, table, row, number, page_size):
+    def _give(self, page, owner, table, row, number, page_size):
         self.host[table][row, number] = page
-        self.host["owner_x"][page] = row
+        self.host["owner_x"][page] = owner
         self.host["first_x"][page] = number * page_size
 
     def grow(self, b, slot, page_size):
         """Slot b has taken another page, the last of its list."""
-        self._give(slot.pages[-1], "page_bt", b, len(slot.pages) - 1, page_size)
+        self._give(slot.pages[-1], b, "page_bt", b, len(slot.pages) - 1, page_size)
         self.n_own = max(self.n_own, slot.pages[-1] + 1)
         self.n_own_pages = max(self.n_own_pages, len(slot.pages))
         self.changed |= {"page_bt", "owner_x", "first_x"}

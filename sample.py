@@ -12,15 +12,17 @@ rounding (which with --batch-invariant does not depend on the batch either).
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
-from batch import Batch, Rollout  # noqa: F401
+from batch import Batch
 from common import copy_weights
 from draw import Sampling
-from files import NotJson, one_line_errors, parse_json, refuse_existing, write_records
+from files import NotJson, append, one_line_errors, parse_json, refuse_existing, write_records
 from folder import check_folder
 from kernels import runs_triton
 from model import Model
@@ -168,7 +170,9 @@ class Config:
     temperature: float = 1.0  # 0 takes the likeliest token
     top_p: float = 1.0  # sample from the smallest set of likeliest tokens with this probability
     top_k: int = 0  # sample from so many likeliest tokens, 0 = all
-    n_slots: int = 64  # completions written at once
+    n_slots: int = 64  # completions written at once, as far as their keys and values fit kv_gb
+    kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
+    eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
     seed: int = 0  # of the sampling
     device: str = "auto"  # cpu, cuda, or auto
     dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU
@@ -193,7 +197,7 @@ def check_model(cfg):
 def check_options(cfg):
     """The options that every script which samples has; ValueError names the one that cannot be."""
     check_at_least(cfg, 1, "max_new_tokens", "n_slots")
-    check_at_least(cfg, 0, "top_k")
+    check_at_least(cfg, 0, "top_k", "kv_gb")
     if cfg.temperature != 0:  # 0 takes the likeliest token
         check_between(cfg, 1e-3, 100, "temperature")
     if not 0 < cfg.top_p <= 1:
@@ -239,14 +243,10 @@ def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant)
-    sampler = Sampler(model, cfg.n_slots)
+    sampler = Sampler(model, cfg.n_slots, cfg.kv_gb, graphs=not cfg.eager)
     sampling = sampling_of(cfg, cfg.n, tokenizer)
     if cfg.texts:
-        rows = read_texts(cfg.texts, tokenizer)
-        groups = sampler.generate([ids for _, ids in rows], sampling)
-        write_records(cfg.out, [row | {"completions": [completion(r, tokenizer) for r in rollouts]}
-                                for (row, _), rollouts in zip(rows, groups)])
-        print(f"{len(rows)} texts, {cfg.n} completions each: {cfg.out}")
+        complete_file(cfg, sampler, sampling, tokenizer)
         return
     stream = StreamDecoder(tokenizer)
 
@@ -257,6 +257,27 @@ def main(cfg):
     print(stream.flush())
     for rollout in rollouts[1:]:
         print("----", tokenizer.decode(rollout.ids), sep="\n")
+
+
+def complete_file(cfg, sampler, sampling, tokenizer):
+    """--texts FILE --out FILE. In OUT.partial as they are done, and in order when all are."""
+    partial = Path(f"{cfg.out}.partial")
+    if partial.exists():
+        raise ValueError(f"{partial}: is what an interrupted run has finished; move it away, or choose another --out")
+    rows = read_texts(cfg.texts, tokenizer)
+    done = {}
+    try:
+        with tqdm(total=len(rows), desc="complete", unit="text") as bar:
+            for i, rollouts in sampler.stream([ids for _, ids in rows], sampling, bar=bar):
+                done[i] = rows[i][0] | {"completions": [completion(r, tokenizer) for r in rollouts]}
+                append(partial, done[i])
+                bar.update()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(done)} of {len(rows)} texts are done"
+                                + (f", and kept in {partial}" if done else "")) from None
+    write_records(cfg.out, [done[i] for i in range(len(rows))])
+    partial.unlink()
+    print(f"{len(rows)} texts, {cfg.n} completions each: {cfg.out}")
 
 
 def completion(rollout, tokenizer):

@@ -25,7 +25,7 @@ class Tables:
 
     and the same from the pages' side, as the PyTorch path walks them, with n_own = 4 and n_shared = 2:
 
-        owner_x = [0, 1, 2, 1, 0, 0, 0, 0, 0]   first_x  = [0, 0, 0, 64, NOBODY, NOBODY, NOBODY, 64, 0]
+        owner_x = [0, 1, 2, 1, 0, 0, 0, -1, -1]    first_x = [0, 0, 0, 64, NOBODY, NOBODY, NOBODY, 64, 0]
 
     The kernels read no page beyond the lengths, so the tables may be wider than needed and the pool's memory anything.
     The PyTorch path multiplies what lies there by zero: it must be finite.
@@ -36,7 +36,7 @@ class Tables:
     length_p: torch.Tensor  # int64
     slot_pg: torch.Tensor   # int64: the slots that continue prompt p, or -1
     place_b: torch.Tensor   # int64: where slot b stands in slot_pg, as p * G + g, or -1
-    owner_x: torch.Tensor   # int64: the slot, or the prompt, whose tokens page x holds
+    owner_x: torch.Tensor   # int64: the slot whose tokens page x holds, or -1 - the prompt
     first_x: torch.Tensor   # int64: which of its tokens is the page's first
     n_own: int              # pages 0 to n_own are walked as slots' ...
     n_shared: int           # ... and the last n_shared as prompts'
@@ -45,15 +45,24 @@ class Tables:
     # What the PyTorch path derives, once for all layers of a step
 
     @functools.cached_property
-    def own_hidden_xi(self):
-        """1 where page x has no token of its slot, or the slot no such token yet."""
+    def own(self):
+        """Of the pages walked as slots': slot_x, and hidden_xi, 1 where the slot has no such token (yet), and
+        everywhere in a page that is no slot's."""
         owner_x, first_x = self.owner_x[:self.n_own], self.first_x[:self.n_own]
-        return _hidden(self.length_b[owner_x] - first_x, self.page_size)
+        slot_x = owner_x.clamp(min=0)
+        return slot_x, self._hidden(self.length_b[slot_x] - first_x, owner_x >= 0)
 
     @functools.cached_property
-    def shared_hidden_xi(self):
+    def shared(self):
+        """Of those walked as prompts': prompt_x, hidden_xi."""
         begin = len(self.owner_x) - self.n_shared
-        return _hidden(self.length_p[self.owner_x[begin:]] - self.first_x[begin:], self.page_size)
+        owner_x, first_x = self.owner_x[begin:], self.first_x[begin:]
+        prompt_x = (-1 - owner_x).clamp(min=0)
+        return prompt_x, self._hidden(self.length_p[prompt_x] - first_x, owner_x < 0)
+
+    def _hidden(self, n_left_x, counts_x):
+        place_i = torch.arange(self.page_size, device=n_left_x.device)
+        return ((place_i >= n_left_x[:, None]) | ~counts_x[:, None]).float()
 
     @functools.cached_property
     def part_by(self):
@@ -66,10 +75,6 @@ class Tables:
         absent_by = torch.cat([_starts(self.page_bt, self.page_size) >= self.length_b[:, None],
                                _starts(self.page_pu, self.page_size) >= n_prompt_b[:, None]], 1)
         return torch.cat([self.page_bt.long(), shared_bu], 1).masked_fill(absent_by, 0), absent_by
-
-
-def _hidden(n_left_x, page_size):
-    return (torch.arange(page_size, device=n_left_x.device) >= n_left_x[:, None]).float()
 
 
 def _starts(page_xt, page_size):
@@ -86,7 +91,7 @@ def decode_attention_ref(q_bhc, k_xkic, v_xkic, tables):
     (B, H, C), (X, K) = q_bhc.shape, k_xkic.shape[:2]
     (P, G), n_own, n_shared = tables.slot_pg.shape, tables.n_own, tables.n_shared
     share = H // K
-    owner_x, prompt_x = tables.owner_x[:n_own], tables.owner_x[X - n_shared:]
+    (slot_x, own_hidden_xi), (prompt_x, shared_hidden_xi) = tables.own, tables.shared
     own_k, shared_k, own_v, shared_v = k_xkic[:n_own], k_xkic[X - n_shared:], v_xkic[:n_own], v_xkic[X - n_shared:]
 
     def by_prompt(x_bkr):  # [B, K, share, ..] of the slots -> [P, K, G share, ..] of the prompts
@@ -95,22 +100,23 @@ def decode_attention_ref(q_bhc, k_xkic, v_xkic, tables):
     def by_member(x_pkr):  # and back to (prompt, member), or (page, member)
         return x_pkr.unflatten(2, (G, share)).transpose(1, 2).flatten(0, 1)
     q_bkrc = q_bhc.view(B, K, share, C)
-    own_xkri = _scores(q_bkrc[owner_x], own_k, tables.own_hidden_xi)
-    shared_xkri = _scores(by_prompt(q_bkrc)[prompt_x], shared_k, tables.shared_hidden_xi)
+    own_xkri = _scores(q_bkrc[slot_x], own_k, own_hidden_xi)
+    shared_xkri = _scores(by_prompt(q_bkrc)[prompt_x], shared_k, shared_hidden_xi)
 
     part_by, absent_by = tables.part_by
     max_ykr = torch.cat([own_xkri.amax(-1), by_member(shared_xkri.amax(-1))])
     max_bkr = max_ykr[part_by].masked_fill_(absent_by[..., None, None], -math.inf).amax(1)
-    own_xkri.sub_(max_bkr[owner_x][..., None]).exp_()
+    own_xkri.sub_(max_bkr[slot_x][..., None]).exp_()
     shared_xkri.sub_(by_prompt(max_bkr)[prompt_x][..., None]).exp_()
 
-    own_bkrc, own_sum_bkr = _weighted(own_xkri, own_v, owner_x, B)
+    own_bkrc, own_sum_bkr = _weighted(own_xkri, own_v, slot_x, B)
     shared_pkrc, shared_sum_pkr = _weighted(shared_xkri, shared_v, prompt_x, P)
     place_b = tables.place_b.clamp(min=0)
     alone_b = (tables.place_b < 0)[:, None, None]
     total_bkr = own_sum_bkr + by_member(shared_sum_pkr)[place_b].masked_fill(alone_b, 0)
     out_bkrc = own_bkrc + by_member(shared_pkrc)[place_b].masked_fill(alone_b[..., None], 0)
-    return (out_bkrc / total_bkr[..., None]).to(q_bhc.dtype).reshape(B, H, C)
+    # a slot that sees nothing gets zeros; else the total is at least exp(0)
+    return (out_bkrc / total_bkr[..., None].clamp(min=1)).to(q_bhc.dtype).reshape(B, H, C)
 
 
 def _scores(q_xkrc, k_xkic, hidden_xi):

@@ -24,7 +24,8 @@ from data import toy
 from data.pairs import Pair, read_pairs
 from grpo import Config, Group, advantages, micro_step, n_tree_tokens, steps_pairs, token_losses, trees
 from model import Model, ModelConfig
-from sample import Rollout, Sampling, whole_model
+from batch import Rollout
+from sample import Sampling, whole_model
 from test_distill import flags
 from tokenizer import Tokenizer
 

@@ -27,7 +27,8 @@ from judge import (Config, Judge, JudgementFile, encode_all, judge_file, judge_s
 from model import Model, ModelConfig  # noqa: E402
 from prompt import load_prompt, render  # noqa: E402
 from reward import benchmark_verdict, majority  # noqa: E402
-from sample import Sampler, Sampling, prompt_key  # noqa: E402
+from draw import Sampling, prompt_key  # noqa: E402
+from sample import Sampler  # noqa: E402
 from test_sample import QWEN2, SHARED, make_folder, tiny  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
