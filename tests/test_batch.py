@@ -78,21 +78,19 @@ def test_slots_pages_bound_order_and_buckets_change_nothing(raw, how, monkeypatc
     expected = Sampler(model).generate(PROMPTS, sampling)
     assert_naive(model, PROMPTS, expected, sampling)
     before_each(monkeypatch, "drop_prompt", look=lambda batch: seen.update(["dropped"]))
-    gather = pages.Pool.gather
-    monkeypatch.setattr(pages.Pool, "gather", lambda *args, **way: (seen.update(["moved"]), gather(*args, **way)))
     for trial in range(8):
         if trial == 5:
             in_buckets()
-        page_size = int(rng.choice([4, 8, 16, 64]))
-        least = 1 + -(-40 // page_size) + -(-40 // page_size)
-        n_pages = least + int(rng.integers(0, 2 * least)) if trial % 2 else 0
+        page_size, n_slots, n_pages = int(rng.choice([4, 8, 16, 64])), int(rng.integers(1, 20)), 0
+        if trial % 2:  # hardly more than one rollout may need
+            page_size, n_slots = [4, 8, 4, 16][trial // 2], 12
+            n_pages = 1 + 2 * -(-40 // page_size) + int(rng.integers(0, 4))
         order = rng.permutation(len(PROMPTS))
-        sampler = Sampler(model, int(rng.integers(1, 20)), gb(model, n_pages, page_size), int(rng.integers(1, 100)),
-                          page_size)
+        sampler = Sampler(model, n_slots, gb(model, n_pages, page_size), int(rng.integers(1, 100)), page_size)
         groups = sampler.generate([PROMPTS[i] for i in order], sampling)
         assert_same([expected[i] for i in order], groups)
         seen["put back"] += sampler.n_put_back
-    assert seen["put back"] > 4 and seen["moved"] > 1 and seen["dropped"] > 8 * len(PROMPTS), seen
+    assert seen["put back"] > 2 and seen["dropped"] >= 8 * len(PROMPTS), seen
 
 
 def test_what_nobody_owns_reaches_nobody(monkeypatch):
@@ -148,6 +146,22 @@ def test_every_page_has_one_owner(n_pages, monkeypatch):
     groups = sampler.generate(prompts, how)
     assert_naive(model, prompts[::7], groups[::7], how)
     assert looked["looks"] > 200 and (sampler.n_put_back > 20 if n_pages else looked["many groups"] > 20)
+
+
+def test_pages_move_together_when_most_are_free(monkeypatch):
+    """The PyTorch path walks all pages up to the last one in use: of 32 rollouts a few go on alone."""
+    model, moved, gather = tiny(QWEN3, torch.float64), Counter(), pages.Pool.gather
+
+    def counted(self, lists, shared=False):
+        gather(self, lists, shared)
+        moved[shared] += 1
+        assert sorted(x for held in lists for x in held) == sorted(
+            range(1, 1 + sum(map(len, lists))) if not shared else range(len(self.free_x) - sum(map(len, lists)),
+                                                                        len(self.free_x)))
+    monkeypatch.setattr(pages.Pool, "gather", counted)
+    how = Sampling(4, 60, stop={17, 18, 19}, seed=1)
+    assert_naive(model, PROMPTS, Sampler(model, page_size=2).generate(PROMPTS, how), how)
+    assert moved[False] and moved[True], moved
 
 
 def test_memory_is_taken_for_what_is_written(monkeypatch):

@@ -404,14 +404,14 @@ def test_a_bad_record_stops_before_any_work_or_is_left_out(folder, benchmarks, t
 def test_held_out_equals_the_script(folder, data, tmp_path, capsys):
     """Greedy judgements of the labelled pairs, whole and limited; two ranks share them out and get the same numbers."""
     judge = load_judge(JudgeConfig(model=str(folder), threads=1))
-    model, tokenizer, one = judge.sampler.model, judge.tokenizer, Ranks(0, 1, torch.device("cpu"))
+    sampler, tokenizer, one = judge.sampler, judge.tokenizer, Ranks(0, 1, torch.device("cpu"))
     main(config(folder, data, tmp_path))
     rows = {r["name"]: r | {"seconds": 0} for r in saved_scores(tmp_path)["rows"]}
     expected = {f"eval_{short}": rows["all"][name]
                 for short, name in (("accuracy", "score"), ("no_verdict", "no_verdict"), ("tokens", "tokens"))}
     expected |= {f"eval_accuracy_{domain}": rows[domain]["score"] for domain in ("chat", "reasoning")}
     assert 0 < expected["eval_accuracy"] < 1 and 0 < expected["eval_no_verdict"] < 1, "the case has lost its variety"
-    scores, records = HeldOut(data, 100, load_prompt("toy"), 2, tokenizer, one).judge(model)
+    scores, records = HeldOut(data, 100, load_prompt("toy"), 2, tokenizer, one).judge(sampler)
     assert scores.pop("eval_s") > 0 and scores == expected
     assert score([r for r in records if r["winner"]])[0] | {"seconds": 0} == rows["all"]
 
@@ -424,11 +424,11 @@ def test_held_out_equals_the_script(folder, data, tmp_path, capsys):
         shelf = []
         for rank in range(2):
             ranks = OfTwo(rank, 2, torch.device("cpu"))
-            shared, _ = HeldOut(data, n_pairs, load_prompt("toy"), 2, tokenizer, ranks).judge(model)
+            shared, _ = HeldOut(data, n_pairs, load_prompt("toy"), 2, tokenizer, ranks).judge(sampler)
         alone = HeldOut(data, n_pairs, load_prompt("toy"), 2, tokenizer, one)
         assert [pair.id for pair in alone.pairs] == [pair.id for pair in read_pairs(data) if pair.winner][:n_pairs]
         assert sorted(r["id"] for part in shelf for r in part) == sorted(pair.id for pair in alone.pairs)
-        scores, _ = alone.judge(model)
+        scores, _ = alone.judge(sampler)
         assert shared.pop("eval_s") > 0 and shared == pytest.approx({k: v for k, v in scores.items() if k != "eval_s"})
 
 

@@ -272,7 +272,7 @@ class Scripted:
     def __init__(self, rollouts):
         self.rollouts = rollouts
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, bar=None):
         self.asked = prompts, sampling
         return [self.rollouts for _ in prompts]
 

@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import judge as judging  # noqa: E402
-import sample  # noqa: E402
+import batch  # noqa: E402
 from options import parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, to_json, write_pairs  # noqa: E402
@@ -246,7 +246,7 @@ def test_a_pair_from_files_is_the_pair_from_flags(folder, tmp_path):
 def test_a_judgement_is_streamed_as_it_is_written(folder, monkeypatch):
     """Whenever something is printed, all whole characters of the tokens drawn so far are out, and flushed."""
     drawn, printed, tokenizer = [], [], Tokenizer(folder)
-    draw = sample.choose
+    draw = batch.choose
 
     def choose_and_note(*args):
         ids, logps = draw(*args)
@@ -255,7 +255,7 @@ def test_a_judgement_is_streamed_as_it_is_written(folder, monkeypatch):
 
     def print_and_note(text, end="\n", flush=False):
         printed.append((len(drawn), text + end, flush))
-    monkeypatch.setattr(sample, "choose", choose_and_note)
+    monkeypatch.setattr(batch, "choose", choose_and_note)
     monkeypatch.setattr(judging, "print", print_and_note, raising=False)
     main(config(folder, votes=1, temperature=1.0, max_new_tokens=40, question="sort 31", answer_a="13", answer_b="31",
                 seed=4))

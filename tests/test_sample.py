@@ -485,7 +485,8 @@ def test_on_token_sees_every_token_in_order_and_groups_come_when_they_are_done()
 
 def command(*args):
     return subprocess.run([sys.executable, str(ROOT / "sample.py"), "--threads", "1", *map(str, args)],
-                          cwd=tempfile.gettempdir(), capture_output=True, text=True)
+                          cwd=tempfile.gettempdir(), capture_output=True, text=True,
+                          env=os.environ | {"TQDM_DISABLE": "1"})
 
 
 def test_command_line_completes_texts(tmp_path):
