@@ -17,11 +17,11 @@ PyTorch computes). No operation but `logits` holds [tokens, tokens] scores of a 
 logits of more than a block: they are made in blocks, reduced and forgotten. Nothing uses atomics: every sum has one
 order.
 
-Letters: N packed tokens, S segments, B decode slots with T pages, P prompts with U pages and G slots each, X pages
-of I tokens, H query heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads
-key/value head h // (H / K). In the attention kernels, as usual, m counts query rows and n keys (m are scored tokens in
-model.py and grpo.py). A query row is a (token, head) pair: the H / K heads that share a key/value head are rows of one
-tile, so that keys are loaded once for all of them and their gradients need no sum over heads afterwards.
+Letters: N packed tokens, S segments, B decode slots with T pages, P prompts with U pages and G slots each, X pages of I
+tokens, H query heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h
+reads key/value head h // (H / K). In the attention kernels, as usual, m counts query rows and n keys (m are scored
+tokens in model.py and grpo.py). A query row is a (token, head) pair: the H / K heads that share a key/value head are
+rows of one tile, so that keys are loaded once for all of them and their gradients need no sum over heads afterwards.
 """
 
 import torch
@@ -71,6 +71,7 @@ def decode_attention(q_bhc, k_xkic, v_xkic, tables, impl=None):
     takes one split of a slot's keys, or of a prompt's keys for all the heads and slots that share them: a prompt is
     read once for its group, and one long sequence still fills the GPU. The grid depends on shapes alone.
     """
+    assert q_bhc.shape[1] % k_xkic.shape[1] == 0, (q_bhc.shape, k_xkic.shape)
     if not use_triton(q_bhc, impl):
         return decode_attention_ref(q_bhc, k_xkic, v_xkic, tables)
     decode = decode_invariant if impl == "invariant" else decode_triton

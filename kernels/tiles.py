@@ -53,7 +53,8 @@ def check_launch(*tensors):
 # of 128 rows by 128 keys, with 8 warps and 3 stages. Chosen with bench/compile.py, which compiles every tile and reads
 # its loops: nothing spills in them, the copies of two stages overlap the third's products, which use the generation's
 # widest tensor-core instructions (LOG.md names exceptions). An "invariant" tile serves training, prefill and decoding,
-# which must agree; "decode_group" serves slots that share a prompt.
+# which must agree; "decode_group" serves slots that share a prompt. Decoding's stages are 2 n - 1 where blocks of keys
+# are copied in n: a page's number is fetched as many blocks before its keys as these before their products.
 GENERATIONS = (80, 90, 100, "small")
 ATTENTION_TILES = {
     ("attention_fwd", 32): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
@@ -72,14 +73,14 @@ ATTENTION_TILES = {
     ("attention_bwd_kv", 64): ((32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
     ("attention_bwd_kv", 128): ((64, 64, 8, 3), (32, 128, 8, 4), (64, 128, 8, 3), (64, 64, 8, 2)),
     ("attention_bwd_kv", 256): ((32, 32, 8, 3), (32, 32, 8, 3), (32, 64, 8, 3), (32, 32, 8, 2)),
-    ("decode", 32): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
-    ("decode", 64): ((16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4), (16, 64, 4, 4)),
-    ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
-    ("decode", 256): ((16, 32, 4, 2), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
-    ("decode_group", 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 3)),
-    ("decode_group", 64): ((64, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
-    ("decode_group", 128): ((64, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 3), (32, 64, 4, 2)),
-    ("decode_group", 256): ((32, 64, 8, 2), (32, 64, 8, 3), (32, 64, 8, 3), (32, 64, 8, 2)),
+    ("decode", 32): ((16, 64, 4, 7), (16, 64, 4, 7), (16, 64, 4, 7), (16, 64, 4, 7)),
+    ("decode", 64): ((16, 64, 4, 7), (16, 64, 4, 7), (16, 64, 4, 7), (16, 64, 4, 7)),
+    ("decode", 128): ((16, 64, 4, 5), (16, 64, 4, 5), (16, 64, 4, 5), (16, 64, 4, 5)),
+    ("decode", 256): ((16, 32, 4, 5), (16, 64, 4, 5), (16, 64, 4, 5), (16, 32, 4, 5)),
+    ("decode_group", 32): ((64, 128, 4, 5), (64, 64, 4, 5), (64, 64, 8, 5), (64, 128, 4, 5)),
+    ("decode_group", 64): ((64, 64, 8, 5), (64, 128, 8, 5), (64, 64, 8, 5), (64, 64, 8, 5)),
+    ("decode_group", 128): ((64, 64, 8, 5), (64, 128, 8, 5), (64, 64, 8, 5), (32, 64, 4, 3)),
+    ("decode_group", 256): ((32, 64, 8, 3), (32, 64, 8, 5), (32, 64, 8, 5), (32, 64, 8, 3)),
 }
 # The same for products of [rows, D] with [columns, D]: BLOCK_N (rows), BLOCK_V (columns), warps, stages
 PRODUCT_TILES = {
@@ -90,8 +91,8 @@ PRODUCT_TILES = {
 FLOAT32_ATTENTION_TILES = {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 FLOAT32_PRODUCT_TILE = (32, 32, 4, 1)
 # In the interpreter: small, so that the tests' small problems cross tiles; other operations take (32, 16)
-INTERPRETER_TILES = {"decode": (16, 16), "attention_bwd_kv": (16, 32), "attention_invariant": (16, 32),
-                     "linear_invariant": (16, 32)}
+INTERPRETER_TILES = {"decode": (16, 16), "decode_group": (32, 32), "attention_bwd_kv": (16, 32),
+                     "attention_invariant": (16, 32), "linear_invariant": (16, 32)}
 # Compiled without fused multiply-adds: what gets fused depends on the code around it, and training, prefill and
 # decoding must round alike
 UNFUSED = ("attention_invariant", "linear_invariant")
@@ -143,3 +144,14 @@ def load_rows(ptr_rc, real_r, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
     if C == BLOCK_C:
         return tl.load(ptr_rc, mask=real_r[:, None], other=0.0)
     return tl.load(ptr_rc, mask=real_r[:, None] & (c < C)[None, :], other=0.0)
+
+
+@jit
+def in_pages(page_ptr, token_n, real_n, stride_kx, stride_ki, I: tl.constexpr):
+    """Where in a pool, in elements from its beginning, the tokens number token_n lie of one whose pages page_ptr lists.
+
+    In pages of 64, listed as 5, 2, 7, token 100 lies in page 2, in place 36. Of tokens that are not real, which may be
+    more than the list has pages, nothing is read.
+    """
+    page_n = tl.load(page_ptr + token_n // I, mask=real_n, other=0).to(tl.int64)
+    return page_n * stride_kx + token_n % I * stride_ki
