@@ -106,7 +106,8 @@ def decode_attention_ref(q_bhc, k_xkic, v_xkic, tables):
     slots as rows of one matrix product, so that it is read once for them.
 
     With the slot's largest score over all pages, max: out = sum exp(score - max) v / sum exp(score - max), each sum
-    within the pages first, then over a slot's own and over its prompt's.
+    within the pages first, then over a slot's own and over its prompt's. Scores are in units of log 2: PyTorch's exp
+    takes ten times as long where it underflows, as it does for all that is hidden; its exp2 does not.
     """
     (B, H, C), (X, K) = q_bhc.shape, k_xkic.shape[:2]
     (P, G), n_own, n_shared = tables.slot_pg.shape, tables.n_own, tables.n_shared
@@ -126,8 +127,8 @@ def decode_attention_ref(q_bhc, k_xkic, v_xkic, tables):
     part_by, absent_by = tables.part_by
     max_ykr = torch.cat([own_xkri.amax(-1), by_member(shared_xkri.amax(-1))])
     max_bkr = max_ykr[part_by].masked_fill_(absent_by[..., None, None], -math.inf).amax(1)
-    own_xkri.sub_(max_bkr[slot_x][..., None]).exp_()
-    shared_xkri.sub_(by_prompt(max_bkr)[prompt_x][..., None]).exp_()
+    own_xkri.sub_(max_bkr[slot_x][..., None]).exp2_()
+    shared_xkri.sub_(by_prompt(max_bkr)[prompt_x][..., None]).exp2_()
 
     own_bkrc, own_sum_bkr = _weighted(own_xkri, own_v, slot_x, B)
     shared_pkrc, shared_sum_pkr = _weighted(shared_xkri, shared_v, prompt_x, P)
@@ -135,18 +136,18 @@ def decode_attention_ref(q_bhc, k_xkic, v_xkic, tables):
     alone_b = (tables.place_b < 0)[:, None, None]
     total_bkr = own_sum_bkr + by_member(shared_sum_pkr)[place_b].masked_fill(alone_b, 0)
     out_bkrc = own_bkrc + by_member(shared_pkrc)[place_b].masked_fill(alone_b[..., None], 0)
-    # a slot that sees nothing gets zeros; else the total is at least exp(0)
+    # a slot that sees nothing gets zeros; else the total is at least 2^0
     return (out_bkrc / total_bkr[..., None].clamp(min=1)).to(q_bhc.dtype).reshape(B, H, C)
 
 
 def _scores(q_xkrc, k_xkic, hidden_xi):
-    """q k^T / sqrt(C), and of hidden keys half the lowest number less: not infinity, of which a page that nobody sees
-    would make NaN."""
+    """q k^T / (sqrt(C) log 2), and of hidden keys half the lowest number less: not infinity, of which a page that nobody
+    sees would make NaN."""
     X, K, R, C = q_xkrc.shape
     dtype = q_xkrc.dtype
     hidden_n1i = hidden_xi.to(dtype).repeat_interleave(K, 0)[:, None]
     score_nri = torch.baddbmm(hidden_n1i, q_xkrc.reshape(X * K, R, C), k_xkic.flatten(0, 1).transpose(1, 2),
-                              beta=torch.finfo(dtype).min / 2, alpha=1 / math.sqrt(C))
+                              beta=torch.finfo(dtype).min / 2, alpha=math.log2(math.e) / math.sqrt(C))
     return score_nri.to(wide(dtype)).view(X, K, R, -1)
 
 
@@ -162,8 +163,10 @@ def _weighted(weight_xkri, v_xkic, owner_x, n_owners):
 
 def store_ref(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n):
     """Keys and values of token n go to place offset_n of page_n."""
-    k_xkic[page_n, :, offset_n] = k_nkc
-    v_xkic[page_n, :, offset_n] = v_nkc
+    X, K, I, C = k_xkic.shape
+    row_nk = (page_n[:, None] * K + torch.arange(K, device=page_n.device)) * I + offset_n[:, None]
+    k_xkic.view(-1, C)[row_nk.flatten()] = k_nkc.reshape(-1, C)
+    v_xkic.view(-1, C)[row_nk.flatten()] = v_nkc.reshape(-1, C)
 
 
 # not specialized: these vary during a run, and a 1 or a multiple of 16 among them would compile anew

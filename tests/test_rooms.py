@@ -21,15 +21,18 @@ MAY_IMPORT = {
     "common": "files options",
     "run": "common files options tracking",
     "model": "files folder kernels",
-    "sample": "common files folder kernels model options tokenizer",
-    "judge": "common data files folder options prompt reward sample tokenizer",
+    "draw": "",
+    "pages": "kernels",
+    "batch": "draw kernels model pages",
+    "sample": "batch common draw files folder kernels model options tokenizer",
+    "judge": "common data draw files folder options prompt reward sample tokenizer",
     "distill": "common data files folder judge model options prompt run sample tokenizer",
     # distill: stage 1 of the generated task
-    "grpo": "common data distill files folder judge model options prompt reward run sample tokenizer",
+    "grpo": "batch common data distill draw files folder judge model options prompt reward run sample tokenizer",
     "benchmarks": "data reward",
     "evaluate": "benchmarks common data files folder judge options",
     "report": "benchmarks data files options reward",
-    "demo": "data distill evaluate files grpo judge options prompt sample",
+    "demo": "data distill draw evaluate files grpo judge options prompt sample",
 }
 
 
