@@ -68,14 +68,15 @@ class Launch:
 
     @property
     def name(self):
-        """What it computes, whatever the tile: attention_fwd C=64 CACHED."""
+        """What it computes, whatever the tile: attention_fwd C=64 PAGED."""
         values = dict(self.constants)
         rows = "group" * (self.kernel == "_decode_split_kernel" and values["BLOCK_M"] > 16)
         tiled = "BLOCK_M" in values or "GROUP" in values  # pointwise kernels are never fused
         invariant = "invariant" * (tiled and not dict(self.options)["enable_fp_fusion"])
         words = [self.kernel[1:].removesuffix("_kernel"), f"C={values.get('C')}" * ("C" in values),
                  f"share={values.get('SHARE')}" * (values.get("SHARE", 7) != 7), rows, invariant]
-        return " ".join(filter(None, words + [key for key in ("CACHED", "BIAS", "ADD", "NORM") if values.get(key)]))
+        words.append("PAGED" * (self.kernel == "_attention_fwd_kernel" and values["I"] > 0))
+        return " ".join(filter(None, words + [key for key in ("BIAS", "ADD", "NORM") if values.get(key)]))
 
     @property
     def tile(self):
@@ -127,20 +128,24 @@ def run_everything(dtype, geometries):
         outputs = [x for x in outputs if x.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
 
+    def step(B, pages, members):
+        """B slots, and B prompts of as many members, with room for so many pages of 64 tokens each."""
+        page_bt = torch.empty(B, pages, dtype=torch.int32, device="meta")
+        b, bg = torch.empty(B, dtype=torch.int64, device="meta"), torch.empty(B, members, dtype=torch.int64, device="meta")
+        return kernels.Tables(page_bt, b, page_bt, b, bg, b, owner_x=b, first_x=b, n_own=0, n_shared=0, page_size=64)
+
     K, D, F, V = 4, 3584, 18944, 151936
     segments = torch.tensor([(0, 100, -1), (100, 50, 0), (150, 50, 0)])
-    length = torch.empty(8, dtype=torch.int64, device="meta")
     for C, share in geometries:
         H = share * K
         for impl in ("triton", "invariant"):
             backward(kernels.attention(new(200, H, C), new(200, K, C), new(200, K, C), segments, impl))
             for members in (1, 7):
-                prompts = kernels.Prompts(new(8, K, 512, C), new(8, K, 512, C), length,
-                                          torch.empty(8, members, dtype=torch.int64, device="meta"), length)
-                kernels.decode_attention(new(8, H, C), new(8, K, 512, C), new(8, K, 512, C), length, prompts, impl)
-        alone = torch.empty(1, 1, dtype=torch.int64, device="meta")
-        long = kernels.Prompts(*[new(1, K, 32768, C)] * 2, length[:1], alone, length[:1])
-        kernels.decode_attention(new(1, H, C), *[new(1, K, 32768, C)] * 2, length[:1], long, "triton")  # many splits
+                kernels.decode_attention(new(8, H, C), new(99, K, 64, C), new(99, K, 64, C), step(8, 8, members), impl)
+        long = step(1, 512, 1)  # many splits
+        kernels.decode_attention(new(1, H, C), new(513, K, 64, C), new(513, K, 64, C), long, "triton")
+        kernels.store(new(99, K, 64, C), new(99, K, 64, C), new(1, K, C), new(1, K, C), long.owner_x, long.owner_x,
+                      "triton")
     target, table = torch.empty(208, dtype=torch.int64, device="meta"), torch.empty(208, 64, device="meta")
     for impl in ("triton", "invariant"):
         backward(kernels.linear_logp(new(208, D), new(V, D), target, 0.7, impl)[0])

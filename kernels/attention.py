@@ -1,6 +1,6 @@
 """`attention`: packed segments that see themselves causally and their parent whole.
 
-A token's keys are a prefix (its parent's, or those of a prompt in a cache) and its own segment's up to itself.
+A token's keys are a prefix (its parent's, or a prompt's in pages) and its own segment's up to itself.
 """
 
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.tiles import LOG2E, attention_tiling, check_launch, jit, load_rows, tl
+from kernels.tiles import LOG2E, attention_tiling, check_launch, in_pages, jit, load_rows, tl
 
 
 def attention_ref(q_nhc, k_nkc, v_nkc, segments_s3):
@@ -72,17 +72,13 @@ def _padded_segments(segments_s3, device):
 
 
 @jit
-def _keys_at(ptr, prefix_ptr, key_n, n_prefix, own_row, prefix_row, stride, prefix_stride, CACHED: tl.constexpr):
-    """Pointers to keys number key_n of a sequence: the first n_prefix are rows from prefix_row on, then own_row's.
+def _packed_at(key_n, n_prefix, own_row, prefix_row, stride):
+    """Where keys number key_n of a sequence lie: the first n_prefix are rows from prefix_row on, then own_row's.
 
     The reply (5, 2, 0) to the prompt (0, 3, -1) has prefix_row 0, n_prefix 3, own_row 5: its keys are rows 0 1 2 5 6.
     Offsets of packed keys fit 32 bits, which the launcher asserts: in 64 they made a tenth of the loops' instructions.
     """
-    if CACHED:  # two tensors; a choice between pointers forgets that both are aligned: loads of 2 bytes would follow
-        ptr_n = tl.where(key_n < n_prefix, prefix_ptr + (prefix_row + key_n).to(tl.int64) * prefix_stride,
-                         ptr + (own_row + key_n - n_prefix).to(tl.int64) * stride)
-        return tl.multiple_of(ptr_n, 16)
-    return ptr + tl.where(key_n < n_prefix, prefix_row + key_n, own_row + key_n - n_prefix) * stride
+    return tl.where(key_n < n_prefix, prefix_row + key_n, own_row + key_n - n_prefix) * stride
 
 
 @jit
@@ -93,14 +89,14 @@ def _load_tile(tile_ptr):
 
 
 @jit
-def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr, tile_ptr, stride_qn,
-                          stride_qh, stride_kn, stride_kh, stride_pn, stride_ph, n_kv, scale, SHARE: tl.constexpr,
-                          C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-                          CACHED: tl.constexpr):
+def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tile_ptr, own_page_ptr, prefix_page_ptr, stride_qn,
+                          stride_qh, stride_kn, stride_kh, stride_kx, n_kv, scale, SHARE: tl.constexpr, C: tl.constexpr,
+                          I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """out = softmax(scale q k^T) v and lse = log2 of the softmax's denominator, for one tile of queries of one segment.
 
     Keys are taken in blocks of the sequence's own positions, prompt first, whatever lies where in memory; so the order
-    of a row's sums depends on its position alone.
+    of a row's sums depends on its position alone. They lie packed (I is 0), or in a pool's pages of I tokens, which
+    own_page_ptr and prefix_page_ptr list from own_row and from prefix_row on.
     """
     # 1. Which tile: BLOCK_M / SHARE tokens of a segment, and the heads that share key/value head kv. With 3 heads each,
     #    rows 0 1 2 3 .. are token 0's heads 0 1 2, token 1's head 0 ..
@@ -114,8 +110,6 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
     q_m = q_ptr + row_m * stride_qn + head_m * stride_qh
     q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C)
     k_ptr, v_ptr = k_ptr + kv * stride_kh.to(tl.int64), v_ptr + kv * stride_kh.to(tl.int64)
-    prefix_k_ptr += kv * stride_ph.to(tl.int64)
-    prefix_v_ptr += kv * stride_ph.to(tl.int64)
     # 2. Online softmax: weight = exp2(score - max); acc and sum are rescaled whenever the running maximum grows. Scores
     #    1 and 3, then a block with 5: max 3, sum 2^-2 + 2^0 = 1.25; then max 5, sum 1.25 2^-2 + 2^0 = 1.3125, and
     #    1.3125 2^5 = 2^1 + 2^3 + 2^5. The first n_clear keys every row sees: a tile at position 100 sees key 0 to 100
@@ -130,10 +124,14 @@ def _attention_fwd_kernel(q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_p
     for start in range(0, n_keys, BLOCK_N):
         key_n = start + j
         real_n = key_n < n_keys
-        k_n = _keys_at(k_ptr, prefix_k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
-        v_n = _keys_at(v_ptr, prefix_v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_pn, CACHED)
-        k_nc = load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C)
-        v_nc = load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C)
+        if I == 0:
+            at_n = _packed_at(key_n, n_prefix, own_row, prefix_row, stride_kn)
+        else:
+            page_ptr_n = tl.where(key_n < n_prefix, prefix_page_ptr + prefix_row, own_page_ptr + own_row)
+            token_n = tl.where(key_n < n_prefix, key_n, key_n - n_prefix)
+            at_n = in_pages(page_ptr_n, token_n, real_n, stride_kx, stride_kn, I)
+        k_nc = load_rows((k_ptr + at_n)[:, None] + c[None, :], real_n, c, C, BLOCK_C)
+        v_nc = load_rows((v_ptr + at_n)[:, None] + c[None, :], real_n, c, C, BLOCK_C)
         mask_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if start >= n_clear:
             mask_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], 0.0, float("-inf"))
@@ -189,10 +187,9 @@ def _attention_bwd_q_kernel(q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr,
     for start in range(0, n_keys, BLOCK_N):
         key_n = start + j
         real_n = key_n < n_keys
-        k_n = _keys_at(k_ptr, k_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
-        v_n = _keys_at(v_ptr, v_ptr, key_n, n_prefix, own_row, prefix_row, stride_kn, stride_kn, False)
-        k_nc = load_rows(k_n[:, None] + c[None, :], real_n, c, C, BLOCK_C)
-        v_nc = load_rows(v_n[:, None] + c[None, :], real_n, c, C, BLOCK_C)
+        at_n = _packed_at(key_n, n_prefix, own_row, prefix_row, stride_kn)
+        k_nc = load_rows((k_ptr + at_n)[:, None] + c[None, :], real_n, c, C, BLOCK_C)
+        v_nc = load_rows((v_ptr + at_n)[:, None] + c[None, :], real_n, c, C, BLOCK_C)
         mask_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if start >= n_clear:
             mask_mn = tl.where(key_n[None, :] <= (position + token_m)[:, None], 0.0, float("-inf"))
@@ -272,7 +269,7 @@ def _attention_bwd_kv_kernel(q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_p
 # and two replies of 2, [(0, 3, -1), (3, 2, 0), (5, 2, 0)].
 @functools.lru_cache(maxsize=16)
 def _query_tiles(segments, tokens_per_tile, device):
-    """int32 [tiles, 6]: first token, tokens, position of the first; own_row, prefix_row, n_prefix as in _keys_at.
+    """int32 [tiles, 6]: first token, tokens, position of the first; own_row, prefix_row, n_prefix as in _packed_at.
 
     Of 2 tokens each: (3, 2, 3, 3, 0, 3), (5, 2, 3, 5, 0, 3), (2, 1, 2, 0, 0, 0), (0, 2, 0, 0, 0, 0). A tile never
     crosses segments. Those with most keys come first, so that no long one is left over at the end.
@@ -350,7 +347,7 @@ class AttentionTriton(torch.autograd.Function):
         _check_segments(segments, N)
         tiling = attention_tiling("attention_invariant" if invariant else "attention_fwd", q_nhc, C)
         tiles = _query_tiles(segments, tokens_per_tile(tiling, H, K), q_nhc.device)
-        out_nhc, lse_nh = launch_attention(q_nhc, k_nkc, v_nkc, k_nkc, v_nkc, tiles, tiling, cached=False)
+        out_nhc, lse_nh = launch_attention(q_nhc, k_nkc, v_nkc, tiles, tiling)
         ctx.save_for_backward(q_nhc, k_nkc, v_nkc, out_nhc, lse_nh)
         ctx.segments = segments
         return out_nhc
@@ -387,18 +384,22 @@ def tokens_per_tile(tiling, H, K):
     return rows // (H // K)
 
 
-def launch_attention(q_nhc, k_rkc, v_rkc, prefix_k_rkc, prefix_v_rkc, tiles, tiling, cached):
-    """out_nhc and lse_nh, of tiles as _query_tiles makes them. cached: the prefix rows lie in tensors of their own."""
-    (N, H, C), K = q_nhc.shape, k_rkc.shape[1]
-    assert k_rkc.stride() == v_rkc.stride() and prefix_k_rkc.stride() == prefix_v_rkc.stride()
-    for x in (k_rkc, prefix_k_rkc):  # what _keys_at promises the compiler
-        assert not cached or all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2]), x.stride()
+def launch_attention(q_nhc, k, v, tiles, tiling, tables=None):
+    """out_nhc and lse_nh, of tiles as _query_tiles makes them. Keys and values are k_nkc and v_nkc or, with the Tables
+    that say what lies where, k_xkic and v_xkic."""
+    (N, H, C), K = q_nhc.shape, k.shape[1]
+    assert k.stride() == v.stride(), (k.stride(), v.stride())
+    page_bt, page_pu, page_size, stride_kx, stride_kn = None, None, 0, None, k.stride(0)
+    if tables is not None:
+        page_bt, page_pu, page_size = tables.page_bt, tables.page_pu, tables.page_size
+        stride_kx, stride_kn = k.stride(0), k.stride(2)
+        assert k.shape[2:] == (page_size, C) and page_bt.dtype == page_pu.dtype == torch.int32, (k.shape, page_bt.dtype)
+        assert page_bt.stride(1) == page_pu.stride(1) == 1, (page_bt.stride(), page_pu.stride())
     blocks, options = tiling
     out_nhc = q_nhc.new_empty(N, H, C)
     lse_nh = q_nhc.new_empty(N, H, dtype=torch.float32)
     if len(tiles):
         _attention_fwd_kernel[len(tiles) * K,](
-            q_nhc, k_rkc, v_rkc, prefix_k_rkc, prefix_v_rkc, out_nhc, lse_nh, tiles, q_nhc.stride(0), q_nhc.stride(1),
-            k_rkc.stride(0), k_rkc.stride(1), prefix_k_rkc.stride(0), prefix_k_rkc.stride(1), K, 1 / math.sqrt(C),
-            H // K, C, CACHED=cached, **blocks, **options)
+            q_nhc, k, v, out_nhc, lse_nh, tiles, page_bt, page_pu, q_nhc.stride(0), q_nhc.stride(1), stride_kn,
+            k.stride(1), stride_kx, K, 1 / math.sqrt(C), H // K, C, page_size, **blocks, **options)
     return out_nhc, lse_nh

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.attention import launch_attention, tokens_per_tile
-from kernels.tiles import LOG2E, POINTWISE, attention_tiling, check_launch, jit, load_rows, tl, triton, wide
+from kernels.tiles import LOG2E, POINTWISE, attention_tiling, check_launch, in_pages, jit, load_rows, tl, triton, wide
 
 NOBODY = 2**62  # first_x of a page that nobody owns: beyond every length
 
@@ -72,6 +72,24 @@ class Tables:
                                _starts(self.page_pu, self.page_size) >= n_prompt_b[:, None]], 1)
         return torch.cat([self.page_bt.long(), shared_bu], 1).masked_fill(absent_by, 0), absent_by
 
+    # What the kernels derive
+
+    @functools.cached_property
+    def plans(self):
+        """decode_triton's launches, by the shape of a layer's heads."""
+        return {}
+
+    @functools.cached_property
+    def tiles_b6(self):
+        """Each slot as a row of attention.py's _query_tiles: token b, 1 token, at the last position, its keys in page_bt
+        from own_row on and, the first n_prefix of them, in page_pu from prefix_row on."""
+        prompt_b = self.place_b.clamp(min=0) // self.slot_pg.shape[1]
+        n_prefix_b = torch.where(self.place_b >= 0, self.length_p[prompt_b], 0)
+        slot_b = torch.arange(len(self.place_b), device=self.place_b.device)
+        return torch.stack([slot_b, torch.ones_like(slot_b), n_prefix_b + self.length_b - 1,
+                            slot_b * self.page_bt.stride(0), prompt_b * self.page_pu.stride(0), n_prefix_b], 1).int()
+
+
 
 def _hidden(n_left_x, page_size):
     return (torch.arange(page_size, device=n_left_x.device) >= n_left_x[:, None]).float()
@@ -127,13 +145,14 @@ def store_ref(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n):
 
 
 # not specialized: these vary during a run, and a 1 or a multiple of 16 among them would compile anew
-@jit(do_not_specialize=["n_members", "n_row_tiles", "n_splits", "first_split", "n_all_splits"])
-def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse_ptr, stride_qb, stride_qh, stride_kx,
-                         stride_kh, stride_kt, n_kv, n_members, n_row_tiles, n_splits, first_split, n_all_splits,
-                         scale, SHARE: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                         BLOCK_C: tl.constexpr):
+@jit(do_not_specialize=["stride_page", "stride_slot", "n_members", "n_row_tiles", "n_splits", "first_split",
+                        "n_all_splits"])
+def _decode_split_kernel(q_ptr, k_ptr, v_ptr, page_ptr, length_ptr, slot_ptr, out_ptr, lse_ptr, stride_qb, stride_qh,
+                         stride_kx, stride_kh, stride_ki, stride_page, stride_slot, n_kv, n_members, n_row_tiles,
+                         n_splits, first_split, n_all_splits, scale, SHARE: tl.constexpr, C: tl.constexpr,
+                         I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """The softmax over one split of an item's keys, for all slots that see them, its members. An item is a slot's own
-    cache, whose one member is the slot, or a prompt.
+    tokens, whose one member is the slot, or a prompt. Its row of page_ptr says in which pages its tokens lie.
 
     As in _attention_fwd_kernel a query row is a (member, head) pair, but the products are transposed: k q^T and
     v^T weight. For the left factor a tensor core wants 64 or 128 rows. Keys and channels are as many; query rows are
@@ -152,7 +171,7 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
     r = tl.program_id(0) % n_row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     member_m, head_m = r // SHARE, kv * SHARE + r % SHARE
     # -1 where nobody took the place, or the tile has more rows than the item: loaded as zeros, and not stored
-    slot_m = tl.load(slot_ptr + item * n_members + member_m, mask=member_m < n_members, other=-1).to(tl.int64)
+    slot_m = tl.load(slot_ptr + item * stride_slot + member_m, mask=member_m < n_members, other=-1).to(tl.int64)
     real_m = slot_m >= 0
     out_m = (slot_m * (n_kv * SHARE) + head_m) * n_all_splits + first_split + split
     if begin >= end:
@@ -161,14 +180,19 @@ def _decode_split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, out_ptr, lse
         j, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
         q_m = q_ptr + slot_m * stride_qb + head_m * stride_qh
         q_mc = load_rows(q_m[:, None] + c[None, :], real_m, c, C, BLOCK_C)
-        k_ptr += item * stride_kx + kv.to(tl.int64) * stride_kh
-        v_ptr += item * stride_kx + kv.to(tl.int64) * stride_kh
+        page_ptr += item * stride_page
+        k_ptr += kv.to(tl.int64) * stride_kh
+        v_ptr += kv.to(tl.int64) * stride_kh
         max_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sum_m = tl.zeros([BLOCK_M], tl.float32)
         acc_cm = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
         for start in range(begin, end, BLOCK_N):  # the online softmax of _attention_fwd_kernel
             real_n = start + j < end
-            offset_nc = ((start + j).to(tl.int64) * stride_kt)[:, None] + c[None, :]
+            if BLOCK_N <= I:  # both are powers of two, and start is a multiple of BLOCK_N: the block lies in one page
+                page = tl.load(page_ptr + start // I).to(tl.int64)
+                offset_nc = page * stride_kx + ((start % I + j) * stride_ki)[:, None] + c[None, :]
+            else:
+                offset_nc = in_pages(page_ptr, start + j, real_n, stride_kx, stride_ki, I)[:, None] + c[None, :]
             k_nc = load_rows(k_ptr + offset_nc, real_n, c, C, BLOCK_C)
             score_nm = tl.dot(k_nc, q_mc.T, input_precision="ieee") * (scale * LOG2E)
             score_nm = tl.where(real_n[:, None], score_nm, float("-inf"))
@@ -204,97 +228,133 @@ def _decode_merge_kernel(part_ptr, lse_ptr, place_ptr, out_ptr, n_heads, n_own_s
     tl.store(out_ptr + row * C + c, out_c.to(out_ptr.dtype.element_ty), mask=c < C)
 
 
-def decode_triton(q_bhc, k_bktc, v_bktc, length_b, prompts):
+def decode_triton(q_bhc, k_xkic, v_xkic, tables):
     """The slots' own keys and the prompts', each cut into splits, then merged: first the own splits, then the prompt's.
 
     The grid depends on shapes alone, so that a CUDA graph can hold the step while lengths and members change.
     """
     B, H, C = q_bhc.shape
-    check_launch(q_bhc, k_bktc, v_bktc, prompts.k_pkuc, prompts.v_pkuc)
-    slot_b1 = _each_slot(B, q_bhc.device)[:, None]
-    n_own = _n_splits(q_bhc, k_bktc, slot_b1)
-    n_prompt = _n_splits(q_bhc, prompts.k_pkuc, prompts.slot_pg)
-    assert prompts.place_b.shape == (B,) and prompts.place_b.is_contiguous(), prompts.place_b.shape
-    part_bhsc = q_bhc.new_empty(B, H, n_own + n_prompt, C, dtype=torch.float32)
-    lse_bhs = part_bhsc.new_empty(B, H, n_own + n_prompt)
-    _launch_splits(q_bhc, k_bktc, v_bktc, length_b, slot_b1, part_bhsc, lse_bhs, 0, n_own)
-    _launch_splits(q_bhc, prompts.k_pkuc, prompts.v_pkuc, prompts.length_p, prompts.slot_pg, part_bhsc, lse_bhs, n_own,
-                   n_prompt)
+    K = k_xkic.shape[1]
+    check_launch(q_bhc, k_xkic, v_xkic)
+    assert k_xkic.stride() == v_xkic.stride() and k_xkic.shape[2:] == (tables.page_size, C), (k_xkic.shape, C)
+    plan = tables.plans.get((H, K, C, q_bhc.dtype))
+    if plan is None:
+        plan = tables.plans[H, K, C, q_bhc.dtype] = _plan(q_bhc, K, tables)
+    for launch in plan.launches:
+        _decode_split_kernel[launch.grid](
+            q_bhc, k_xkic, v_xkic, launch.page_xt, launch.length_x, launch.slot_xg, plan.part_bhsc, plan.lse_bhs,
+            *q_bhc.stride()[:2], *k_xkic.stride()[:3], *launch.numbers, **launch.options)
     out_bhc = q_bhc.new_empty(B, H, C)
-    BLOCK_S, BLOCK_C = triton.next_power_of_2(n_own + n_prompt), triton.next_power_of_2(C)
-    _decode_merge_kernel[B * H,](part_bhsc, lse_bhs, prompts.place_b, out_bhc, H, n_own, n_own + n_prompt, C, BLOCK_S,
-                                 BLOCK_C, num_warps=min(max(BLOCK_S * BLOCK_C // 2048, 1), 16), **POINTWISE)
+    _decode_merge_kernel[B * H,](plan.part_bhsc, plan.lse_bhs, tables.place_b, out_bhc, *plan.merge_numbers,
+                                 **plan.merge_options)
     return out_bhc
+
+
+@dataclass(frozen=True)
+class _Splits:
+    """A launch of _decode_split_kernel over the items x: but for the queries and keys, what all layers ask for."""
+    grid: tuple
+    page_xt: torch.Tensor
+    length_x: torch.Tensor
+    slot_xg: torch.Tensor
+    numbers: tuple  # from stride_page on
+    options: dict
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A step's launches and the memory of its partial results, made in the first layer: they cost a layer 50 us."""
+    launches: list
+    merge_numbers: tuple
+    merge_options: dict
+    part_bhsc: torch.Tensor
+    lse_bhs: torch.Tensor
+
+
+def _plan(q_bhc, K, tables):
+    B, H, C = q_bhc.shape
+    share, I = H // K, tables.page_size
+    items = [(tables.page_bt, tables.length_b, _each_slot(B, q_bhc.device)[:, None]),
+             (tables.page_pu, tables.length_p, tables.slot_pg)]
+    assert tables.place_b.shape == (B,) and tables.place_b.is_contiguous(), tables.place_b.shape
+    tilings, n_splits = [], []
+    for page_xt, length_x, slot_xg in items:
+        assert len(page_xt) == len(length_x) == len(slot_xg), (page_xt.shape, length_x.shape, slot_xg.shape)
+        assert page_xt.dtype == torch.int32 and page_xt.stride(1) == slot_xg.stride(1) == 1, page_xt.stride()
+        n_rows = slot_xg.shape[1] * share  # query rows of an item: (member, head) pairs of one key/value head
+        blocks, options = attention_tiling("decode_group" if n_rows > 16 else "decode", q_bhc, C)
+        n_row_tiles = triton.cdiv(n_rows, blocks["BLOCK_M"])
+        tilings.append((blocks | options, n_row_tiles))
+        n_splits.append(_n_splits(len(page_xt) * n_row_tiles * K, page_xt.shape[1] * I, blocks["BLOCK_N"],
+                                  q_bhc.device))
+    launches, first_split = [], 0
+    for (page_xt, length_x, slot_xg), (options, n_row_tiles), n in zip(items, tilings, n_splits):
+        numbers = (page_xt.stride(0), slot_xg.stride(0), K, slot_xg.shape[1], n_row_tiles, n, first_split,
+                   sum(n_splits), 1 / math.sqrt(C), share, C, I)
+        launches.append(_Splits((len(page_xt) * n_row_tiles, K, n), page_xt, length_x, slot_xg, numbers, options))
+        first_split += n
+    BLOCK_S, BLOCK_C = triton.next_power_of_2(sum(n_splits)), triton.next_power_of_2(C)
+    merge_options = {"num_warps": min(max(BLOCK_S * BLOCK_C // 2048, 1), 16), **POINTWISE}
+    part_bhsc = q_bhc.new_empty(B, H, sum(n_splits), C, dtype=torch.float32)
+    return _Plan(launches, (H, n_splits[0], sum(n_splits), C, BLOCK_S, BLOCK_C), merge_options, part_bhsc,
+                 part_bhsc.new_empty(B, H, sum(n_splits)))
 
 
 @functools.lru_cache
 def _each_slot(B, device):
-    """0, 1 .. B - 1: made once, not in every layer of every step; before a CUDA graph is captured, not within."""
+    """0, 1 .. B - 1: made once, not in every step; before a CUDA graph is captured, not within."""
     return torch.arange(B, device=device)
 
 
-def _launch_splits(q_bhc, k_xktc, v_xktc, length_x, slot_xg, part_bhsc, lse_bhs, first_split, n_splits):
-    """Splits first_split to first_split + n_splits of part and lse: the items x, each against the slots in slot_xg."""
-    H, C = q_bhc.shape[1:]
-    X, K = k_xktc.shape[:2]
-    assert k_xktc.stride() == v_xktc.stride() and k_xktc.shape == v_xktc.shape, (k_xktc.stride(), v_xktc.stride())
-    assert len(length_x) == X and k_xktc.shape[3] == C, (len(length_x), k_xktc.shape, C)
-    (blocks, options), n_row_tiles = _split_tiling(q_bhc, K, slot_xg)
-    _decode_split_kernel[X * n_row_tiles, K, n_splits](
-        q_bhc, k_xktc, v_xktc, length_x, slot_xg.contiguous(), part_bhsc, lse_bhs, q_bhc.stride(0), q_bhc.stride(1),
-        *k_xktc.stride()[:3], K, slot_xg.shape[1], n_row_tiles, n_splits, first_split, lse_bhs.shape[2],
-        1 / math.sqrt(C), H // K, C, **blocks, **options)
-
-
-def _split_tiling(q_bhc, K, slot_xg):
-    """How an item's query rows, (member, head) pairs of one key/value head, are cut; and the number of their tiles."""
-    _, H, C = q_bhc.shape
-    n_rows = slot_xg.shape[1] * (H // K)
-    tiling = attention_tiling("decode_group" if n_rows > 16 else "decode", q_bhc, C)
-    return tiling, triton.cdiv(n_rows, tiling[0]["BLOCK_M"])
-
-
-def _n_splits(q_bhc, k_xktc, slot_xg):
-    """Into how many splits the keys of each item are cut."""
-    X, K, T, _ = k_xktc.shape
-    (blocks, _), n_row_tiles = _split_tiling(q_bhc, K, slot_xg)
-    return _n_splits_for(X * n_row_tiles * K, T, blocks["BLOCK_N"], q_bhc.device)
-
-
 @functools.lru_cache
-def _n_splits_for(n_programs, T, BLOCK_N, device):
-    """A power of two, so that few programs fill the GPU twice; at least 4 blocks of keys each, at most 64.
+def _n_splits(n_programs, T, BLOCK_N, device):
+    """Into how many splits the keys of each item are cut, T at most.
 
-    One sequence of 32,768 keys with 4 key/value heads has 4 programs: on 132 cores min(264 / 4, 32768 / 256, 64) = 64.
+    A power of two, so that few programs fill the GPU twice; at least 4 blocks of keys each, at most 64. One sequence of
+    32,768 keys with 4 key/value heads has 4 programs: on 132 cores min(264 / 4, 32768 / 256, 64) = 64.
     """
     n_cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
     wanted = min(2 * n_cores / n_programs, T / (4 * BLOCK_N), 64)
     return 2 ** max(0, math.ceil(math.log2(wanted)))
 
 
-def decode_invariant(q_bhc, k_bktc, v_bktc, length_b, prompts):
-    """Each slot is a segment of one token whose keys lie in the caches: the sums of `attention` in the same order."""
-    B, H, C = q_bhc.shape
-    K, G = k_bktc.shape[1], prompts.slot_pg.shape[1]
-    check_launch(q_bhc, k_bktc, v_bktc, prompts.k_pkuc, prompts.v_pkuc)
-    prompt_b = prompts.place_b.clamp(min=0) // G  # place p * G + g is prompt p's; a slot without one sees 0 keys of 0's
-    n_prefix_b = torch.where(prompts.place_b >= 0, prompts.length_p[prompt_b], 0)
-    # A cache's memory as rows of [C] a position's stride apart: slot b's begin at b rows_per_slot. So the table below
-    # addresses [B, K, T, C] as the kernel addresses packed keys, with a key/value head being an offset within a row
-    assert k_bktc.stride(0) % k_bktc.stride(2) == prompts.k_pkuc.stride(0) % prompts.k_pkuc.stride(2) == 0
-    slot_b = _each_slot(B, q_bhc.device)
-    own_row_b = slot_b * (k_bktc.stride(0) // k_bktc.stride(2))
-    prefix_row_b = prompt_b * (prompts.k_pkuc.stride(0) // prompts.k_pkuc.stride(2))
-    k_tkc, v_tkc, prompt_k_ukc, prompt_v_ukc = (
-        x[0].transpose(0, 1) for x in (k_bktc, v_bktc, prompts.k_pkuc, prompts.v_pkuc))
-    # the columns of _query_tiles: row b of q, 1 token, at the last position
-    tiles = torch.stack([slot_b, torch.ones_like(slot_b), n_prefix_b + length_b - 1, own_row_b, prefix_row_b,
-                         n_prefix_b], 1).to(torch.int32)
+def decode_invariant(q_bhc, k_xkic, v_xkic, tables):
+    """Each slot is a segment of one token whose keys lie in pages: the sums of `attention` in the same order."""
+    (_, H, C), K = q_bhc.shape, k_xkic.shape[1]
+    check_launch(q_bhc, k_xkic, v_xkic)
     tiling = attention_tiling("attention_invariant", q_bhc, C)
     assert tokens_per_tile(tiling, H, K) >= 1, "a slot's token, with all heads that share a key/value head, is a tile"
-    out_bhc, _ = launch_attention(q_bhc, k_tkc, v_tkc, prompt_k_ukc, prompt_v_ukc, tiles, tiling, cached=True)
-    return out_bhc
+    return launch_attention(q_bhc, k_xkic, v_xkic, tables.tiles_b6, tiling, tables)[0]
 
 
-def store_triton(*args):
-    raise NotImplementedError
+@jit
+def _store_kernel(k_pool_ptr, v_pool_ptr, k_ptr, v_ptr, page_ptr, offset_ptr, stride_kn, stride_vn, stride_x, stride_h,
+                  stride_i, K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The keys and values of one token, all heads, to their place in the pool."""
+    token = tl.program_id(0).to(tl.int64)
+    kv, c = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    real_kc = (kv < K) & (c < C)
+    place = tl.load(page_ptr + token) * stride_x + tl.load(offset_ptr + token) * stride_i
+    k_kc = tl.load(k_ptr + token * stride_kn + kv * C + c, mask=real_kc)
+    v_kc = tl.load(v_ptr + token * stride_vn + kv * C + c, mask=real_kc)
+    tl.store(k_pool_ptr + place + kv * stride_h + c, k_kc, mask=real_kc)
+    tl.store(v_pool_ptr + place + kv * stride_h + c, v_kc, mask=real_kc)
+
+
+def store_triton(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n):
+    """One launch for both. The tokens may be columns of a wider product, [N, Q + K + V]; their heads are dense."""
+    check_launch(k_xkic, v_xkic, k_nkc, v_nkc)
+    N, K, C = k_nkc.shape
+    assert k_nkc.shape == v_nkc.shape and k_nkc.stride(1) == v_nkc.stride(1) == C, (k_nkc.stride(), v_nkc.stride())
+    assert k_xkic.stride() == v_xkic.stride() and k_xkic.shape[1::2] == (K, C), (k_xkic.shape, k_nkc.shape)
+    assert page_n.shape == offset_n.shape == (N,) and page_n.stride() == offset_n.stride() == (1,), page_n.shape
+    if N:
+        _store_kernel[N,](k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n, k_nkc.stride(0), v_nkc.stride(0),
+                          *k_xkic.stride()[:3], K, C, **_store_options(K, C))
+
+
+@functools.lru_cache
+def _store_options(K, C):
+    """16 bytes of 2-byte elements a thread."""
+    BLOCK_K, BLOCK_C = triton.next_power_of_2(K), triton.next_power_of_2(C)
+    return {"BLOCK_K": BLOCK_K, "BLOCK_C": BLOCK_C, "num_warps": min(max(BLOCK_K * BLOCK_C // 256, 1), 8)} | POINTWISE

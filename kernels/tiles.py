@@ -90,7 +90,7 @@ PRODUCT_TILES = {
 FLOAT32_ATTENTION_TILES = {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 FLOAT32_PRODUCT_TILE = (32, 32, 4, 1)
 # In the interpreter: small, so that the tests' small problems cross tiles; other operations take (32, 16)
-INTERPRETER_TILES = {"decode": (16, 16), "attention_bwd_kv": (16, 32), "attention_invariant": (16, 32),
+INTERPRETER_TILES = {"decode": (16, 16), "decode_group": (32, 32), "attention_bwd_kv": (16, 32), "attention_invariant": (16, 32),
                      "linear_invariant": (16, 32)}
 # Compiled without fused multiply-adds: what gets fused depends on the code around it, and training, prefill and
 # decoding must round alike
@@ -143,3 +143,14 @@ def load_rows(ptr_rc, real_r, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
     if C == BLOCK_C:
         return tl.load(ptr_rc, mask=real_r[:, None], other=0.0)
     return tl.load(ptr_rc, mask=real_r[:, None] & (c < C)[None, :], other=0.0)
+
+
+@jit
+def in_pages(page_ptr, token_n, real_n, stride_kx, stride_ki, I: tl.constexpr):
+    """Where in a pool, in elements from its beginning, the tokens number token_n lie of one whose pages page_ptr lists.
+
+    In pages of 64, listed as 5, 2, 7, token 100 lies in page 2, in place 36. Of tokens that are not real, which may be
+    more than the list has pages, nothing is read.
+    """
+    page_n = tl.load(page_ptr + token_n // I, mask=real_n, other=0).to(tl.int64)
+    return page_n * stride_kx + token_n % I * stride_ki
