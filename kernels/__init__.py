@@ -71,6 +71,7 @@ def decode_attention(q_bhc, k_xkic, v_xkic, tables, impl=None):
     takes one split of a slot's keys, or of a prompt's keys for all the heads and slots that share them: a prompt is
     read once for its group, and one long sequence still fills the GPU. The grid depends on shapes alone.
     """
+    assert q_bhc.shape[1] % k_xkic.shape[1] == 0, (q_bhc.shape, k_xkic.shape)
     if not use_triton(q_bhc, impl):
         return decode_attention_ref(q_bhc, k_xkic, v_xkic, tables)
     decode = decode_invariant if impl == "invariant" else decode_triton

@@ -286,12 +286,13 @@ def _plan(q_bhc, K, tables):
         n_row_tiles = triton.cdiv(n_rows, blocks["BLOCK_M"])
         tilings.append((blocks | options, n_row_tiles))
         n_splits.append(_n_splits(len(page_xt) * n_row_tiles * K, page_xt.shape[1] * I, blocks["BLOCK_N"],
-                                  q_bhc.device))
+                                  q_bhc.device) if page_xt.numel() else 0)
     launches, first_split = [], 0
     for (page_xt, length_x, slot_xg), (options, n_row_tiles), n in zip(items, tilings, n_splits):
         numbers = (page_xt.stride(0), slot_xg.stride(0), K, slot_xg.shape[1], n_row_tiles, n, first_split,
                    sum(n_splits), 1 / math.sqrt(C), share, C, I)
-        launches.append(_Splits((len(page_xt) * n_row_tiles, K, n), page_xt, length_x, slot_xg, numbers, options))
+        if n:
+            launches.append(_Splits((len(page_xt) * n_row_tiles, K, n), page_xt, length_x, slot_xg, numbers, options))
         first_split += n
     BLOCK_S, BLOCK_C = triton.next_power_of_2(sum(n_splits)), triton.next_power_of_2(C)
     merge_options = {"num_warps": min(max(BLOCK_S * BLOCK_C // 2048, 1), 16), **POINTWISE}
@@ -322,7 +323,9 @@ def decode_invariant(q_bhc, k_xkic, v_xkic, tables):
     """Each slot is a segment of one token whose keys lie in pages: the sums of `attention` in the same order."""
     (_, H, C), K = q_bhc.shape, k_xkic.shape[1]
     check_launch(q_bhc, k_xkic, v_xkic)
-    tiling = attention_tiling("attention_invariant", q_bhc, C)
+    blocks, options = attention_tiling("attention_invariant", q_bhc, C)
+    # a page's number is fetched as many blocks before its keys as these before their products
+    tiling = blocks, options | {"num_stages": 2 * options["num_stages"] - 1}
     assert tokens_per_tile(tiling, H, K) >= 1, "a slot's token, with all heads that share a key/value head, is a tile"
     return launch_attention(q_bhc, k_xkic, v_xkic, tables.tiles_b6, tiling, tables)[0]
 

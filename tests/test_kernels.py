@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import (Prompts, add_rms_norm, attention, decode_attention, linear, linear_logp, linear_logp_ref, logits,
-                     rms_norm, rope, swiglu, wide)
+from kernels import (NOBODY, Tables, add_rms_norm, attention, decode_attention, linear, linear_logp, linear_logp_ref,
+                     logits, rms_norm, rope, store, swiglu, wide)
 from kernels.attention import _key_tiles, _padded_segments, _query_tiles
 
 DEVICE = os.environ["RM_TEST_DEVICE"]
@@ -304,7 +304,7 @@ def test_attention_docstring_example(impl, dtype):
 
 
 def test_tables_of_the_docstrings():
-    """Oracle: the examples in the docstrings of _query_tiles, _key_tiles, _padded_segments and Prompts."""
+    """Oracle: the examples in the docstrings of _query_tiles, _key_tiles and _padded_segments."""
     segments = torch.tensor([(0, 3, -1), (3, 2, 0), (5, 2, 0)]).numpy().tobytes()
     for tiles in (_query_tiles, _key_tiles):
         rows = [list(eval(row)) for row in re.findall(r"\(\d[\d, ]+\)", tiles.__doc__)]
@@ -312,9 +312,6 @@ def test_tables_of_the_docstrings():
     *_, (query_st, key_su, _, _) = _padded_segments(torch.tensor([(0, 2, -1), (2, 3, 0), (5, 2, 0)]), "cpu")
     examples = re.findall(r"_s[tu] is (\[\[.*?\]\])", _padded_segments.__doc__)
     assert [query_st.tolist(), key_su.tolist()] == [eval(x) for x in examples]
-    slot_pg, place_b = (torch.tensor(eval(re.search(rf"{name} (\[[^a-z]*\])", Prompts.__doc__)[1]))
-                        for name in ("slot_pg", "place_b"))
-    assert places(slot_pg, 4).tolist() == place_b.tolist()
 
 
 def test_attention_refuses_grandparents():
@@ -381,106 +378,174 @@ def test_attention_never_holds_all_scores():
 
 
 def places(slot_pg, B):
-    """Prompts.place_b: where each of B slots stands in slot_pg, or -1."""
+    """Tables.place_b: where each of B slots stands in slot_pg, or -1."""
     found = {slot: place for place, slot in enumerate(slot_pg.flatten().tolist())}
     return torch.tensor([found.get(b, -1) for b in range(B)], device=slot_pg.device)
 
 
-def check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak=1.0, unused=3):
-    """Oracle: the last row of dense causal attention over a slot's prompt and the first of its own entries.
+def paged(own, shared, slots, page_size, junk=1e3, unused=0):
+    """The keys and values of each slot and of each prompt, [2, K, n, C], in a pool [2, X, K, I, C]; and its Tables.
 
-    lengths: each slot's own entries, 0 for a free slot. prompts: (length, its slots), no slots for a free row. What
+    slots: those that continue each prompt. Pages lie in any order, with holes among them, and the tables are views, with
+    room for so many unused tokens and -1 where no page is. All that no token fills is junk; so is page 0, which slots
+    of length 0 name.
+    """
+    (_, K, _, C), I = own[0].shape, page_size
+    rng = torch.Generator().manual_seed(len(own))
+
+    def spread(items, first):
+        """The items' pages, in a table, from page `first` on; and how many pages that takes, with 2 holes."""
+        n_pages = [-(-x.shape[2] // I) for x in items]
+        page_xt = torch.full((len(items), 2 - (-(max(x.shape[2] for x in items) + unused) // I)), -1, dtype=torch.int32)
+        pages = first + torch.randperm(sum(n_pages) + 2, generator=rng)
+        for row, found in zip(page_xt, pages.split([*n_pages, 2])):
+            row[:len(found)] = found
+        return page_xt[:, :-2], len(pages)
+
+    page_bt, n_own = spread(own, 1)
+    page_pu, n_shared = spread(shared, n_own + 2)  # page n_own + 1 is nobody's
+    X = n_own + 2 + n_shared
+    pool = torch.full((2, X, K, I, C), junk, dtype=own[0].dtype)
+    owner_x, first_x = torch.zeros(X, dtype=torch.int64), torch.full((X,), NOBODY)
+    for items, page_xt in ((own, page_bt), (shared, page_pu)):
+        for i, x in enumerate(items):
+            for first in range(0, x.shape[2], I):
+                page, tokens = page_xt[i, first // I], x[:, :, first:first + I]
+                pool[:, page, :, :tokens.shape[2]] = tokens
+                owner_x[page], first_x[page] = i, first
+    length_b, length_p = (torch.tensor([x.shape[2] for x in items]) for items in (own, shared))
+    page_bt[length_b == 0, 0] = 0
+    slot_pg = torch.full((len(slots), max([1, *map(len, slots)])), -1)
+    for row, members in zip(slot_pg, slots):
+        row[:len(members)] = torch.tensor(members)
+    on_device = [fenced_table(x.to(DEVICE)) for x in (page_bt, length_b.clamp(min=1), page_pu, length_p, slot_pg)]
+    return fenced(pool.to(DEVICE)), Tables(*on_device, places(slot_pg, len(own)).to(DEVICE), owner_x.to(DEVICE),
+                                           first_x.to(DEVICE), n_own + 1, n_shared, I)
+
+
+def fenced_table(x):
+    """A view of a larger one, in which all else names what does not exist."""
+    room = torch.full([n + 2 for n in x.shape], -10**6, dtype=x.dtype, device=x.device)
+    view = room[tuple(slice(1, -1) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak=1.0, page_size=16, unused=3):
+    """Oracle: the last row of dense causal attention over a slot's prompt and its own tokens.
+
+    lengths: each slot's own tokens, 0 for a free slot. prompts: (length, its slots), no slots for a free row. What
     lies beyond the lengths, in free slots and in free rows is NaN; finite for PyTorch, whose zero weights multiply it.
     """
     B, K, C, junk = len(lengths), kv_heads, head_dim, 1e3 if impl == "torch" else math.nan
-    T, U = max(lengths) + unused, max(length for length, _ in prompts) + unused
     q = (randn(B, heads, C) * peak).to(dtype)
-    k, v = torch.stack([randn(B, K, T + 2, C, seed=1), randn(B, K, T + 2, C, seed=2)]).to(dtype)
-    prompt_k, prompt_v = randn(2, len(prompts), K, U + 2, C, seed=3).to(dtype)
-    for x, x_lengths in ((k, lengths), (v, lengths), (prompt_k, [n if slots else 0 for n, slots in prompts]),
-                         (prompt_v, [n if slots else 0 for n, slots in prompts])):
-        for row, length in zip(x, x_lengths):
-            row[:, length:] = junk
     q[[b for b, length in enumerate(lengths) if length == 0]] = junk
-    slot_pg = torch.full((len(prompts), max([1, *[len(slots) for _, slots in prompts]])), -1)
-    for row, (_, slots) in zip(slot_pg, prompts):
-        row[:len(slots)] = torch.tensor(slots)
-
+    own = [randn(2, K, n, C, seed=10 + b).to(dtype) for b, n in enumerate(lengths)]
+    shared = [randn(2, K, n, C, seed=60 + p).to(dtype) if slots else torch.full((2, K, n, C), junk, dtype=dtype)
+              for p, (n, slots) in enumerate(prompts)]
     oracle, bounds = {}, []
     for b, length in enumerate(lengths):
-        k_kuc, v_kuc = k[b, :, :length], v[b, :, :length]
-        for p, (n, slots) in enumerate(prompts):
-            if b in slots:
-                k_kuc, v_kuc = (torch.cat([x[p, :, :n], y], 1) for x, y in ((prompt_k, k_kuc), (prompt_v, v_kuc)))
+        prefix = [shared[p] for p, (_, slots) in enumerate(prompts) if b in slots]
+        k_kuc, v_kuc = torch.cat([*prefix, own[b]], 2)
         if length:
             seen = torch.ones(1, k_kuc.shape[1], dtype=torch.bool, device=DEVICE)
             row = [x.to(DEVICE, F64) for x in (q[b:b + 1], k_kuc.transpose(0, 1), v_kuc.transpose(0, 1))]
             oracle[b] = dense(*row, seen)
             bounds += attention_bounds(dtype, *row, seen)
     live = list(oracle)
-    shared = Prompts(fenced(prompt_k.to(DEVICE))[:, :, :U], fenced(prompt_v.to(DEVICE))[:, :, :U],
-                     torch.tensor([n for n, _ in prompts], device=DEVICE), slot_pg.to(DEVICE),
-                     places(slot_pg, B).to(DEVICE))
+    pool, tables = paged(own, shared, [slots for _, slots in prompts], page_size, junk, unused)
     with poisoned():
-        ours = decode_attention(fenced(q.to(DEVICE)), fenced(k.to(DEVICE))[:, :, :T], fenced(v.to(DEVICE))[:, :, :T],
-                                torch.tensor([max(n, 1) for n in lengths], device=DEVICE), shared, impl)[live]
+        ours = decode_attention(fenced(q.to(DEVICE)), *pool, tables, impl)[live]
     assert_within([ours], [torch.cat(list(oracle.values()))], [max(bounds)])
 
 
 @pytest.mark.parametrize("impl,dtype", EVERY, ids=shown)
-@pytest.mark.parametrize("heads,kv_heads,head_dim,peak", [(4, 4, 32, 1), (8, 2, 80, 1), (14, 2, 64, 1), (8, 1, 128, 20),
-                                                          (5, 1, 96, 1), (2, 1, 256, .01)])
-def test_decode_attention_is_the_last_row_of_attention(heads, kv_heads, head_dim, peak, impl, dtype):
-    """Lengths on both sides of a block's and of a split's end, and a free slot; the only prompt is nobody's."""
-    check_decode(impl, dtype, [1, 2, 17, 0, 33, 48], [(4, [])], heads, kv_heads, head_dim, peak)
+@pytest.mark.parametrize("heads,kv_heads,head_dim,peak,page_size", [
+    (4, 4, 32, 1, 16), (8, 2, 80, 1, 32), (14, 2, 64, 1, 64), (8, 1, 128, 20, 32), (5, 1, 96, 1, 16),
+    (2, 1, 256, .01, 64)])
+def test_decode_attention_is_the_last_row_of_attention(heads, kv_heads, head_dim, peak, page_size, impl, dtype):
+    """Lengths on both sides of a page's, a block's and a split's end, and a free slot; the only prompt is nobody's."""
+    check_decode(impl, dtype, [1, 2, 17, 0, 33, 48], [(4, [])], heads, kv_heads, head_dim, peak, page_size)
 
 
 @pytest.mark.parametrize("impl,dtype", EVERY, ids=shown)
-@pytest.mark.parametrize("lengths,prompts,heads,kv_heads,head_dim,peak,unused", [
+@pytest.mark.parametrize("lengths,prompts,heads,kv_heads,head_dim,peak,page_size,unused", [
     # prompts of 7, 2 and 1 slots, a free row, slot 10 without prompt, slot 3 free
     ([3, 1, 16, 0, 9, 17, 1, 1, 2, 5, 20, 1], [(37, [11, 0, 2, 5, 4, 9, 8]), (5, []), (16, [6, 1]), (1, [7])],
-     4, 2, 32, 1, 3),
-    ([1, 4, 33], [(0, [1]), (70, [2, 0])], 7, 1, 80, 4, 0),  # an empty prompt; the prompts' whole memory in use
-    ([6, 129], [(40, [1]), (3, [0])], 2, 1, 64, 1, 180),  # 8 splits, full and a rest, or most of them empty
-    ([2, 3, 0, 1, 1, 4, 2, 1, 1, 30, 2], [(21, [9, 1, 0, 3, 4, 5, 6, 7, 8, 10])], 8, 1, 32, 1, 1),  # two tiles
-    ([5], [(2, []), (9, [])], 2, 2, 32, 1, 3),  # nobody's prompts
+     4, 2, 32, 1, 16, 3),
+    ([1, 4, 33], [(0, [1]), (70, [2, 0])], 7, 1, 80, 4, 32, 0),  # an empty prompt; tables no wider than needed
+    ([6, 129], [(40, [1]), (3, [0])], 2, 1, 64, 1, 64, 180),  # 8 splits, full and a rest, or most of them empty
+    ([2, 3, 0, 1, 1, 4, 2, 1, 1, 30, 2], [(21, [9, 1, 0, 3, 4, 5, 6, 7, 8, 10])], 8, 1, 32, 1, 32, 1),  # two tiles
+    ([5], [(2, []), (9, [])], 2, 2, 32, 1, 64, 3),  # nobody's prompts
     ])
-def test_decode_attention_with_shared_prompts(lengths, prompts, heads, kv_heads, head_dim, peak, unused, impl, dtype):
+def test_decode_attention_with_shared_prompts(lengths, prompts, heads, kv_heads, head_dim, peak, page_size, unused,
+                                              impl, dtype):
     """The prompt is read once for its slots; each slot's answer is as if it had it alone."""
-    check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak, unused)
+    check_decode(impl, dtype, lengths, prompts, heads, kv_heads, head_dim, peak, page_size, unused)
+
+
+@pytest.mark.parametrize("impl,dtype", [("torch", F32), ("triton", F32), ("invariant", F32)], ids=shown)
+def test_tables_of_the_docstring(impl, dtype):
+    """Oracle: dense attention over the tokens where the example's tables say that they lie, 64 a page; and the pages'
+    side of them, counted from the slots' side."""
+    names = "page_bt", "length_b", "page_pu", "length_p", "slot_pg", "place_b", "owner_x", "first_x"
+    page_bt, lengths, page_pu, (n_prompt,), slot_pg, place_b, owner_x, first_x = rows = [
+        eval(re.search(rf"{name} += (\[[^a-z]*\])", Tables.__doc__)[1]) for name in names]
+    assert places(torch.tensor(slot_pg), 3).tolist() == place_b
+    counted = {page: (i, 64 * t) for rows in (page_bt, page_pu) for i, row in enumerate(rows)
+               for t, page in enumerate(row) if page >= 0}
+    assert [counted.get(x, (0, NOBODY)) for x in range(9)] == list(zip(owner_x, first_x))
+    on_device = [torch.tensor(x, dtype=torch.int32 if name.startswith("page") else torch.int64, device=DEVICE)
+                 for name, x in zip(names, rows)]
+    tables = Tables(*on_device, n_own=4, n_shared=2, page_size=64)
+    q, pool = randn(3, 4, 32).to(DEVICE, dtype), randn(2, 9, 2, 64, 32, seed=1).to(DEVICE, dtype)
+    ours, exact, bounds = decode_attention(q, *pool, tables, impl), [], []
+    for b, length in enumerate(lengths):
+        lies = [(page_pu[0][t // 64], t % 64) for t in range(n_prompt if place_b[b] >= 0 else 0)]
+        lies += [(page_bt[b][t // 64], t % 64) for t in range(length)]
+        page_n, offset_n = torch.tensor(lies, device=DEVICE).T
+        k_nkc, v_nkc = pool[:, page_n, :, offset_n].transpose(0, 1).double()
+        seen = torch.ones(1, len(lies), dtype=torch.bool, device=DEVICE)
+        exact.append(dense(q[b:b + 1].double(), k_nkc, v_nkc, seen))
+        bounds += attention_bounds(dtype, q[b:b + 1].double(), k_nkc, v_nkc, seen)
+    assert_within([ours], [torch.cat(exact)], [max(bounds)])
 
 
 @pytest.mark.parametrize("impl,dtype", ONE_OF_EACH[1:], ids=shown)
 def test_decode_attention_of_a_view(impl, dtype):
-    """Oracle: the same numbers in dense memory, where they lie heads first here."""
-    q, k, v = (randn(*shape, seed=i).to(DEVICE, dtype) for i, shape in enumerate([(4, 3, 32), *[(2, 3, 9, 32)] * 2]))
-    q, k, v, length_b = *(x.transpose(0, 1) for x in (q, k, v)), torch.tensor([9, 1, 4], device=DEVICE)
-    slot_pg = torch.tensor([[1, -1], [0, 2]], device=DEVICE)
-    prompts = Prompts(k[:2], v[:2], torch.tensor([9, 5], device=DEVICE), slot_pg, places(slot_pg, 3))
-    dense_prompts = dataclasses.replace(prompts, k_pkuc=k[:2].contiguous(), v_pkuc=v[:2].contiguous())
-    copy = decode_attention(q.contiguous(), k.contiguous(), v.contiguous(), length_b, dense_prompts, impl)
-    assert error(decode_attention(q, k, v, length_b, prompts, impl), copy) < 8 * unit(F32)
+    """Oracle: the same numbers in dense memory. Here queries lie heads first and pages too, in one of two layers."""
+    own, shared = ([randn(2, 2, n, 32, seed=n) for n in lengths] for lengths in ([9, 21, 4], [19, 5]))
+    pool, tables = paged(own, shared, [[1], [0, 2]], 16)
+    q, pool = randn(4, 3, 32).to(DEVICE, dtype).transpose(0, 1), pool.to(dtype)
+    k, v = torch.stack([pool, pool], 1).transpose(2, 3).contiguous().transpose(2, 3)[:, 1]
+    assert k.stride(0) < k.stride(1) and q.stride(0) < q.stride(1)
+    copy = decode_attention(q.contiguous(), *pool, tables, impl)
+    assert error(decode_attention(q, k, v, tables, impl), copy) < 8 * unit(F32)
 
 
 @needs_cuda
 @pytest.mark.parametrize("impl", ["triton", "invariant"])
-def test_decode_attention_in_a_cuda_graph(impl):
-    """Oracle: the same call without a graph, bit for bit. Captured once, replayed with other lengths, members and
-    contents."""
-    B, H, K, C, P, U, T = 9, 14, 2, 64, 3, 700, 300
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_decode_in_a_cuda_graph(page_size, impl):
+    """Oracle: the same calls without a graph, bit for bit. Captured once, replayed with other lengths, members, pages
+    and contents: the new tokens are stored, and then seen."""
+    B, H, K, C, P, U, T, X = 9, 14, 2, 64, 3, 700 // page_size, 300 // page_size, 9 * 20 * 64 // page_size
     rng = torch.Generator("cuda").manual_seed(0)
 
     def contents(slots):
-        q, k, v = (torch.randn(*shape, generator=rng, device="cuda", dtype=BF16)
-                   for shape in ((B, H, C), (B, K, T, C), (B, K, T, C)))
-        prompt_k, prompt_v = torch.randn(2, P, K, U, C, generator=rng, device="cuda", dtype=BF16)
-        length_b = torch.randint(1, T + 1, (B,), generator=rng, device="cuda")
-        length_p = torch.randint(1, U + 1, (P,), generator=rng, device="cuda")
+        pool, q, new = (torch.randn(*shape, generator=rng, device="cuda", dtype=BF16)
+                        for shape in ((2, X, K, page_size, C), (B, H, C), (2, B, K, C)))
+        pages = torch.randperm(X, generator=rng, device="cuda").int()
+        page_bt, page_pu = pages[:B * T].view(B, T).clone(), pages[B * T:][:P * U].view(P, U).clone()
+        length_b = torch.randint(1, T * page_size + 1, (B,), generator=rng, device="cuda")
+        length_p = torch.randint(1, U * page_size + 1, (P,), generator=rng, device="cuda")
         slot_pg = torch.tensor(slots, device="cuda")
-        return [q, k, v, length_b, prompt_k, prompt_v, length_p, slot_pg, places(slot_pg, B)]
+        return [pool, q, new, page_bt, length_b, page_pu, length_p, slot_pg, places(slot_pg, B)]
 
-    def step(q, k, v, length_b, *prompts):
-        return decode_attention(q, k, v, length_b, Prompts(*prompts), impl)
+    def step(pool, q, new, *held):
+        page_bt, length_b = held[:2]
+        page_b = page_bt.gather(1, ((length_b - 1) // page_size)[:, None])[:, 0].long()
+        store(*pool, *new, page_b, (length_b - 1) % page_size, impl)
+        return decode_attention(q, *pool, Tables(*held, length_b, length_b, 0, 0, page_size), impl)
 
     held = contents([[0, 1, 2, 3], [8, -1, -1, -1], [-1] * 4])
     stream = torch.cuda.Stream()
@@ -495,8 +560,33 @@ def test_decode_attention_in_a_cuda_graph(impl):
                   [[-1] * 4] * 3):
         for old, new in zip(held, contents(slots)):
             old.copy_(new)
+        copies = [x.clone() for x in held]
         graph.replay()
-        assert_same_bits([out], [step(*held)])
+        assert_same_bits([out, held[0]], [step(*copies), copies[0]])
+
+
+@pytest.mark.parametrize("impl,dtype", EVERY, ids=shown)
+def test_store(impl, dtype):
+    """Oracle: one by one. Keys and values are columns of a wider product, the keys in rows of their own length; tokens 1
+    and 3 go to one place of page 0, the bin, where either may lie. All else stays as it is."""
+    N, K, C, I = 5, 3, 24, 16
+    wide_nd, k_nd = randn(N, 7 * C).to(DEVICE, dtype), randn(N, 4 * C, seed=1).to(DEVICE, dtype)
+    k_nkc, v_nkc = k_nd[:, C:].unflatten(1, (K, C)), wide_nd[:, 2 * C:5 * C].unflatten(1, (K, C))
+    page_n, offset_n = torch.tensor([[4, 0, 1, 0, 4], [15, 0, 7, 0, 2]], device=DEVICE)
+    expected = randn(2, 6, K, I, C, seed=2).to(DEVICE, dtype)
+    k_xkic, v_xkic = pool = fenced(expected)
+    store(k_xkic, v_xkic, fenced(k_nd)[:, C:].unflatten(1, (K, C)), v_nkc, page_n, offset_n, impl)
+    for n in (0, 1, 2, 4):
+        for kv in range(K):
+            expected[0, page_n[n], kv, offset_n[n]] = k_nkc[n, kv]
+            expected[1, page_n[n], kv, offset_n[n]] = v_nkc[n, kv]
+    assert all(torch.equal(x, y[1]) or torch.equal(x, y[3]) for x, y in zip(pool[:, 0, :, 0], (k_nkc, v_nkc)))
+    pool[:, 0, :, 0] = expected[:, 0, :, 0]
+    assert_same_bits([pool], [expected])
+    room = pool.as_strided((pool.numel() + 2 * FENCE,), (1,), 0)
+    assert room[:FENCE].isnan().all() and room[-FENCE:].isnan().all(), "written outside the pool"
+    store(k_xkic, v_xkic, k_nkc[:0], v_nkc[:0], page_n[:0], offset_n[:0], impl)  # nothing
+    assert_same_bits([pool], [expected])
 
 
 # ------------------------------------------------------------------------------------------ log-probabilities of tokens
@@ -805,16 +895,23 @@ def one_of_each(impl):
     segments, target = table((17, 9, 8), (3,)), torch.arange(37, device=DEVICE) * 7 % 50
     N = int(segments[:, 1].sum())
     angle = randn(37, 12, seed=9).to(DEVICE).float()
-    cos, sin, length_b = angle.cos(), angle.sin(), torch.tensor([9, 1, 20], device=DEVICE)
-    slot_pg, length_p = torch.tensor([[2, 0], [-1, -1]], device=DEVICE), torch.tensor([30, 3], device=DEVICE)
-    shared = length_p, slot_pg, places(slot_pg, 3)
+    cos, sin = angle.cos(), angle.sin()
+    own, shared = ([randn(2, 2, n, 32, seed=n) for n in lengths] for lengths in ([9, 1, 20], [30, 3]))
+    (k_xkic, v_xkic), tables = paged(own, shared, [[2, 0], []], 16)
+    page_n, offset_n = torch.tensor([[3, 1, 0], [5, 0, 15]], device=DEVICE)
+
+    def stored(k_xkic, v_xkic, k_nkc, v_nkc):
+        pool = k_xkic.clone(), v_xkic.clone()
+        store(*pool, k_nkc, v_nkc, page_n, offset_n, impl)
+        return torch.stack(pool)
+
     *qkv_, grad = qkv(N, 4, 2, 32)
     x, y, weight, head = randn(37, 24), randn(37, 24, seed=1), randn(24, seed=2), randn(50, 24, seed=3)
     return {
         "attention": (lambda *x: attention(*x, segments, impl), qkv_, [grad]),
-        "decode_attention": (
-            lambda q, k, v, pk, pv: decode_attention(q, k, v, length_b, Prompts(pk, pv, *shared), impl),
-            [randn(*shape) for shape in ((3, 4, 32), *[(3, 2, 21, 32)] * 2, *[(2, 2, 80, 32)] * 2)], []),
+        "decode_attention": (lambda q, k, v: decode_attention(q, k, v, dataclasses.replace(tables), impl),
+                             [randn(3, 4, 32), k_xkic, v_xkic], []),
+        "store": (stored, [k_xkic, v_xkic, randn(3, 2, 32), randn(3, 2, 32, seed=1)], []),
         "linear_logp": (lambda *x: linear_logp(*x, target, 0.7, impl), [x, head], [randn(37, seed=4)]),
         "linear": (lambda *x: linear(*x, impl="invariant"), [x, head, randn(50, seed=4)], [randn(37, 50, seed=5)]),
         "rms_norm": (lambda *x: rms_norm(*x, 1e-3, impl), [x, weight], [y]),
@@ -826,7 +923,7 @@ def one_of_each(impl):
     }
 
 
-NAMES = ["attention", "decode_attention", "linear_logp", "linear", "rms_norm", "add_rms_norm", "rope", "normed rope",
+NAMES = ["attention", "decode_attention", "store", "linear_logp", "linear", "rms_norm", "add_rms_norm", "rope", "normed rope",
          "swiglu"]
 
 
@@ -843,7 +940,7 @@ def test_kernels_are_deterministic(name, impl, dtype):
 
 
 def with_gradients_or_without(op, inputs, grads, dtype):
-    """decode_attention has no backward."""
+    """decode_attention and store have no backward."""
     if grads:
         return with_gradients(op, dtype, inputs, grads)
     with poisoned():
@@ -911,10 +1008,9 @@ def test_invariant_kernels_have_one_order(dtype):
     assert_same_bits([linear(x, weight, impl="invariant")[5:6]], [linear(x[5:6], weight, impl="invariant")])
     q, k, v, _ = (x.to(DEVICE, dtype) for x in qkv(90, 2, 1, 32))
     out = attention(q, k, v, torch.tensor([(0, 70, -1), (70, 11, 0), (81, 9, 0)]), "invariant")
-    k_kuc, v_kuc = (x.transpose(0, 1) for x in (k, v))
-    length_p, slot_pg, place_b, length_b = (torch.tensor(x, device=DEVICE) for x in ([70], [[0]], [0], [9]))
-    prompts = Prompts(k_kuc[None, :, :70], v_kuc[None, :, :70], length_p, slot_pg, place_b)
-    decoded = decode_attention(q[-1:], k_kuc[None, :, 81:], v_kuc[None, :, 81:], length_b, prompts, "invariant")
+    kv_kuc = torch.stack([k, v]).transpose(1, 2).cpu()
+    pool, tables = paged([kv_kuc[:, :, 81:]], [kv_kuc[:, :, :70]], [[0]], 16, math.nan)
+    decoded = decode_attention(q[-1:], *pool, tables, "invariant")
     assert_same_bits([out[-1:]], [decoded])
 
 
