@@ -38,13 +38,14 @@ def runs_triton(device, dtype):
 def check_launch(*tensors):
     """What every launcher assumes: a device that runs Triton, one dtype, dense rows. None stands for a tensor left out.
     """
-    tensors = [x for x in tensors if x is not None]
     x = tensors[0]
-    assert runs_triton(x.device, x.dtype), f"Triton does not run {x.dtype} on {x.device}, see runs_triton"
-    assert not x.is_cuda or x.device.index == torch.cuda.current_device(), f"{x.device} is not the current device"
+    device, dtype = x.device, x.dtype
+    assert runs_triton(device, dtype), f"Triton does not run {dtype} on {device}, see runs_triton"
+    assert not x.is_cuda or device.index == torch.cuda.current_device(), f"{device} is not the current device"
     for y in tensors:
-        assert y.dtype == x.dtype, [t.dtype for t in tensors]
-        assert y.device == x.device and y.stride(-1) == 1, (y.device, x.device, y.stride())
+        if y is not None:
+            assert y.dtype == dtype, [t.dtype for t in tensors if t is not None]
+            assert y.device == device and y.stride(-1) == 1, (y.device, device, y.stride())
 
 
 # How attention kernels are cut, by operation and padded head size: BLOCK_M (query rows), BLOCK_N (keys), warps and
