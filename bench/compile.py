@@ -131,8 +131,8 @@ def run_everything(dtype, geometries):
     def step(B, pages, members):
         """B slots, and B prompts of as many members, with room for so many pages of 64 tokens each."""
         page_bt = torch.empty(B, pages, dtype=torch.int32, device="meta")
-        b, bg = torch.empty(B, dtype=torch.int64, device="meta"), torch.empty(B, members, dtype=torch.int64, device="meta")
-        return kernels.Tables(page_bt, b, page_bt, b, bg, b, owner_x=b, first_x=b, n_own=0, n_shared=0, page_size=64)
+        x_b, slot_bg = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((B,), (B, members)))
+        return kernels.Tables(page_bt, x_b, page_bt, x_b, slot_bg, x_b, x_b, x_b, n_own=0, n_shared=0, page_size=64)
 
     K, D, F, V = 4, 3584, 18944, 151936
     segments = torch.tensor([(0, 100, -1), (100, 50, 0), (150, 50, 0)])

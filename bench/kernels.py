@@ -46,6 +46,7 @@ except ImportError:
 SHAPES = {"0.5b": (896, 14, 2, 64, 4864), "7b": (3584, 28, 4, 128, 18944), "32b": (5120, 40, 8, 128, 27648),
           "toy": (64, 4, 2, 16, 96)}  # Qwen2.5: D, H, K, C, F
 EPS = 1e-6
+PAGE = 64  # tokens of a page of the decoding caches
 
 
 @dataclass(frozen=True)
@@ -174,37 +175,54 @@ def decode(setting, shape):
     _, H, K, C, _ = SHAPES[shape]
     size = torch.finfo(setting.dtype).bits / 8 * 2 * K * C / 1e9  # GB of a position: key and value
 
-    def ours(q, k, v, prompts):
-        length_b = torch.full((len(q),), k.shape[2], device=setting.device)
-        return Side(lambda q_bhc: kernels.decode_attention(q_bhc, k, v, length_b, prompts, setting.impl), [q])
-
-    def nobodys(B):  # a prompt of one position that none of the B slots continues
-        k_pkuc = setting.random(1, K, 1, C).detach()
-        one, nowhere = torch.ones(1, dtype=torch.int64), torch.full((B,), -1)
-        length_p, slot_pg, place_b = (x.to(setting.device) for x in (one, nowhere[:1, None], nowhere))
-        return kernels.Prompts(k_pkuc, k_pkuc, length_p, slot_pg, place_b)
+    def ours(q, own, shared, slot_pg):
+        pool, tables = paged(own, shared, slot_pg.to(setting.device))
+        return Side(lambda q_bhc: kernels.decode_attention(q_bhc, *pool, tables, setting.impl), [q])
 
     def theirs(q, k, v):
         return sdpa_sides(setting, [q[:, :, None], k, v], None, lambda out, backward: [out[0][:, :, 0]], False)
 
+    # a prompt of one position that no slot continues
+    nobodys = [setting.random(1, K, 1, C).detach() for _ in "kv"], torch.tensor([[-1]])
     for B, T in setting.caches:
         q, k, v = setting.random(B, H, C), setting.random(B, K, T, C), setting.random(B, K, T, C)
         amounts = B * T * size, None
-        yield Case("decode", f"{B} x {T}", "GB/s", amounts, ours(q, k, v, nobodys(B)), theirs(q, k, v),
-                   ({"share": .8}, {}))
+        yield Case("decode", f"{B} x {T}", "GB/s", amounts, ours(q, (k.detach(), v.detach()), *nobodys),
+                   theirs(q, k, v), ({"share": .8}, {}))
     for P, G, T, R in setting.groups:  # the peers hold a copy of the prompt for each slot
         q = setting.random(P * G, H, C)
-        (k, v), (prompt_k, prompt_v) = (
-            [setting.random(n, K, t, C).detach() for _ in "kv"] for n, t in ((P * G, R), (P, T)))
-        copied = [torch.cat([p.repeat_interleave(G, 0), x], 2) for p, x in ((prompt_k, k), (prompt_v, v))]
-        place_b = torch.arange(P * G, device=setting.device)
-        length_p = torch.full((P,), T, device=setting.device)
-        prompts = kernels.Prompts(prompt_k, prompt_v, length_p, place_b.view(P, G), place_b)
+        own, prompts = ([setting.random(n, K, t, C).detach() for _ in "kv"] for n, t in ((P * G, R), (P, T)))
+        copied = [torch.cat([p.repeat_interleave(G, 0), x], 2) for p, x in zip(prompts, own)]
+        slot_pg = torch.arange(P * G).view(P, G)
         work, amounts = f"{P} x ({T} + {G} x {R})", (P * (T + G * R) * size, None)
-        one_by_one = ours(q, *copied, nobodys(P * G))
-        yield Case("decode", work, "GB/s", amounts, ours(q, k, v, prompts), {"ours one by one": one_by_one},
-                   ({} if setting.apart else {"ratio": 3}, {}))
-        yield Case("decode", work, "GB/s", amounts, ours(q, k, v, prompts), theirs(q, *copied))
+        yield Case("decode", work, "GB/s", amounts, ours(q, own, prompts, slot_pg),
+                   {"ours one by one": ours(q, copied, *nobodys)}, ({} if setting.apart else {"ratio": 3}, {}))
+        yield Case("decode", work, "GB/s", amounts, ours(q, own, prompts, slot_pg), theirs(q, *copied))
+
+
+def paged(own, shared, slot_pg):
+    """The keys and values of each slot, two of [B, K, T, C], and of each prompt, two of [P, K, U, C], in pages of 64 in
+    random order: k_xkic and v_xkic, and their Tables."""
+    pools, page_tables, owners, firsts, lengths = [], [], [], [], []
+    for k_bktc, v_bktc in (own, shared):
+        B, _, T, _ = k_bktc.shape
+        n_pages = -(-T // PAGE)
+        order = torch.randperm(B * n_pages, device=k_bktc.device)  # page n of item b lies in place order[b n_pages + n]
+        kept = order.argsort()
+        pools.append([F.pad(x, (0, 0, 0, n_pages * PAGE - T)).unflatten(2, (n_pages, PAGE)).transpose(1, 2)
+                      .flatten(0, 1)[kept] for x in (k_bktc, v_bktc)])
+        page_tables.append(order.view(B, n_pages).int())
+        owners.append(kept // n_pages)
+        firsts.append(kept % n_pages * PAGE)
+        lengths.append(torch.full((B,), T, device=k_bktc.device))
+    n_own, n_shared = map(len, owners)
+    place_b = torch.full((len(lengths[0]),), -1, device=slot_pg.device)
+    members = slot_pg.flatten()
+    taken = (members >= 0).nonzero()[:, 0]
+    place_b[members[taken]] = taken
+    tables = kernels.Tables(page_tables[0], lengths[0], page_tables[1] + n_own, lengths[1], slot_pg, place_b,
+                            torch.cat(owners), torch.cat(firsts), n_own, n_shared, PAGE)
+    return [torch.cat(pool) for pool in zip(*pools)], tables
 
 
 def linear_logp(setting, shape):

@@ -173,7 +173,7 @@ def decode_rows(name, gpu, found, shape, H, K):
         launch, code = find(found, f"decode_split C=128{share}" + " group" * (members > 1))
         units, alone, resident = clocks(gpu, launch, code, 2)
         block_keys = dict(launch.constants)["BLOCK_N"]
-        wanted = min(2 * gpu.cores / n_items / K, n_keys / (4 * block_keys), 64)  # as decode._n_splits_for
+        wanted = min(2 * gpu.cores / n_items / K, n_keys / (4 * block_keys), 64)  # as decode._n_splits
         n_splits = 2 ** max(0, math.ceil(math.log2(wanted)))
         key_s = n_items * K * n_keys * 128 * 2 * 2 / gpu.tb_s / 1e12
         parts_s = n_items * members * H * n_splits * (128 + 1) * 4 * 2 / gpu.tb_s / 1e12

@@ -17,11 +17,11 @@ PyTorch computes). No operation but `logits` holds [tokens, tokens] scores of a 
 logits of more than a block: they are made in blocks, reduced and forgotten. Nothing uses atomics: every sum has one
 order.
 
-Letters: N packed tokens, S segments, B decode slots with T pages, P prompts with U pages and G slots each, X pages
-of I tokens, H query heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h reads
-key/value head h // (H / K). In the attention kernels, as usual, m counts query rows and n keys (m are scored tokens in
-model.py and grpo.py). A query row is a (token, head) pair: the H / K heads that share a key/value head are rows of one
-tile, so that keys are loaded once for all of them and their gradients need no sum over heads afterwards.
+Letters: N packed tokens, S segments, B decode slots with T pages, P prompts with U pages and G slots each, X pages of I
+tokens, H query heads, K key/value heads, C channels of a head, D width, F width of the MLP, V vocabulary. Query head h
+reads key/value head h // (H / K). In the attention kernels, as usual, m counts query rows and n keys (m are scored
+tokens in model.py and grpo.py). A query row is a (token, head) pair: the H / K heads that share a key/value head are
+rows of one tile, so that keys are loaded once for all of them and their gradients need no sum over heads afterwards.
 """
 
 import torch

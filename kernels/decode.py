@@ -29,6 +29,9 @@ class Tables:
 
     The kernels read no page beyond the lengths, so the tables may be wider than needed and the pool's memory anything.
     The PyTorch path multiplies what lies there by zero: it must be finite.
+
+    An instance is of one step: what its layers share is derived in the first of them, and kept. For a CUDA graph it is
+    made within the capture, or the graph would not derive it anew.
     """
     page_bt: torch.Tensor   # int32: where the slot's own tokens t I to (t + 1) I lie
     length_b: torch.Tensor  # int64: how many they are, the new one included
@@ -81,8 +84,8 @@ class Tables:
 
     @functools.cached_property
     def tiles_b6(self):
-        """Each slot as a row of attention.py's _query_tiles: token b, 1 token, at the last position, its keys in page_bt
-        from own_row on and, the first n_prefix of them, in page_pu from prefix_row on."""
+        """Each slot as a row of _query_tiles in attention.py: row b of q, 1 token, at the last position; where its
+        pages' row begins in page_bt, and its prompt's in page_pu; how many keys are the prompt's."""
         prompt_b = self.place_b.clamp(min=0) // self.slot_pg.shape[1]
         n_prefix_b = torch.where(self.place_b >= 0, self.length_p[prompt_b], 0)
         slot_b = torch.arange(len(self.place_b), device=self.place_b.device)
@@ -324,8 +327,7 @@ def decode_invariant(q_bhc, k_xkic, v_xkic, tables):
     (_, H, C), K = q_bhc.shape, k_xkic.shape[1]
     check_launch(q_bhc, k_xkic, v_xkic)
     blocks, options = attention_tiling("attention_invariant", q_bhc, C)
-    # a page's number is fetched as many blocks before its keys as these before their products
-    tiling = blocks, options | {"num_stages": 2 * options["num_stages"] - 1}
+    tiling = blocks, options | {"num_stages": 2 * options["num_stages"] - 1}  # as in decoding's own tiles
     assert tokens_per_tile(tiling, H, K) >= 1, "a slot's token, with all heads that share a key/value head, is a tile"
     return launch_attention(q_bhc, k_xkic, v_xkic, tables.tiles_b6, tiling, tables)[0]
 

@@ -54,7 +54,8 @@ def check_launch(*tensors):
 # of 128 rows by 128 keys, with 8 warps and 3 stages. Chosen with bench/compile.py, which compiles every tile and reads
 # its loops: nothing spills in them, the copies of two stages overlap the third's products, which use the generation's
 # widest tensor-core instructions (LOG.md names exceptions). An "invariant" tile serves training, prefill and decoding,
-# which must agree; "decode_group" serves slots that share a prompt.
+# which must agree; "decode_group" serves slots that share a prompt. Decoding's stages are 2 n - 1 where blocks of keys
+# are copied in n: a page's number is fetched as many blocks before its keys as these before their products.
 GENERATIONS = (80, 90, 100, "small")
 ATTENTION_TILES = {
     ("attention_fwd", 32): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
@@ -76,7 +77,7 @@ ATTENTION_TILES = {
     ("decode", 32): ((16, 64, 4, 7), (16, 64, 4, 7), (16, 64, 4, 7), (16, 64, 4, 7)),
     ("decode", 64): ((16, 64, 4, 7), (16, 64, 4, 7), (16, 64, 4, 7), (16, 64, 4, 7)),
     ("decode", 128): ((16, 64, 4, 5), (16, 64, 4, 5), (16, 64, 4, 5), (16, 64, 4, 5)),
-    ("decode", 256): ((16, 32, 4, 3), (16, 64, 4, 5), (16, 64, 4, 5), (16, 32, 4, 3)),
+    ("decode", 256): ((16, 32, 4, 5), (16, 64, 4, 5), (16, 64, 4, 5), (16, 32, 4, 5)),
     ("decode_group", 32): ((64, 128, 4, 5), (64, 64, 4, 5), (64, 64, 8, 5), (64, 128, 4, 5)),
     ("decode_group", 64): ((64, 64, 8, 5), (64, 128, 8, 5), (64, 64, 8, 5), (64, 64, 8, 5)),
     ("decode_group", 128): ((64, 64, 8, 5), (64, 128, 8, 5), (64, 64, 8, 5), (32, 64, 4, 3)),
@@ -91,8 +92,8 @@ PRODUCT_TILES = {
 FLOAT32_ATTENTION_TILES = {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 FLOAT32_PRODUCT_TILE = (32, 32, 4, 1)
 # In the interpreter: small, so that the tests' small problems cross tiles; other operations take (32, 16)
-INTERPRETER_TILES = {"decode": (16, 16), "decode_group": (32, 32), "attention_bwd_kv": (16, 32), "attention_invariant": (16, 32),
-                     "linear_invariant": (16, 32)}
+INTERPRETER_TILES = {"decode": (16, 16), "decode_group": (32, 32), "attention_bwd_kv": (16, 32),
+                     "attention_invariant": (16, 32), "linear_invariant": (16, 32)}
 # Compiled without fused multiply-adds: what gets fused depends on the code around it, and training, prefill and
 # decoding must round alike
 UNFUSED = ("attention_invariant", "linear_invariant")

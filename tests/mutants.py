@@ -32,11 +32,11 @@ HERE = Path(__file__).resolve().parent
 SEES, HEADS = "test_attention_sees_what_the_segments_say", "test_attention_kernels_of_head_shapes_and_peaked_softmax"
 GROUP, OTHER = f"{SEES}[triton-float32-a group of 2]", f"{SEES}[triton-float32-same size, other prompt]"
 GQA = f"{HEADS}[triton-float32-4-2-80-1]"
-DECODE = "test_decode_attention_is_the_last_row_of_attention[8-2-80-1-triton-float32]"
+DECODE = "test_decode_attention_is_the_last_row_of_attention[8-2-80-1-32-triton-float32]"
 SHARED = "test_decode_attention_with_shared_prompts"
-MEMBERS, INVARIANT = (f"{SHARED}[lengths0-prompts0-4-2-32-1-3-{impl}-float32]" for impl in ("triton", "invariant"))
-SPLITS, TILES = (f"{SHARED}[{x}-triton-float32]" for x in ("lengths2-prompts2-2-1-64-1-180",
-                                                            "lengths3-prompts3-8-1-32-1-1"))
+MEMBERS, INVARIANT = (f"{SHARED}[lengths0-prompts0-4-2-32-1-16-3-{impl}-float32]" for impl in ("triton", "invariant"))
+SPLITS, TILES = (f"{SHARED}[{x}-triton-float32]" for x in ("lengths2-prompts2-2-1-64-1-64-180",
+                                                            "lengths3-prompts3-8-1-32-1-32-1"))
 LOGP = "test_linear_logp_kernels[45-50-101-0.5-1-134217728-triton-float32]"
 CHUNKS = "test_linear_logp_kernels[64-32-48-1.7-20-2048-triton-float32]"
 LINEAR = "test_invariant_linear[37-50-33-float32]"
@@ -46,15 +46,16 @@ ROPE, ROPE_NORM = (f"test_rope_kernels[{x}-triton-float32]" for x in ("13-4-64-F
 SWIGLU, BY_HAND = "test_swiglu_kernels[triton-float32]", "test_pointwise_by_hand[torch-float32]"
 LOGITS = "test_logits[invariant-float16]"
 LOGP_BF16 = LOGP.replace("float32", "bfloat16")
-PEAKED_DECODE = "test_decode_attention_is_the_last_row_of_attention[8-1-128-20-triton-bfloat16]"
+PEAKED_DECODE = f"{SHARED}[lengths1-prompts1-7-1-80-4-32-0-triton-bfloat16]"
 PEAKED = f"{HEADS}[triton-bfloat16-7-1-128-20]"
 BLOCKS = "test_linear_logp_adds_many_blocks_in_float32"
 NORM_OF_SUM = "test_add_rms_norm_norms_the_sum_it_returns[bfloat16]"
 ONCE = {name: f"test_results_are_rounded_once[{name}-bfloat16]" for name in
         ("linear", "rms_norm", "rope", "normed rope", "swiglu")}
+STORE = "test_store[triton-float32]"
 ORDER, REFUSE = "test_invariant_kernels_have_one_order", "test_kernels_refuse_what_they_cannot_multiply[swiglu]"
 TORCH, TORCH_OTHER = (f"{SEES}[torch-float64-{x}]" for x in ("prompts of 31, 32, 33", "same size, other prompt"))
-TORCH_MEMBERS = f"{SHARED}[lengths0-prompts0-4-2-32-1-3-torch-float64]"
+TORCH_MEMBERS = f"{SHARED}[lengths0-prompts0-4-2-32-1-16-3-torch-float64]"
 TORCH_LOGP = "test_linear_logp_is_log_softmax[0.5-150]"
 
 # (name, function or class where, old text that occurs there once, new text, tests)
@@ -123,16 +124,50 @@ MUTANTS = [
     ("merge: the place of another slot", "_decode_merge_kernel", "place_ptr + row // n_heads", "place_ptr", [MEMBERS]),
     ("decode: an empty split is not said to be", "_decode_split_kernel", 'float("-inf"), tl.float32), mask=real_m)',
      "0.0, tl.float32), mask=real_m)", [SPLITS]),
+    ("decode: all blocks from the first page", "_decode_split_kernel", "page_ptr + start // I", "page_ptr", [DECODE]),
+    ("decode: every block from its page's beginning", "_decode_split_kernel", "(start % I + j)", "j", [DECODE]),
+    ("decode: a page's place is not its token's", "_decode_split_kernel", "(start % I + j)", "(start + j)", [DECODE]),
+    ("decode: pages of the first item", "_decode_split_kernel", "page_ptr += item * stride_page", "page_ptr += 0",
+     [DECODE]),
+    ("decode: tables as wide as what is used", "_plan", "numbers = (page_xt.stride(0),",
+     "numbers = (page_xt.shape[1],", [DECODE]),
+    ("decode: members as wide as what is used", "_plan", "slot_xg.stride(0), K", "slot_xg.shape[1], K", [SPLITS]),
+    ("decode: the last page is full", "_decode_split_kernel", "n_keys = tl.load(length_ptr + item).to(tl.int32)",
+     "n_keys = tl.cdiv(tl.load(length_ptr + item).to(tl.int32), I) * I", [DECODE]),
+    ("decode: splits end within a block", "_decode_split_kernel",
+     "tl.cdiv(tl.cdiv(n_keys, n_splits), BLOCK_N) * BLOCK_N", "tl.cdiv(n_keys, n_splits)", [SPLITS]),
+    ("decode: lengths of other items", "_decode_split_kernel", "length_ptr + item", "length_ptr", [MEMBERS]),
+    ("decode: heads lie beside the page's tokens", "_plan", "K, slot_xg.shape[1]", "1, slot_xg.shape[1]", [MEMBERS]),
+    ("pages: all from the first", "in_pages", "page_ptr + token_n // I", "page_ptr + 0 * token_n",
+     [MEMBERS, INVARIANT]),
+    ("pages: a place is not its token's", "in_pages", "token_n % I", "token_n", [MEMBERS, INVARIANT]),
+    ("pages: the next one", "in_pages", "token_n // I", "(token_n + 1) // I", [MEMBERS, INVARIANT]),
+    ("pages: heads of another stride", "in_pages", "page_n * stride_kx", "page_n * (stride_kx + I)",
+     [MEMBERS, INVARIANT]),
+    ("store: values where keys lie", "_store_kernel", "tl.store(v_pool_ptr + place", "tl.store(k_pool_ptr + place",
+     [STORE]),
+    ("store: in a dense product", "_store_kernel", "token * stride_vn", "token * stride_kn", [STORE]),
+    ("store: all in the page's first place", "_store_kernel", " + tl.load(offset_ptr + token) * stride_i", "", [STORE]),
+    ("store: all in the first token's page", "_store_kernel", "page_ptr + token", "page_ptr", [STORE]),
+    ("store: heads beside each other", "_store_kernel", "place + kv * stride_h + c, k_kc", "place + kv * C + c, k_kc",
+     [STORE]),
+    ("store: heads that are not there", "_store_kernel", "(kv < K) & (c < C)", "(kv >= 0) & (c < C)", [STORE]),
+    ("store: channels that are not there", "_store_kernel", "(kv < K) & (c < C)", "(kv < K) & (c >= 0)", [STORE]),
     ("merge: not divided", "_decode_merge_kernel", " / tl.sum(weight_s, 0)", "", [MEMBERS]),
     # batch invariance
-    ("invariant decode: sees one more", "decode_invariant", "n_prefix_b + length_b - 1", "n_prefix_b + length_b",
+    ("invariant decode: sees one more", "Tables", "n_prefix_b + self.length_b - 1", "n_prefix_b + self.length_b",
      [INVARIANT]),
-    ("invariant decode: slot for prompt", "decode_invariant", "place_b.clamp(min=0) // G",
-     "place_b.clamp(min=0) % len(prompts.slot_pg)", [INVARIANT]),
-    ("invariant decode: all have a prompt", "decode_invariant", "prompts.place_b >= 0,", "prompts.place_b >= -1,",
+    ("invariant decode: slot for prompt", "Tables", "prompt_b = self.place_b.clamp(min=0) // self.slot_pg.shape[1]",
+     "prompt_b = self.place_b.clamp(min=0) % len(self.slot_pg)", [INVARIANT]),
+    ("invariant decode: all have a prompt", "Tables", "n_prefix_b = torch.where(self.place_b >= 0,",
+     "n_prefix_b = torch.where(self.place_b >= -1,", [INVARIANT]),
+    ("invariant decode: tables as wide as what is used", "Tables", "self.page_bt.stride(0)", "self.page_bt.shape[1]",
      [INVARIANT]),
-    ("invariant decode: own keys from the prompt's end", "_keys_at", "ptr + (own_row + key_n - n_prefix)",
-     "ptr + (own_row + key_n)", [INVARIANT]),
+    ("invariant decode: prompts' tables too", "Tables", "self.page_pu.stride(0)", "self.page_pu.shape[1]", [INVARIANT]),
+    ("invariant decode: own keys from the prompt's end", "_attention_fwd_kernel", "key_n, key_n - n_prefix)",
+     "key_n, key_n)", [INVARIANT]),
+    ("invariant decode: the prompt in the slot's pages", "_attention_fwd_kernel", "prefix_page_ptr + prefix_row,",
+     "own_page_ptr + own_row,", [INVARIANT]),
     ("invariant decode in splits", "decode_attention", "decode_invariant if impl", "decode_triton if impl", [ORDER]),
     ("invariant linear is the library's", "linear", "if impl != \"invariant\"", "if impl", [ORDER]),
     # linear_logp
@@ -272,10 +307,17 @@ MUTANTS = [
     ("torch: padding of the prompt", "_padded_segments", "(prefix_u < parent_length_s1)",
      "(prefix_u < parent_length_s1 + 32)", [TORCH]),
     ("torch: another prompt", "_padded_segments", "start[parent] * has_parent", "0 * start[parent]", [TORCH_OTHER]),
-    ("torch decode: one key too many", "_softmax_part", ">= length_x", "> length_x", [TORCH_MEMBERS]),
-    ("torch decode: all have a prompt", "decode_attention_ref", "place_b >= 0", "place_b >= -1", [TORCH_MEMBERS]),
-    ("torch decode: own part keeps its old maximum", "decode_attention_ref", "keep_own * own_bkrc", "own_bkrc",
+    ("torch decode: one key too many", "_hidden", ">= n_left_x", "> n_left_x", [TORCH_MEMBERS]),
+    ("torch decode: all have a prompt", "Tables", "n_prompt_b = torch.where(self.place_b >= 0,",
+     "n_prompt_b = torch.where(self.place_b >= -1,", [TORCH_MEMBERS]),
+    ("torch decode: pages weigh alike", "decode_attention_ref", ".masked_fill_(", ".mul_(0).masked_fill_(",
      [TORCH_MEMBERS]),
+    ("torch decode: another slot's pages", "decode_attention_ref", "q_bkrc[tables.owner_x[:n_own]]",
+     "q_bkrc[tables.owner_x[:n_own] * 0]", [TORCH_MEMBERS]),
+    ("torch decode: a page's tokens from its first", "Tables", "self.length_b[owner_x] - first_x",
+     "self.length_b[owner_x]", [TORCH_MEMBERS]),
+    ("torch store: values where keys lie", "store_ref", "v_xkic[page_n", "k_xkic[page_n",
+     ["test_store[torch-float64]"]),
     ("logp by three lines: no temperature", "linear_logp_ref", " / temperature, 1)", ", 1)", [TORCH_LOGP]),
     ("torch logp: no temperature in the gradient", "LinearLogpChunked", "grad_n / ctx.temperature", "grad_n",
      [TORCH_LOGP]),
@@ -295,7 +337,8 @@ MUTANTS = [
 
 def mutated(sources, where, old, new):
     """The package {file name: text} with old replaced in the function or class `where`."""
-    places = [(name, text.find(f"\n{kind} {where}(")) for name, text in sources.items() for kind in ("def", "class")]
+    places = [(name, text.find(f"\n{words}")) for name, text in sources.items()
+              for words in (f"def {where}(", f"class {where}(", f"class {where}:")]
     places = [(name, start) for name, start in places if start >= 0]
     assert len(places) == 1, f"{where}: not in kernels/, or ambiguous"
     [(name, start)] = places

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import kernels
-from kernels import Prompts, attention, decode_attention, linear, linear_logp, rms_norm, rope, swiglu
+from kernels import attention, decode_attention, linear, linear_logp, rms_norm, rope, swiglu
 from model import Model, ModelConfig, pack
 from sample import Sampler, Sampling
+from test_kernels import paged
 
 DEVICE = os.environ.get("RM_TEST_DEVICE", "cpu")
 DTYPES = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.bfloat16]
@@ -63,10 +64,10 @@ def test_rows_of_pointwise_operations_alone(dtype):
         assert torch.equal(f(slice(None)), rows_alone(f, N))
 
 
-@pytest.mark.parametrize("H,K,C", [(4, 2, 32), (7, 1, 64), (3, 3, 80)])
-def test_attention_in_a_forest_alone_and_decoded(H, K, C, dtype):
+@pytest.mark.parametrize("H,K,C,page_size", [(4, 2, 32, 16), (7, 1, 64, 32), (3, 3, 80, 64)])
+def test_attention_in_a_forest_alone_and_decoded(H, K, C, page_size, dtype):
     """Trees of prompts and responses of odd lengths: each [prompt, response] alone as one causal sequence, and some of
-    its tokens decoded against the prompt's cache and its own; a prompt alone."""
+    its tokens decoded against the prompt's pages and its own; a prompt alone."""
     trees = [(37, [9, 18, 1]), (5, [2]), (32, [4])]
     forest = pack([([0] * prompt, [[0] * n for n in responses]) for prompt, responses in trees])
     N, segments = len(forest.tokens_n), forest.segments_s3.tolist()
@@ -79,19 +80,12 @@ def test_attention_in_a_forest_alone_and_decoded(H, K, C, dtype):
         assert torch.equal(out[rows], alone)
         if above < 0:
             continue
-        for i in range(0, n, 1 + n // 5):  # slots 0 and 1 share the prompt, 2 has it in its own cache
-            own = slice(first, first + i + 1)
-            q_bhc = torch.stack([q[first + i]] * 3)
-            k_bktc, v_bktc = (normal(dtype, 3, K, p + n + 3, C, seed=9) for _ in range(2))
-            for x_bktc, x in ((k_bktc, k), (v_bktc, v)):
-                x_bktc[:2, :, :i + 1] = x[own].transpose(0, 1)
-                x_bktc[2, :, :p + i + 1] = x[rows[:p + i + 1]].transpose(0, 1)
-            prompts = Prompts(k[p_first:p_first + p].transpose(0, 1)[None].repeat(2, 1, 1, 1),
-                              v[p_first:p_first + p].transpose(0, 1)[None].repeat(2, 1, 1, 1),
-                              torch.tensor([0, p], device=DEVICE), torch.tensor([[-1, -1], [1, 0]], device=DEVICE),
-                              torch.tensor([3, 2, -1], device=DEVICE))
-            length_b = torch.tensor([i + 1, i + 1, p + i + 1], device=DEVICE)
-            decoded = decode_attention(q_bhc, k_bktc, v_bktc, length_b, prompts, "invariant")
+        kv_knc = torch.stack([k, v]).transpose(1, 2).cpu()
+        prompt, nothing = kv_knc[:, :, p_first:p_first + p], kv_knc[:, :, :0]
+        for i in range(0, n, 1 + n // 5):  # slots 0 and 1 share the prompt, 2 has it in its own pages
+            own = kv_knc[:, :, first:first + i + 1]
+            pool, tables = paged([own, own, torch.cat([prompt, own], 2)], [nothing, prompt], [[], [1, 0]], page_size)
+            decoded = decode_attention(torch.stack([q[first + i]] * 3), *pool, tables, "invariant")
             assert torch.equal(decoded, torch.stack([out[first + i]] * 3))
 
 

@@ -386,9 +386,9 @@ def places(slot_pg, B):
 def paged(own, shared, slots, page_size, junk=1e3, unused=0):
     """The keys and values of each slot and of each prompt, [2, K, n, C], in a pool [2, X, K, I, C]; and its Tables.
 
-    slots: those that continue each prompt. Pages lie in any order, with holes among them, and the tables are views, with
-    room for so many unused tokens and -1 where no page is. All that no token fills is junk; so is page 0, which slots
-    of length 0 name.
+    slots: those that continue each prompt. Pages lie in any order, with holes among them, and the tables are views,
+    with room for so many unused tokens and -1 where no page is. All that no token fills is junk; so is page 0, which
+    slots of length 0 name.
     """
     (_, K, _, C), I = own[0].shape, page_size
     rng = torch.Generator().manual_seed(len(own))
@@ -418,14 +418,15 @@ def paged(own, shared, slots, page_size, junk=1e3, unused=0):
     slot_pg = torch.full((len(slots), max([1, *map(len, slots)])), -1)
     for row, members in zip(slot_pg, slots):
         row[:len(members)] = torch.tensor(members)
+    room = torch.full((2, X + 4, K, I, C), math.nan, dtype=pool.dtype, device=DEVICE)  # pages -1 and -2 are NaN
     on_device = [fenced_table(x.to(DEVICE)) for x in (page_bt, length_b.clamp(min=1), page_pu, length_p, slot_pg)]
-    return fenced(pool.to(DEVICE)), Tables(*on_device, places(slot_pg, len(own)).to(DEVICE), owner_x.to(DEVICE),
-                                           first_x.to(DEVICE), n_own + 1, n_shared, I)
+    return room[:, 2:-2].copy_(pool), Tables(*on_device, places(slot_pg, len(own)).to(DEVICE), owner_x.to(DEVICE),
+                                             first_x.to(DEVICE), n_own + 1, n_shared, I)
 
 
 def fenced_table(x):
-    """A view of a larger one, in which all else names what does not exist."""
-    room = torch.full([n + 2 for n in x.shape], -10**6, dtype=x.dtype, device=x.device)
+    """A view of a larger one, which holds -2 around it."""
+    room = torch.full([n + 2 for n in x.shape], -2, dtype=x.dtype, device=x.device)
     view = room[tuple(slice(1, -1) for _ in x.shape)]
     return view.copy_(x)
 
@@ -567,8 +568,8 @@ def test_decode_in_a_cuda_graph(page_size, impl):
 
 @pytest.mark.parametrize("impl,dtype", EVERY, ids=shown)
 def test_store(impl, dtype):
-    """Oracle: one by one. Keys and values are columns of a wider product, the keys in rows of their own length; tokens 1
-    and 3 go to one place of page 0, the bin, where either may lie. All else stays as it is."""
+    """Oracle: one by one. Keys and values are columns of wider products, in rows of different lengths; tokens 1 and 3
+    go to one place of page 0, the bin, where either may lie. All else stays as it is."""
     N, K, C, I = 5, 3, 24, 16
     wide_nd, k_nd = randn(N, 7 * C).to(DEVICE, dtype), randn(N, 4 * C, seed=1).to(DEVICE, dtype)
     k_nkc, v_nkc = k_nd[:, C:].unflatten(1, (K, C)), wide_nd[:, 2 * C:5 * C].unflatten(1, (K, C))
@@ -923,8 +924,8 @@ def one_of_each(impl):
     }
 
 
-NAMES = ["attention", "decode_attention", "store", "linear_logp", "linear", "rms_norm", "add_rms_norm", "rope", "normed rope",
-         "swiglu"]
+NAMES = ["attention", "decode_attention", "store", "linear_logp", "linear", "rms_norm", "add_rms_norm", "rope",
+         "normed rope", "swiglu"]
 
 
 def test_every_operation_is_listed():
