@@ -79,7 +79,7 @@ class Tables:
 
     @functools.cached_property
     def plans(self):
-        """decode_triton's launches, by the shape of a layer's heads."""
+        """decode_triton's launches: {geometry of the heads: _Plan}, one for all layers of a model."""
         return {}
 
     @functools.cached_property
@@ -91,7 +91,6 @@ class Tables:
         slot_b = torch.arange(len(self.place_b), device=self.place_b.device)
         return torch.stack([slot_b, torch.ones_like(slot_b), n_prefix_b + self.length_b - 1,
                             slot_b * self.page_bt.stride(0), prompt_b * self.page_pu.stride(0), n_prefix_b], 1).int()
-
 
 
 def _hidden(n_left_x, page_size):
@@ -240,9 +239,10 @@ def decode_triton(q_bhc, k_xkic, v_xkic, tables):
     K = k_xkic.shape[1]
     check_launch(q_bhc, k_xkic, v_xkic)
     assert k_xkic.stride() == v_xkic.stride() and k_xkic.shape[2:] == (tables.page_size, C), (k_xkic.shape, C)
-    plan = tables.plans.get((H, K, C, q_bhc.dtype))
-    if plan is None:
-        plan = tables.plans[H, K, C, q_bhc.dtype] = _plan(q_bhc, K, tables)
+    geometry = H, K, C, q_bhc.dtype
+    if geometry not in tables.plans:
+        tables.plans[geometry] = _plan(q_bhc, K, tables)
+    plan = tables.plans[geometry]
     for launch in plan.launches:
         _decode_split_kernel[launch.grid](
             q_bhc, k_xkic, v_xkic, launch.page_xt, launch.length_x, launch.slot_xg, plan.part_bhsc, plan.lse_bhs,
@@ -266,53 +266,49 @@ class _Splits:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A step's launches and the memory of its partial results, made in the first layer: they cost a layer 50 us."""
+    """A step's launches and the memory of its partial results, which its layers take in turn."""
     launches: list
-    merge_numbers: tuple
+    merge_numbers: tuple  # from n_heads on
     merge_options: dict
     part_bhsc: torch.Tensor
     lse_bhs: torch.Tensor
 
 
 def _plan(q_bhc, K, tables):
-    B, H, C = q_bhc.shape
+    (B, H, C), device = q_bhc.shape, q_bhc.device
     share, I = H // K, tables.page_size
-    items = [(tables.page_bt, tables.length_b, _each_slot(B, q_bhc.device)[:, None]),
+    items = [(tables.page_bt, tables.length_b, torch.arange(B, device=device)[:, None]),
              (tables.page_pu, tables.length_p, tables.slot_pg)]
     assert tables.place_b.shape == (B,) and tables.place_b.is_contiguous(), tables.place_b.shape
     tilings, n_splits = [], []
     for page_xt, length_x, slot_xg in items:
         assert len(page_xt) == len(length_x) == len(slot_xg), (page_xt.shape, length_x.shape, slot_xg.shape)
         assert page_xt.dtype == torch.int32 and page_xt.stride(1) == slot_xg.stride(1) == 1, page_xt.stride()
+        assert length_x.is_contiguous(), length_x.stride()
         n_rows = slot_xg.shape[1] * share  # query rows of an item: (member, head) pairs of one key/value head
         blocks, options = attention_tiling("decode_group" if n_rows > 16 else "decode", q_bhc, C)
         n_row_tiles = triton.cdiv(n_rows, blocks["BLOCK_M"])
-        tilings.append((blocks | options, n_row_tiles))
-        n_splits.append(_n_splits(len(page_xt) * n_row_tiles * K, page_xt.shape[1] * I, blocks["BLOCK_N"],
-                                  q_bhc.device) if page_xt.numel() else 0)
-    launches, first_split = [], 0
-    for (page_xt, length_x, slot_xg), (options, n_row_tiles), n in zip(items, tilings, n_splits):
-        numbers = (page_xt.stride(0), slot_xg.stride(0), K, slot_xg.shape[1], n_row_tiles, n, first_split,
-                   sum(n_splits), 1 / math.sqrt(C), share, C, I)
+        n_programs, T = len(page_xt) * n_row_tiles * K, page_xt.shape[1] * I
+        tilings.append((n_row_tiles, blocks | options))
+        n_splits.append(_n_splits(n_programs, T, blocks["BLOCK_N"], device) if n_programs * T else 0)
+    launches, first_split, n_all = [], 0, sum(n_splits)
+    for (page_xt, length_x, slot_xg), (n_row_tiles, options), n in zip(items, tilings, n_splits):
+        grid = len(page_xt) * n_row_tiles, K, n
+        numbers = (page_xt.stride(0), slot_xg.stride(0), K, slot_xg.shape[1], n_row_tiles, n, first_split, n_all,
+                   1 / math.sqrt(C), share, C, I)
         if n:
-            launches.append(_Splits((len(page_xt) * n_row_tiles, K, n), page_xt, length_x, slot_xg, numbers, options))
+            launches.append(_Splits(grid, page_xt, length_x, slot_xg, numbers, options))
         first_split += n
-    BLOCK_S, BLOCK_C = triton.next_power_of_2(sum(n_splits)), triton.next_power_of_2(C)
-    merge_options = {"num_warps": min(max(BLOCK_S * BLOCK_C // 2048, 1), 16), **POINTWISE}
-    part_bhsc = q_bhc.new_empty(B, H, sum(n_splits), C, dtype=torch.float32)
-    return _Plan(launches, (H, n_splits[0], sum(n_splits), C, BLOCK_S, BLOCK_C), merge_options, part_bhsc,
-                 part_bhsc.new_empty(B, H, sum(n_splits)))
-
-
-@functools.lru_cache
-def _each_slot(B, device):
-    """0, 1 .. B - 1: made once, not in every step; before a CUDA graph is captured, not within."""
-    return torch.arange(B, device=device)
+    BLOCK_S, BLOCK_C = triton.next_power_of_2(n_all), triton.next_power_of_2(C)
+    merge_numbers = H, n_splits[0], n_all, C, BLOCK_S, BLOCK_C
+    merge_options = {"num_warps": min(max(BLOCK_S * BLOCK_C // 2048, 1), 16)} | POINTWISE
+    part_bhsc = q_bhc.new_empty(B, H, n_all, C, dtype=torch.float32)
+    return _Plan(launches, merge_numbers, merge_options, part_bhsc, part_bhsc.new_empty(B, H, n_all))
 
 
 @functools.lru_cache
 def _n_splits(n_programs, T, BLOCK_N, device):
-    """Into how many splits the keys of each item are cut, T at most.
+    """Into how many splits the keys of each item, T at most, are cut.
 
     A power of two, so that few programs fill the GPU twice; at least 4 blocks of keys each, at most 64. One sequence of
     32,768 keys with 4 key/value heads has 4 programs: on 132 cores min(264 / 4, 32768 / 256, 64) = 64.
@@ -350,9 +346,9 @@ def store_triton(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n):
     """One launch for both. The tokens may be columns of a wider product, [N, Q + K + V]; their heads are dense."""
     check_launch(k_xkic, v_xkic, k_nkc, v_nkc)
     N, K, C = k_nkc.shape
-    assert k_nkc.shape == v_nkc.shape and k_nkc.stride(1) == v_nkc.stride(1) == C, (k_nkc.stride(), v_nkc.stride())
+    assert k_nkc.shape == v_nkc.shape and (K == 1 or k_nkc.stride(1) == v_nkc.stride(1) == C), k_nkc.stride()
     assert k_xkic.stride() == v_xkic.stride() and k_xkic.shape[1::2] == (K, C), (k_xkic.shape, k_nkc.shape)
-    assert page_n.shape == offset_n.shape == (N,) and page_n.stride() == offset_n.stride() == (1,), page_n.shape
+    assert page_n.shape == offset_n.shape == (N,) and page_n.is_contiguous() and offset_n.is_contiguous(), page_n.shape
     if N:
         _store_kernel[N,](k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n, k_nkc.stride(0), v_nkc.stride(0),
                           *k_xkic.stride()[:3], K, C, **_store_options(K, C))
