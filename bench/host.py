@@ -6,14 +6,14 @@
 The first table is one step without a graph, Batch.compute_step(n, whole=True): launches that do nothing, and torch
 operations on tensors so small that what they cost is being called. A GPU's host pays much the same for each, and the
 driver's own launch, 2-3 us, on top. The second is the rest of Batch.step when a graph holds the step: pages, upload,
-tolist, advance, record, with copies to another place in memory for the copies to a GPU. Medians. JSON line last.
+tolist, advance, record, with copies to another place in memory for the copies to a GPU. Time is the thread's own, the
+least of all runs, since what else runs on the machine only adds to it. JSON line last.
 """
 
 import argparse
 import cProfile
 import json
 import pstats
-import statistics
 import time
 from collections import Counter
 
@@ -45,13 +45,13 @@ def make_batch(model, n_slots, impl):
     return batch
 
 
-def median_us(call, n):
+def least_us(call, n):
     times = []
     for _ in range(n):
         began = time.thread_time()
         call()
         times.append(time.thread_time() - began)
-    return round(1e6 * statistics.median(times))
+    return round(1e6 * min(times))
 
 
 @torch.inference_mode()
@@ -63,7 +63,7 @@ def step_without_graph(n_layers, n_slots, n_runs):
         counter.clear()
         batch.compute_step(n_slots, whole=True)
         launches = Counter(counter)
-        return launches, median_us(lambda: batch.compute_step(n_slots, whole=True), n_runs)
+        return launches, least_us(lambda: batch.compute_step(n_slots, whole=True), n_runs)
 
 
 @torch.inference_mode()
@@ -71,7 +71,7 @@ def around_graph(n_slots, n_runs):
     batch = make_batch(tiny(1), n_slots, "torch")
     batch.compute = lambda n: None
     batch.inputs.device = {name: x.clone() for name, x in batch.inputs.device.items()}
-    return median_us(batch.step, n_runs)
+    return least_us(batch.step, n_runs)
 
 
 @torch.inference_mode()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from kernels.attention import launch_attention, tokens_per_tile
-from kernels.tiles import LOG2E, POINTWISE, attention_tiling, check_launch, in_pages, jit, load_rows, tl, triton, wide
+from kernels.tiles import (LOG2E, POINTWISE, Repeated, attention_tiling, check_launch, in_pages, jit, load_rows, tl,
+                           triton, wide)
 
 NOBODY = 2**62  # first_x of a page that nobody owns: beyond every length
 
@@ -239,43 +240,42 @@ def decode_triton(q_bhc, k_xkic, v_xkic, tables):
     K = k_xkic.shape[1]
     check_launch(q_bhc, k_xkic, v_xkic)
     assert k_xkic.stride() == v_xkic.stride() and k_xkic.shape[2:] == (tables.page_size, C), (k_xkic.shape, C)
-    geometry = H, K, C, q_bhc.dtype
+    # what Triton compiles for: of a tensor's place in memory, whether it is a multiple of 16 bytes
+    offsets = q_bhc.storage_offset() | k_xkic.storage_offset() | v_xkic.storage_offset()
+    geometry = H, K, C, q_bhc.dtype, q_bhc.stride(), k_xkic.stride(), offsets % 8
     if geometry not in tables.plans:
-        tables.plans[geometry] = _plan(q_bhc, K, tables)
+        tables.plans[geometry] = _plan(q_bhc, k_xkic, tables)
     plan = tables.plans[geometry]
     for launch in plan.launches:
-        _decode_split_kernel[launch.grid](
-            q_bhc, k_xkic, v_xkic, launch.page_xt, launch.length_x, launch.slot_xg, plan.part_bhsc, plan.lse_bhs,
-            *q_bhc.stride()[:2], *k_xkic.stride()[:3], *launch.numbers, **launch.options)
+        launch.kernel(q_bhc, k_xkic, v_xkic, launch.page_xt, launch.length_x, launch.slot_xg, plan.part_bhsc,
+                      plan.lse_bhs, *launch.numbers)
     out_bhc = q_bhc.new_empty(B, H, C)
-    _decode_merge_kernel[B * H,](plan.part_bhsc, plan.lse_bhs, tables.place_b, out_bhc, *plan.merge_numbers,
-                                 **plan.merge_options)
+    plan.merge(plan.part_bhsc, plan.lse_bhs, tables.place_b, out_bhc, *plan.merge_numbers)
     return out_bhc
 
 
 @dataclass(frozen=True)
 class _Splits:
     """A launch of _decode_split_kernel over the items x: but for the queries and keys, what all layers ask for."""
-    grid: tuple
+    kernel: Repeated
     page_xt: torch.Tensor
     length_x: torch.Tensor
     slot_xg: torch.Tensor
-    numbers: tuple  # from stride_page on
-    options: dict
+    numbers: tuple  # from stride_qb on
 
 
 @dataclass(frozen=True)
 class _Plan:
     """A step's launches and the memory of its partial results, which its layers take in turn."""
     launches: list
+    merge: Repeated
     merge_numbers: tuple  # from n_heads on
-    merge_options: dict
     part_bhsc: torch.Tensor
     lse_bhs: torch.Tensor
 
 
-def _plan(q_bhc, K, tables):
-    (B, H, C), device = q_bhc.shape, q_bhc.device
+def _plan(q_bhc, k_xkic, tables):
+    (B, H, C), K, device = q_bhc.shape, k_xkic.shape[1], q_bhc.device
     share, I = H // K, tables.page_size
     items = [(tables.page_bt, tables.length_b, torch.arange(B, device=device)[:, None]),
              (tables.page_pu, tables.length_p, tables.slot_pg)]
@@ -294,16 +294,17 @@ def _plan(q_bhc, K, tables):
     launches, first_split, n_all = [], 0, sum(n_splits)
     for (page_xt, length_x, slot_xg), (n_row_tiles, options), n in zip(items, tilings, n_splits):
         grid = len(page_xt) * n_row_tiles, K, n
-        numbers = (page_xt.stride(0), slot_xg.stride(0), K, slot_xg.shape[1], n_row_tiles, n, first_split, n_all,
-                   1 / math.sqrt(C), share, C, I)
+        numbers = (*q_bhc.stride()[:2], *k_xkic.stride()[:3], page_xt.stride(0), slot_xg.stride(0), K, slot_xg.shape[1],
+                   n_row_tiles, n, first_split, n_all, 1 / math.sqrt(C), share, C, I)
         if n:
-            launches.append(_Splits(grid, page_xt, length_x, slot_xg, numbers, options))
+            launches.append(_Splits(Repeated(_decode_split_kernel, grid, options), page_xt, length_x, slot_xg, numbers))
         first_split += n
     BLOCK_S, BLOCK_C = triton.next_power_of_2(n_all), triton.next_power_of_2(C)
     merge_numbers = H, n_splits[0], n_all, C, BLOCK_S, BLOCK_C
     merge_options = {"num_warps": min(max(BLOCK_S * BLOCK_C // 2048, 1), 16)} | POINTWISE
     part_bhsc = q_bhc.new_empty(B, H, n_all, C, dtype=torch.float32)
-    return _Plan(launches, merge_numbers, merge_options, part_bhsc, part_bhsc.new_empty(B, H, n_all))
+    merge = Repeated(_decode_merge_kernel, (B * H,), merge_options)
+    return _Plan(launches, merge, merge_numbers, part_bhsc, part_bhsc.new_empty(B, H, n_all))
 
 
 @functools.lru_cache

@@ -48,6 +48,25 @@ def check_launch(*tensors):
             assert y.device == device and y.stride(-1) == 1, (y.device, device, y.stride())
 
 
+class Repeated:
+    """A launch that every layer of a step repeats, with arguments that differ in nothing but which memory of theirs.
+
+    For each launch Triton looks at all arguments to find what it has compiled for their like, 6 to 10 us on the host.
+    Here the first launch's answer is used for the others: the caller sees to it that dtypes, numbers and whether
+    a tensor begins at a multiple of 16 bytes are the same. Blocks are the kernel's last parameters.
+    """
+    def __init__(self, kernel, grid, options):
+        self.kernel, self.grid, self.options = kernel, grid + (1,) * (3 - len(grid)), options
+        self.constants = tuple(value for name, value in options.items() if name.startswith("BLOCK"))
+        self.compiled = None  # stays so in the interpreter
+
+    def __call__(self, *args):
+        if self.compiled is None:
+            self.compiled = self.kernel[self.grid](*args, **self.options)
+        else:
+            self.compiled[self.grid](*args, *self.constants)
+
+
 # How attention kernels are cut, by operation and padded head size: BLOCK_M (query rows), BLOCK_N (keys), warps and
 # pipeline stages. A column for each generation: 80, 90 and 100 are A100, H100 and B200; "small" are the cards of any of
 # these with 99 KB of shared memory (RTX 30, 40, 50). So on an H100 attention_fwd takes heads of 128 channels in tiles
