@@ -36,12 +36,12 @@ def tiny(n_layers):
 
 def make_batch(model, n_slots, impl):
     """All slots taken, in groups of 8, after prompts of 20 tokens."""
-    model.impl = "torch"  # what it computes before its first step, it computes
+    model.impl = "torch"  # prompts and a first step are computed; from here on nothing is
     prompts = [[1 + i] * 20 for i in range(-(-n_slots // 8))]
     batch = Batch(model, prompts, Sampling(n=8, max_new_tokens=4096), n_slots, kv_gb=1.0)
     batch.admit()
-    model.impl = impl
     batch.step()
+    model.impl = impl
     return batch
 
 
