@@ -2,9 +2,10 @@
 
     with fake_gpu() as counter:            the whole of Triton's own launch, up to the driver: for timing
         batch.compute_step(8, whole=True)
-    with no_kernels() as counter:          kernels replaced by a count, on any tensors, fake ones included: for tests
+        counter["_store_kernel"]           how often it was launched
+    with no_kernels() as launches:         kernels replaced by a list, on any tensors, fake ones included: for tests
         batch.compute_step(8, whole=True)
-    counter["_store_kernel"]               how often it was launched
+        launches[0]                        ("_rms_norm_fwd_kernel", its grid, shapes of tensors and numbers)
 
 Tensors are a CPU's. What the kernels would have written stays as it was allocated, so no number that comes out means
 anything. Ask for impl="triton": by default a CPU's tensors take the PyTorch path.
@@ -59,14 +60,15 @@ class Driver:
 
 
 class Kernel:
-    """In a kernel's place: counts its launches."""
+    """In a kernel's place: lists its launches."""
 
-    def __init__(self, name, counter):
-        self.name, self.counter = name, counter
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
 
     def __getitem__(self, grid):
         def launch(*args, **options):
-            self.counter[self.name] += 1
+            arguments = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in args]
+            self.launches.append((self.name, grid, *arguments, *sorted(options.items())))
         return launch
 
 
@@ -82,12 +84,12 @@ def fake_gpu(capability=90):
 @contextlib.contextmanager
 def no_kernels(capability=90):
     """Every kernel replaced; it need not be one that could be compiled."""
-    counter = Counter()
+    launches = []
     with on_any_device(capability), contextlib.ExitStack() as patches:
         for module in map(importlib.import_module, MODULES):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                patches.enter_context(mock.patch.object(module, name, Kernel(name, counter)))
-        yield counter
+                patches.enter_context(mock.patch.object(module, name, Kernel(name, launches)))
+        yield launches
 
 
 @contextlib.contextmanager

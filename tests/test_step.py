@@ -1,0 +1,138 @@
+"""A decode step is one that a CUDA graph can hold. Oracle: fake tensors, which have shapes and no values, so that
+whoever reads one, or makes a shape of one, is an error; the list of operations and launches of two steps of different
+rollouts, which must be the same; addresses. The controls put such mistakes into the step."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import model as model_py  # noqa: E402
+from batch import Batch  # noqa: E402
+from bench.fake import no_kernels  # noqa: E402
+from draw import Sampling  # noqa: E402
+from model import Model, ModelConfig  # noqa: E402
+
+QWEN2 = dict(model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+QWEN3 = QWEN2 | dict(model_type="qwen3", num_attention_heads=6, head_dim=8, tie_word_embeddings=False)
+N_SLOTS = 5
+SAMPLINGS = {"plain": {}, "greedy": dict(temperature=0.0), "cut": dict(temperature=0.7, top_k=5, top_p=0.9)}
+
+
+def started(raw, sampling, n_steps):
+    """A Batch in which 5 slots have written n_steps tokens, of 3 prompts in pages of 4 tokens, with the PyTorch path."""
+    model = Model.random(ModelConfig.from_dict(raw)).requires_grad_(False).fuse()
+    prompts = [[7] * 9, [1], list(range(40))]
+    batch = Batch(model, prompts, Sampling(n=3, max_new_tokens=64, **SAMPLINGS[sampling]), N_SLOTS, page_size=4)
+    with torch.no_grad():
+        batch.admit()
+        for _ in range(n_steps):
+            batch.step()
+    return batch
+
+
+class Operations(TorchDispatchMode):
+    """Lists what is called, by name, with the shapes of tensors and all numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        arguments = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+        self.calls.append((str(function), *[tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in arguments]))
+        return function(*args, **kwargs or {})
+
+
+def trace(batch, impl):
+    """(operations, launches) of a step, everything that it reads being fake."""
+    fakes = FakeTensorMode()
+    batch.model.impl = impl
+    batch.inputs.device = {name: fakes.from_tensor(x) for name, x in batch.inputs.device.items()}
+    batch.pool.k, batch.pool.v = ([fakes.from_tensor(x) for x in memory] for memory in (batch.pool.k, batch.pool.v))
+    batch.out_2b = fakes.from_tensor(batch.out_2b)
+    for module in batch.model.modules():
+        for name, x in module._parameters.items():
+            module._parameters[name] = None if x is None else fakes.from_tensor(x)
+    for block in batch.model.model.layers:
+        block.self_attn.fused = tuple(x if x is None else fakes.from_tensor(x) for x in block.self_attn.fused)
+        block.mlp.fused = fakes.from_tensor(block.mlp.fused)
+    model_py._on_device.cache_clear()  # it would remember real tensors before, and fake ones afterwards
+    try:
+        with torch.no_grad(), no_kernels() as launches, fakes, Operations() as operations:
+            batch.compute_step(N_SLOTS, whole=True)
+    finally:
+        model_py._on_device.cache_clear()
+    return operations.calls, launches
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("impl", ["torch", "triton", "invariant"])
+def test_a_step_reads_no_value(impl, sampling):
+    operations, launches = trace(started(QWEN2, sampling, 2), impl)
+    assert len(operations) > 30 and bool(launches) == (impl != "torch")
+
+
+@pytest.mark.parametrize("impl", ["triton", "invariant"])
+@pytest.mark.parametrize("raw", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_steps_of_other_rollouts_are_the_same_launches(raw, impl):
+    """After 1 and 30 steps: other lengths, eight pages more a slot. A graph of the first is one of the second."""
+    first, later = (trace(started(raw, "plain", n), impl) for n in (1, 30))
+    assert first[0] == later[0] and first[1] == later[1] and len(first[1]) > 10
+
+
+def test_what_a_step_reads_and_writes_stays_where_it_is():
+    """A graph replays with its addresses: over new pages, ended rollouts and others in their slots."""
+    def addresses(batch):
+        tensors = [*batch.inputs.device.values(), *batch.pool.k, *batch.pool.v, batch.out_2b]
+        return [x.data_ptr() for x in tensors]
+    batch = started(QWEN2, "plain", 1)
+    before, seen = addresses(batch), set()
+    with torch.no_grad():
+        while batch.waiting or batch.slots:
+            batch.admit() if batch.fits() else batch.step()
+            seen |= {(slot.prompt, slot.sample) for slot in batch.slots}
+    assert len(seen) == 9 and addresses(batch) == before
+
+
+def branches(x):
+    if x.sum() > 0:
+        x = x + 1
+
+
+MISTAKES = {
+    "tolist": (lambda x: x.tolist(), DataDependentOutputException),
+    "item": (lambda x: x.max().item(), DataDependentOutputException),
+    "a branch": (branches, DataDependentOutputException),
+    "nonzero": (lambda x: x.nonzero(), DynamicOutputShapeException),
+    "a boolean index": (lambda x: x[x > 0], DynamicOutputShapeException),
+    "unique": (lambda x: x.unique(), DynamicOutputShapeException),
+}
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_step_that_looks_is_found(mistake, impl, monkeypatch):
+    """The control: each of them, put into the middle of the step, on what the model has computed."""
+    batch, draw, (look, error) = started(QWEN2, "plain", 1), Batch.draw, MISTAKES[mistake]
+
+    def looks(self, hidden_ad, *rest):
+        look(hidden_ad)
+        return draw(self, hidden_ad, *rest)
+    monkeypatch.setattr(Batch, "draw", looks)
+    with pytest.raises(error):
+        trace(batch, impl)
+
+
+def test_a_step_with_a_number_of_the_host_is_found(monkeypatch):
+    """The control of the same launches: a number that the host has counted, which a graph would replay."""
+    batches, draw = [started(QWEN2, "plain", n) for n in (1, 30)], Batch.draw
+    monkeypatch.setattr(Batch, "draw", lambda self, *rest: draw(self, *rest) + self.inputs.n_own_pages)
+    first, later = (trace(batch, "triton")[0] for batch in batches)
+    assert first != later and len(first) == len(later)
