@@ -2,6 +2,7 @@
 whoever reads one, or makes a shape of one, is an error; the list of operations and launches of two steps of different
 rollouts, which must be the same; addresses. The controls put such mistakes into the step."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import model as model_py  # noqa: E402
 from batch import Batch  # noqa: E402
+from bench import gpu  # noqa: E402
 from bench.fake import no_kernels  # noqa: E402
 from draw import Sampling  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
@@ -136,3 +138,27 @@ def test_a_step_with_a_number_of_the_host_is_found(monkeypatch):
     monkeypatch.setattr(Batch, "draw", lambda self, *rest: draw(self, *rest) + self.inputs.n_own_pages)
     first, later = (trace(batch, "triton")[0] for batch in batches)
     assert first != later and len(first) == len(later)
+
+
+def test_the_gpu_benchmark_runs_at_toy_size(monkeypatch, capsys):
+    """Its rows hang together, and it measures what it says. Oracle: the bytes of a step, counted by hand: of 2 layers of
+    width 64 with 4 and 2 heads of 16 channels, an MLP of 96, and a head of 512 rows, in float32."""
+    seen = []
+    bytes_read = gpu.bytes_read
+    monkeypatch.setattr(gpu, "bytes_read", lambda batch: seen.append((batch, bytes_read(batch))) or seen[-1][1])
+    lengths = []
+    monkeypatch.setattr(gpu, "ms_a_step", lambda batch, n, measure=gpu.ms_a_step: (
+        lengths.append([len(slot.rollout.ids) for slot in batch.slots]), measure(batch, n))[1])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--part", "decode", "--toy", "--peers"])
+    gpu.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["decode"]["steps"]
+    assert [(row["slots"], row["graphs"]) for row in rows] == [(4, False), (9, False)]
+    layer = (64 + 2 * 32) * 64 + (64 + 2 * 32) + 64 * 64 + 3 * 96 * 64 + 2 * 64  # q, k, v; biases; o; MLP; norms
+    for (batch, n_bytes), before, row in zip(seen, lengths, rows):
+        n_prompts = -(-row["slots"] // 7)
+        n_tokens = 20 * n_prompts + sum(before)  # a prompt's keys once for its group
+        assert n_bytes == 4 * (2 * layer + 64 + 512 * 64 + n_tokens * 2 * 2 * 2 * 16)
+        assert all(8 <= n <= 12 for n in before) and len(before) == row["slots"]
+        after = [len(slot.rollout.ids) for slot in batch.slots]
+        assert after == [n + gpu.WARM_UP + 3 for n in before]
+        assert abs(row["ratio"] - row["ms"] / row["bound_ms"]) < 0.1 * row["ratio"]
