@@ -5,7 +5,7 @@
 
 The first table is one step without a graph, Batch.compute_step(n, whole=True): launches that do nothing, and torch
 operations on tensors so small that what they cost is being called. A GPU's host pays much the same for each, and the
-driver's own launch, 2-3 us, on top. The second is the rest of Batch.step when a graph holds the step: pages, upload,
+driver's own launch, 2-3 us, on top. One launch alone is said first, as a yardstick for the machine. The second is the rest of Batch.step when a graph holds the step: pages, upload,
 tolist, advance, record, with copies to another place in memory for the copies to a GPU. Time is the thread's own, the
 least of all runs, since what else runs on the machine only adds to it. JSON line last.
 """
@@ -22,6 +22,7 @@ import torch
 from batch import Batch
 from bench.fake import fake_gpu
 from draw import Sampling
+from kernels import pointwise
 from model import Model, ModelConfig
 
 GOAL_MS = {"step of 28 layers": 5.0, "around a graph": 0.5}
@@ -67,6 +68,15 @@ def step_without_graph(n_layers, n_slots, n_runs):
 
 
 @torch.inference_mode()
+def one_launch(n_runs):
+    """Microseconds of the smallest kernel's launch, the yardstick of a machine and its moment."""
+    gate, up, out = torch.zeros(3, 8, 64)
+    with fake_gpu():
+        return least_us(lambda: [pointwise._swiglu_fwd_kernel[8, 1](gate, up, out, 64, 64, 64, 1024) for _ in range(100)],
+                        n_runs) / 100
+
+
+@torch.inference_mode()
 def around_graph(n_slots, n_runs):
     batch = make_batch(tiny(1), n_slots, "torch")
     batch.compute = lambda n: None
@@ -97,7 +107,8 @@ def main():
     torch.set_num_threads(1)
     if args.profile:
         return profile(args.profile, 8)
-    rows = {"step_us": {}, "around_us": {}}
+    rows = {"launch_us": one_launch(args.runs), "step_us": {}, "around_us": {}}
+    print(f"one launch: {rows['launch_us']:.1f} us")
     print("layers  launches  Python, us")
     for n_layers in args.layers:
         launches, us = step_without_graph(n_layers, 8, args.runs)
