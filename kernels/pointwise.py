@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as functional
 
-from kernels.tiles import POINTWISE, check_launch, jit, tl, triton, wide
+from kernels.tiles import POINTWISE, check_launch, jit, launch, tl, triton, wide
 
 
 def add_rms_norm_ref(x_nd, delta_nd, weight_d, eps):
@@ -67,8 +67,9 @@ def launch_add_rms_norm(x_nd, delta_nd, weight_d, eps):
     out_nd = torch.empty_like(x_nd)
     rstd_n = x_nd.new_empty(N, dtype=torch.float32)
     if N:
-        _rms_norm_fwd_kernel[N,](x_nd, delta_nd, weight_d, sum_nd, out_nd, rstd_n, D, eps, delta_nd is not None,
-                                 **_norm_options(D))
+        BLOCK_D, options = _norm_options(D)
+        launch(_rms_norm_fwd_kernel, (N, 1, 1), (x_nd, delta_nd, weight_d, sum_nd, out_nd, rstd_n),
+               (D, eps, delta_nd is not None, BLOCK_D), options)
     return sum_nd, out_nd, rstd_n
 
 
@@ -92,8 +93,9 @@ class AddRmsNormTriton(torch.autograd.Function):
         n_programs = min(N, 1024)  # enough for any GPU; more would leave more parts to sum
         part_id = rstd_n.new_empty(n_programs, D)
         if N:
+            BLOCK_D, options = _norm_options(D)
             _rms_norm_bwd_kernel[n_programs,](sum_nd, weight_d, rstd_n, grad_out_nd, grad_sum_nd, grad_x_nd, part_id, N,
-                                              D, ctx.add, **_norm_options(D))
+                                              D, ctx.add, BLOCK_D, **options)
         # x and delta enter as a sum: their gradients are the same tensor
         return grad_x_nd, grad_x_nd if ctx.add else None, part_id.sum(0).to(weight_d.dtype), None
 
@@ -102,7 +104,7 @@ class AddRmsNormTriton(torch.autograd.Function):
 def _norm_options(D):
     """A row is a block; a warp for 512 channels, 16 at most."""
     BLOCK_D = triton.next_power_of_2(D)
-    return {"BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 512, 1), 16)} | POINTWISE
+    return BLOCK_D, {"num_warps": min(max(BLOCK_D // 512, 1), 16)} | POINTWISE
 
 
 def rope_ref(x_nhc, cos_nc, sin_nc, weight_c=None, eps=0.0):
@@ -183,16 +185,15 @@ def launch_rope(x_nhc, cos_nc, sin_nc, weight_c, eps):
     out_nhc = x_nhc.new_empty(N, H, C)
     if N:
         stride_n, stride_h, _ = x_nhc.stride()
-        _rope_fwd_kernel[N,](x_nhc, cos_nc, sin_nc, weight_c, out_nhc, eps, stride_n, stride_h,
-                             NORM=weight_c is not None, **_rope_options(H, C))
+        launch(_rope_fwd_kernel, (N, 1, 1), (x_nhc, cos_nc, sin_nc, weight_c, out_nhc),
+               (eps, stride_n, stride_h, *_rope_sizes(H, C, weight_c is not None)), POINTWISE)
     return out_nhc
 
 
 @functools.lru_cache
-def _rope_options(H, C):
-    """A token's heads are a block."""
-    return {"H": H, "HALF": C // 2, "BLOCK_H": triton.next_power_of_2(H),
-            "BLOCK_C": triton.next_power_of_2(C // 2)} | POINTWISE
+def _rope_sizes(H, C, normed):
+    """H, HALF, NORM, BLOCK_H and BLOCK_C: a token's heads are a block."""
+    return H, C // 2, normed, triton.next_power_of_2(H), triton.next_power_of_2(C // 2)
 
 
 class RopeTriton(torch.autograd.Function):
@@ -214,7 +215,7 @@ class RopeTriton(torch.autograd.Function):
         part_ic = None if weight_c is None else cos_nc.new_empty(n_programs, C)
         if N:
             _rope_bwd_kernel[n_programs,](x_nhc, cos_nc, sin_nc, weight_c, grad_nhc, grad_x_nhc, part_ic, N, ctx.eps,
-                                          *ctx.strides, NORM=weight_c is not None, **_rope_options(H, C))
+                                          *ctx.strides, *_rope_sizes(H, C, weight_c is not None), **POINTWISE)
         grad_weight_c = None if weight_c is None else part_ic.sum(0).to(weight_c.dtype)
         return grad_x_nhc, None, None, grad_weight_c, None
 
@@ -258,13 +259,13 @@ def launch_swiglu(gate_nf, up_nf):
     N, F = gate_nf.shape
     out_nf = gate_nf.new_empty(N, F)
     if N:
-        _swiglu_fwd_kernel[_swiglu_grid(N, F)](gate_nf, up_nf, out_nf, gate_nf.stride(0), up_nf.stride(0), F,
-                                               SWIGLU_BLOCK, **POINTWISE)
+        launch(_swiglu_fwd_kernel, _swiglu_grid(N, F), (gate_nf, up_nf, out_nf),
+               (gate_nf.stride(0), up_nf.stride(0), F, SWIGLU_BLOCK), POINTWISE)
     return out_nf
 
 
 def _swiglu_grid(N, F):
-    return N, -(-F // SWIGLU_BLOCK)
+    return N, -(-F // SWIGLU_BLOCK), 1
 
 
 class SwigluTriton(torch.autograd.Function):

@@ -18,6 +18,7 @@ from batch import Batch  # noqa: E402
 from bench import gpu  # noqa: E402
 from bench.fake import no_kernels  # noqa: E402
 from draw import Sampling  # noqa: E402
+from kernels.tiles import launch  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 
 QWEN2 = dict(model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -138,6 +139,48 @@ def test_a_step_with_a_number_of_the_host_is_found(monkeypatch):
     monkeypatch.setattr(Batch, "draw", lambda self, *rest: draw(self, *rest) + self.inputs.n_own_pages)
     first, later = (trace(batch, "triton")[0] for batch in batches)
     assert first != later and len(first) == len(later)
+
+
+class Compiler:
+    """A kernel, as Triton has them: kernel[grid](...) launches, and returns what was compiled for such arguments, which
+    launches others like these as compiled[grid](...)."""
+
+    def __init__(self):
+        self.asked, self.again = [], []
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            self.asked.append((grid, *args))
+            return Compiled(self)
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.again.append((grid, *args))
+
+
+def test_a_launch_is_looked_up_once_for_its_like():
+    """Oracle: whom Triton is asked about. The same dtypes, numbers and options, on any memory and grid, once; anything
+    else that a kernel is compiled for, again; a tensor that begins off a multiple of 16 bytes, always."""
+    kernel, x, y = Compiler(), torch.zeros(64), torch.ones(64)
+    launch(kernel, (4, 1, 1), (x, None, y), (64, 1e-6), {"num_warps": 1})
+    launch(kernel, (5, 1, 1), (y[8:], None, x), (64, 1e-6), {"num_warps": 1})
+    assert len(kernel.asked) == len(kernel.again) == 1
+    grid, *rest = kernel.again[0]
+    assert grid == (5, 1, 1) and rest[0].data_ptr() == y[8:].data_ptr() and rest[1:] == [None, x, 64, 1e-6]
+    others = [((x.half(), None, y), (64, 1e-6), {"num_warps": 1}), ((x, y, y), (64, 1e-6), {"num_warps": 1}),
+              ((x, None, y.half()), (64, 1e-6), {"num_warps": 1}), ((x, None, y), (48, 1e-6), {"num_warps": 1}),
+              ((x, None, y), (64, 1e-6), {"num_warps": 2}), ((x.to("meta"), None, y), (64, 1e-6), {"num_warps": 1})]
+    for n, other in enumerate(others):
+        launch(kernel, (4, 1, 1), *other)
+        assert len(kernel.asked) == 2 + n
+    for tensors in ((x[1:], None, y), (x, None, y[4:]), (x[1:], None, y)):
+        launch(kernel, (4, 1, 1), tensors, (64, 1e-6), {"num_warps": 1})
+    assert len(kernel.asked) == 1 + len(others) + 3 and len(kernel.again) == 1
 
 
 def test_the_gpu_benchmark_runs_at_toy_size(monkeypatch, capsys):
