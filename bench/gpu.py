@@ -1,4 +1,4 @@
-"""What only a GPU can answer, part by part: each prints a table with its goals beside it, and takes under three minutes.
+"""What only a GPU can answer, part by part: each prints a table with its goals beside it, in under three minutes.
 
     python -m bench.gpu --part decode            Qwen2.5-7B's geometry, random weights, bfloat16, one GPU of 80 GB
     python -m bench.gpu --part decode --toy      a tiny model, on a CPU too: that the command works
@@ -7,8 +7,8 @@ decode: a step of 32 to 256 rollouts, in groups of 7 on prompts of 2,048 tokens,
 long. They are not written but put there, as rollouts that had been put back: their keys come with the prefill (half a
 million tokens, 8 PFLOP, in all). Then STEPS steps with CUDA graphs and STEPS without, after WARM_UP that compile and
 capture: about 400 steps of 10 to 40 ms. Beside a step stands the time in which the card could read what the step has to
-read, once: the weights and the keys and values. The bandwidth is that of a large copy on the same card. Last, where they
-are installed, vLLM and transformers' continuous batching on the same prompts and rollouts, as prompts to be continued:
+read, once: the weights and the keys and values. The bandwidth is that of a large copy on the same card. Last, where
+they are installed, vLLM and transformers' continuous batching on the same prompts and rollouts, as prompts to be continued:
 the time of PEER_STEPS + 1 tokens less the time of one.
 
 The last line is JSON: {part: {...}}.
@@ -142,7 +142,8 @@ def decode(args):
     for name, result in peers.items():
         print(f"{name}, {n_slots} slots: {result if isinstance(result, str) else f'{result} tokens/s'}")
     print("goals: " + "; ".join(f"{goal} {number}" for goal, number in GOALS.items()))
-    return {"device": card, "dtype": str(dtype)[6:], "bandwidth_gb_s": round(speed / 1e9), "steps": rows, "peers": peers}
+    return {"device": card, "dtype": str(dtype)[6:], "bandwidth_gb_s": round(speed / 1e9), "steps": rows,
+            "peers": peers}
 
 
 def decode_ours(model, slots, lengths, steps, speed, card):

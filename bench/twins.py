@@ -126,8 +126,10 @@ def run_side(call, args):
 
 def measure_side(side, folder):
     """The peak memory, in GB, of a process that does this side's work alone: this command, with --side."""
-    command = [sys.executable, "-m", "bench." + Path(sys.argv[0]).stem, *sys.argv[1:], "--side", side, "--folder", folder]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])["gb"]
+    module = "bench." + Path(sys.argv[0]).stem
+    command = [sys.executable, "-m", module, *sys.argv[1:], "--side", side, "--folder", folder]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])["gb"]
 
 
 def peak_bytes():

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from kernels.attention import launch_attention, tokens_per_tile
-from kernels.tiles import (LOG2E, POINTWISE, attention_tiling, check_launch, in_pages, jit, launch, load_rows, tl, triton,
-                           wide)
+from kernels.tiles import (LOG2E, POINTWISE, attention_tiling, check_launch, in_pages, jit, launch, load_rows, tl,
+                           triton, wide)
 
 NOBODY = 2**62  # first_x of a page that nobody owns: beyond every length
 

@@ -822,8 +822,8 @@ def test_rope_kernels(N, heads, head_dim, normed, first, impl, dtype):
 
 @pytest.mark.parametrize("impl,dtype", KERNELS, ids=shown)
 def test_swiglu_kernels(impl, dtype):
-    """Oracle: swiglu_ref in float64, over more than one block of a row, of two parts of one product with a column between
-    them; gates that close and open fully."""
+    """Oracle: swiglu_ref in float64, over more than one block of a row, of two parts of one product with a column
+    between them; gates that close and open fully."""
     def op(impl):
         return lambda x: swiglu(x[:, :1030], x[:, 1031:], impl)
     bound = unit(dtype) + 8 * unit(wide(dtype))  # one rounding to the dtype, at most 8 to float32

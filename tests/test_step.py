@@ -29,7 +29,7 @@ SAMPLINGS = {"plain": {}, "greedy": dict(temperature=0.0), "cut": dict(temperatu
 
 
 def started(raw, sampling, n_steps):
-    """A Batch in which 5 slots have written n_steps tokens, of 3 prompts in pages of 4 tokens, with the PyTorch path."""
+    """A Batch in which 5 slots have written n_steps tokens, of 3 prompts in pages of 4, with the PyTorch path."""
     model = Model.random(ModelConfig.from_dict(raw)).requires_grad_(False).fuse()
     prompts = [[7] * 9, [1], list(range(40))]
     batch = Batch(model, prompts, Sampling(n=3, max_new_tokens=64, **SAMPLINGS[sampling]), N_SLOTS, page_size=4)
@@ -184,7 +184,7 @@ def test_a_launch_is_looked_up_once_for_its_like():
 
 
 def test_the_gpu_benchmark_runs_at_toy_size(monkeypatch, capsys):
-    """Its rows hang together, and it measures what it says. Oracle: the bytes of a step, counted by hand: of 2 layers of
+    """Its rows hang together, and it measures what it says. Oracle: the bytes of a step, counted by hand: 2 layers of
     width 64 with 4 and 2 heads of 16 channels, an MLP of 96, and a head of 512 rows, in float32."""
     seen = []
     bytes_read = gpu.bytes_read
