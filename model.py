@@ -351,16 +351,22 @@ class Attention(nn.Module):
         self.fused = _join([p.weight for p in projections]), bias
 
     def forward(self, x_nd, cos_nc, sin_nc, attend, layer, impl):
-        if self.fused:
-            q_nd, k_nd, v_nd = linear(x_nd, *self.fused, impl).split((self.H * self.C, self.K * self.C, self.K * self.C), 1)
+        H, K, C = self.H, self.K, self.C
+        if self.fused:  # the heads of one product, side by side: they are read where they are
+            qkv_nhc = linear(x_nd, *self.fused, impl).view(-1, H + 2 * K, C)
+            q_nhc, k_nkc, v_nkc = qkv_nhc[:, :H], qkv_nhc[:, H:H + K], qkv_nhc[:, H + K:]
         else:
-            q_nd = linear(x_nd, self.q_proj.weight, self.q_proj.bias, impl)
-            k_nd = linear(x_nd, self.k_proj.weight, self.k_proj.bias, impl)
-            v_nd = linear(x_nd, self.v_proj.weight, self.v_proj.bias, impl)
+            q_nhc = linear(x_nd, self.q_proj.weight, self.q_proj.bias, impl).view(-1, H, C)
+            k_nkc = linear(x_nd, self.k_proj.weight, self.k_proj.bias, impl).view(-1, K, C)
+            v_nkc = linear(x_nd, self.v_proj.weight, self.v_proj.bias, impl).view(-1, K, C)
         # v is neither normed nor rotated: positions decide what is looked at, not what is read there
-        q_nhc = self.rotated(q_nd.view(-1, self.H, self.C), self.q_norm, cos_nc, sin_nc, impl)
-        k_nkc = self.rotated(k_nd.view(-1, self.K, self.C), self.k_norm, cos_nc, sin_nc, impl)
-        out_nhc = attend(layer, q_nhc, k_nkc, v_nd.view(-1, self.K, self.C))
+        if self.fused and self.q_norm is None:  # all heads turn alike: q's and k's in one
+            qk_nhc = rope(qkv_nhc[:, :H + K], cos_nc, sin_nc, impl=impl)
+            q_nhc, k_nkc = qk_nhc[:, :H], qk_nhc[:, H:]
+        else:
+            q_nhc = self.rotated(q_nhc, self.q_norm, cos_nc, sin_nc, impl)
+            k_nkc = self.rotated(k_nkc, self.k_norm, cos_nc, sin_nc, impl)
+        out_nhc = attend(layer, q_nhc, k_nkc, v_nkc)
         return linear(out_nhc.flatten(1), self.o_proj.weight, self.o_proj.bias, impl)
 
     def rotated(self, x_nhc, norm, cos_nc, sin_nc, impl):

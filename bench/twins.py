@@ -4,8 +4,11 @@ import argparse
 import json
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -14,58 +17,125 @@ from model import Model, ModelConfig
 SHAPES = {  # layers, width, heads, kv heads, ffn, vocabulary; qwen2.5-0.5b is the published geometry
     "tiny": (4, 256, 8, 2, 768, 8192),
     "small": (12, 512, 8, 2, 1536, 32768),
+    "25m": (8, 384, 6, 2, 1024, 32768),
+    "100m": (12, 768, 12, 2, 2048, 32768),
     "qwen2.5-0.5b": (24, 896, 14, 2, 4864, 151936),
 }
 
 
-def options(**defaults):
-    """The benchmarks' common flags, and an integer flag for each keyword."""
+def options(*flags, **numbers):
+    """The benchmarks' common options, a switch for each flag, and an integer option for each keyword."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=SHAPES, default="tiny")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
-    for name, value in defaults.items():
+    parser.add_argument("--side", choices=("ours", "peer"), help="run this side alone, and say its peak memory")
+    parser.add_argument("--folder", help="the model's folder, for --side: made by whoever starts it")
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true")
+    for name, value in numbers.items():
         parser.add_argument("--" + name, type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     return args
 
 
-def twins(args):
-    """(ours, transformers' model) with equal random weights, on the GPU if there is one."""
-    from transformers import AutoModelForCausalLM
-    L, D, H, K, F, V = SHAPES[args.model]
-    config = ModelConfig.from_dict({
+def geometry(L, D, H, K, F, V):
+    return ModelConfig.from_dict({
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": L, "hidden_size": D,
         "num_attention_heads": H, "num_key_value_heads": K, "intermediate_size": F, "vocab_size": V,
         "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True})
+
+
+def load(side, args, folder):
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
+    if side == "ours":
+        return Model.from_pretrained(folder, device, dtype)
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+
+
+def compare(name, args, work, units, ours, peer, flops=None):
+    """Runs ours(model) and peer(model) alternately, prints a line for each run and, last, the JSON line: units a
+    second, medians; the peak memory of each, in a process of its own; and, if `flops` says how many floating-point
+    operations our matrix products are, what share of the machine's matrix rate that is."""
+    calls = {"ours": ours, "peer": peer}
+    if args.side:
+        return run_side(calls[args.side], args)
+    seconds, matrix_rates = {"ours": [], "peer": []}, []
     with tempfile.TemporaryDirectory() as folder:
-        Model.random(config, dtype=dtype).save_pretrained(folder)
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
-        return Model.from_pretrained(folder, device, dtype), peer
-
-
-def race(name, args, work, units, ours, peer):
-    """Runs both alternately, prints a row per run and, last, the JSON line; throughputs are units a second, medians."""
-    seconds = {"ours": [], "peer": []}
+        Model.random(geometry(*SHAPES[args.model]), dtype=getattr(torch, args.dtype)).save_pretrained(folder)
+        peak_gb = {side: measure_side(side, folder) for side in calls}
+        models = {side: load(side, args, folder) for side in calls}
     for run in range(args.runs + 1):  # the first warms up
-        for who, call in (("ours", ours), ("peer", peer)):
+        for side, call in calls.items():
             began = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            call(models[side])
+            synchronize()
             if run:
-                seconds[who].append(time.perf_counter() - began)
+                seconds[side].append(time.perf_counter() - began)
         if run:
+            matrix_rates.append(matrix_rate(args))
             print(f"run {run}: ours {seconds['ours'][-1]:.3f} s, peer {seconds['peer'][-1]:.3f} s", flush=True)
-    rate = {who: units / statistics.median(s) for who, s in seconds.items()}
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"bench": name, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                      "threads": args.threads, "dtype": args.dtype, "model": args.model, "work": work,
-                      "ours": round(rate["ours"], 1), "peer": round(rate["peer"], 1),
-                      "ratio": round(rate["ours"] / rate["peer"], 2),
-                      "ratios": [round(p / o, 2) for o, p in zip(seconds["ours"], seconds["peer"])],
-                      "both_gb": round(peak / 1e9, 2)}))
+    rate = {side: units / statistics.median(s) for side, s in seconds.items()}
+    row = {"bench": name, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+           "threads": args.threads, "dtype": args.dtype, "model": args.model, "work": work,
+           "ours": round(rate["ours"], 1), "peer": round(rate["peer"], 1),
+           "ratio": round(rate["ours"] / rate["peer"], 2),
+           "ratios": [round(p / o, 2) for o, p in zip(seconds["ours"], seconds["peer"])],
+           "ours_gb": peak_gb["ours"], "peer_gb": peak_gb["peer"]}
+    if flops:
+        matrix = statistics.median(matrix_rates)
+        row |= {"matrix_gflops": round(matrix / 1e9, 1),
+                "share": round(flops / statistics.median(seconds["ours"]) / matrix, 3)}
+    print(json.dumps(row))
+
+
+def matrix_flops(config, n_computed, n_drawn):
+    """Floating-point operations of the matrix products: a multiplication and an addition for each weight and token, the
+    head's for the tokens that are drawn only. Attention's own are left out."""
+    D, C, F = config.hidden_size, config.head_dim, config.intermediate_size
+    heads = config.num_attention_heads + config.num_key_value_heads
+    layers = config.num_hidden_layers * (2 * D * heads * C + 3 * D * F)  # q and o, k and v; gate, up and down
+    return 2 * n_computed * layers + 2 * n_drawn * D * config.vocab_size
+
+
+def matrix_rate(args, n=2048):
+    """Floating-point operations a second of one large product in this dtype, with these threads."""
+    a = torch.randn(n, n).to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype))
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def run_side(call, args):
+    """In its own process: the work once, and the peak."""
+    call(load(args.side, args, args.folder))
+    print(json.dumps({"gb": round(peak_bytes() / 1e9, 3)}))
+
+
+def measure_side(side, folder):
+    """The peak memory, in GB, of a process that does this side's work alone: this command, with --side."""
+    module = "bench." + Path(sys.argv[0]).stem
+    command = [sys.executable, "-m", module, *sys.argv[1:], "--side", side, "--folder", folder]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])["gb"]
+
+
+def peak_bytes():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # not ru_maxrss, which a process starts with that of the one that started it
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -34,6 +34,7 @@ from kernels.decode import decode_attention_ref, decode_invariant, decode_triton
 from kernels.logp import LinearInvariant, LinearLogpChunked, LinearLogpTriton, launch_linear, logits_ref
 from kernels.logp import linear_logp_ref  # noqa: F401
 from kernels.pointwise import AddRmsNormTriton, RopeTriton, SwigluTriton, add_rms_norm_ref, rope_ref, swiglu_ref
+from kernels.pointwise import launch_add_rms_norm, launch_rope, launch_swiglu
 from kernels.tiles import INTERPRETED, wide  # noqa: F401
 from kernels.tiles import runs_triton
 
@@ -111,6 +112,8 @@ def linear(x_nd, weight_vd, bias_v=None, impl=None):
     """
     if impl != "invariant":
         return F.linear(x_nd, weight_vd, bias_v)
+    if not torch.is_grad_enabled():
+        return launch_linear(x_nd, weight_vd, bias_v, x_nd.dtype)
     return LinearInvariant.apply(x_nd, weight_vd, bias_v)
 
 
@@ -129,6 +132,8 @@ def rms_norm(x_nd, weight_d, eps, impl=None):
     """weight x / sqrt(mean(x^2) + eps) over the last axis."""
     if not use_triton(x_nd, impl):
         return add_rms_norm_ref(x_nd, None, weight_d, eps)[1]
+    if not torch.is_grad_enabled():
+        return launch_add_rms_norm(x_nd, None, weight_d, eps)[1]
     return AddRmsNormTriton.apply(x_nd, None, weight_d, eps)
 
 
@@ -136,6 +141,8 @@ def add_rms_norm(x_nd, delta_nd, weight_d, eps, impl=None):
     """The residual stream x + delta, and its rms_norm, in one pass over memory."""
     if not use_triton(x_nd, impl):
         return add_rms_norm_ref(x_nd, delta_nd, weight_d, eps)
+    if not torch.is_grad_enabled():
+        return launch_add_rms_norm(x_nd, delta_nd, weight_d, eps)[:2]
     return AddRmsNormTriton.apply(x_nd, delta_nd, weight_d, eps)
 
 
@@ -143,6 +150,8 @@ def rope(x_nhc, cos_nc, sin_nc, weight_c=None, eps=0.0, impl=None):
     """Rotary embedding, after Qwen3's norm over the channels of a head if weight_c is given."""
     if not use_triton(x_nhc, impl):
         return rope_ref(x_nhc, cos_nc, sin_nc, weight_c, eps)
+    if not torch.is_grad_enabled():
+        return launch_rope(x_nhc, cos_nc, sin_nc, weight_c, eps)
     return RopeTriton.apply(x_nhc, cos_nc, sin_nc, weight_c, eps)
 
 
@@ -150,4 +159,6 @@ def swiglu(gate_nf, up_nf, impl=None):
     """silu(gate) up, elementwise: the MLP's middle."""
     if not use_triton(gate_nf, impl):
         return swiglu_ref(gate_nf, up_nf)
+    if not torch.is_grad_enabled():
+        return launch_swiglu(gate_nf, up_nf)
     return SwigluTriton.apply(gate_nf, up_nf)

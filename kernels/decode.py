@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from kernels.attention import launch_attention, tokens_per_tile
-from kernels.tiles import LOG2E, POINTWISE, attention_tiling, check_launch, in_pages, jit, load_rows, tl, triton, wide
+from kernels.tiles import (LOG2E, POINTWISE, attention_tiling, check_launch, in_pages, jit, launch, load_rows, tl,
+                           triton, wide)
 
 NOBODY = 2**62  # first_x of a page that nobody owns: beyond every length
 
@@ -262,17 +263,16 @@ def decode_triton(q_bhc, k_xkic, v_xkic, tables):
     K = k_xkic.shape[1]
     check_launch(q_bhc, k_xkic, v_xkic)
     assert k_xkic.stride() == v_xkic.stride() and k_xkic.shape[2:] == (tables.page_size, C), (k_xkic.shape, C)
-    geometry = H, K, C, q_bhc.dtype
+    geometry = H, K, C, q_bhc.dtype, q_bhc.stride(), k_xkic.stride()
     if geometry not in tables.plans:
-        tables.plans[geometry] = _plan(q_bhc, K, tables)
+        tables.plans[geometry] = _plan(q_bhc, k_xkic, tables)
     plan = tables.plans[geometry]
-    for launch in plan.launches:
-        _decode_split_kernel[launch.grid](
-            q_bhc, k_xkic, v_xkic, launch.page_xt, launch.length_x, launch.slot_xg, plan.part_bhsc, plan.lse_bhs,
-            *q_bhc.stride()[:2], *k_xkic.stride()[:3], *launch.numbers, **launch.options)
+    for splits in plan.splits:
+        launch(_decode_split_kernel, splits.grid, (q_bhc, k_xkic, v_xkic, *splits.tables, plan.part_bhsc, plan.lse_bhs),
+               splits.numbers, splits.options)
     out_bhc = q_bhc.new_empty(B, H, C)
-    _decode_merge_kernel[B * H,](plan.part_bhsc, plan.lse_bhs, tables.place_b, out_bhc, *plan.merge_numbers,
-                                 **plan.merge_options)
+    launch(_decode_merge_kernel, (B * H, 1, 1), (plan.part_bhsc, plan.lse_bhs, tables.place_b, out_bhc),
+           plan.merge_numbers, plan.merge_options)
     return out_bhc
 
 
@@ -280,25 +280,23 @@ def decode_triton(q_bhc, k_xkic, v_xkic, tables):
 class _Splits:
     """A launch of _decode_split_kernel over the items x: but for the queries and keys, what all layers ask for."""
     grid: tuple
-    page_xt: torch.Tensor
-    length_x: torch.Tensor
-    slot_xg: torch.Tensor
-    numbers: tuple  # from stride_page on
+    tables: tuple   # page_xt, length_x, slot_xg
+    numbers: tuple  # from stride_qb on
     options: dict
 
 
 @dataclass(frozen=True)
 class _Plan:
     """A step's launches and the memory of its partial results, which its layers take in turn."""
-    launches: list
+    splits: list
     merge_numbers: tuple  # from n_heads on
     merge_options: dict
     part_bhsc: torch.Tensor
     lse_bhs: torch.Tensor
 
 
-def _plan(q_bhc, K, tables):
-    (B, H, C), device = q_bhc.shape, q_bhc.device
+def _plan(q_bhc, k_xkic, tables):
+    (B, H, C), K, device = q_bhc.shape, k_xkic.shape[1], q_bhc.device
     share, I = H // K, tables.page_size
     items = [(tables.page_bt, tables.length_b, torch.arange(B, device=device)[:, None]),
              (tables.page_pu, tables.length_p, tables.slot_pg)]
@@ -312,21 +310,21 @@ def _plan(q_bhc, K, tables):
         blocks, options = attention_tiling("decode_group" if n_rows > 16 else "decode", q_bhc, C)
         n_row_tiles = triton.cdiv(n_rows, blocks["BLOCK_M"])
         n_programs, T = len(page_xt) * n_row_tiles * K, page_xt.shape[1] * I
-        tilings.append((n_row_tiles, blocks | options))
+        tilings.append((n_row_tiles, tuple(blocks.values()), options))
         n_splits.append(_n_splits(n_programs, T, blocks["BLOCK_N"], device) if n_programs * T else 0)
-    launches, first_split, n_all = [], 0, sum(n_splits)
-    for (page_xt, length_x, slot_xg), (n_row_tiles, options), n in zip(items, tilings, n_splits):
+    splits, first_split, n_all = [], 0, sum(n_splits)
+    for (page_xt, length_x, slot_xg), (n_row_tiles, blocks, options), n in zip(items, tilings, n_splits):
         grid = len(page_xt) * n_row_tiles, K, n
-        numbers = (page_xt.stride(0), slot_xg.stride(0), K, slot_xg.shape[1], n_row_tiles, n, first_split, n_all,
-                   1 / math.sqrt(C), share, C, I)
+        numbers = (*q_bhc.stride()[:2], *k_xkic.stride()[:3], page_xt.stride(0), slot_xg.stride(0), K, slot_xg.shape[1],
+                   n_row_tiles, n, first_split, n_all, 1 / math.sqrt(C), share, C, I, *blocks)
         if n:
-            launches.append(_Splits(grid, page_xt, length_x, slot_xg, numbers, options))
+            splits.append(_Splits(grid, (page_xt, length_x, slot_xg), numbers, options))
         first_split += n
     BLOCK_S, BLOCK_C = triton.next_power_of_2(n_all), triton.next_power_of_2(C)
     merge_numbers = H, n_splits[0], n_all, C, BLOCK_S, BLOCK_C
     merge_options = {"num_warps": min(max(BLOCK_S * BLOCK_C // 2048, 1), 16)} | POINTWISE
     part_bhsc = q_bhc.new_empty(B, H, n_all, C, dtype=torch.float32)
-    return _Plan(launches, merge_numbers, merge_options, part_bhsc, part_bhsc.new_empty(B, H, n_all))
+    return _Plan(splits, merge_numbers, merge_options, part_bhsc, part_bhsc.new_empty(B, H, n_all))
 
 
 @functools.lru_cache
@@ -373,12 +371,13 @@ def store_triton(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n):
     assert k_xkic.stride() == v_xkic.stride() and k_xkic.shape[1::2] == (K, C), (k_xkic.shape, k_nkc.shape)
     assert page_n.shape == offset_n.shape == (N,) and page_n.is_contiguous() and offset_n.is_contiguous(), page_n.shape
     if N:
-        _store_kernel[N,](k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n, k_nkc.stride(0), v_nkc.stride(0),
-                          *k_xkic.stride()[:3], K, C, **_store_options(K, C))
+        blocks, options = _store_tiling(K, C)
+        launch(_store_kernel, (N, 1, 1), (k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n),
+               (k_nkc.stride(0), v_nkc.stride(0), *k_xkic.stride()[:3], K, C, *blocks), options)
 
 
 @functools.lru_cache
-def _store_options(K, C):
+def _store_tiling(K, C):
     """16 bytes of 2-byte elements a thread."""
     BLOCK_K, BLOCK_C = triton.next_power_of_2(K), triton.next_power_of_2(C)
-    return {"BLOCK_K": BLOCK_K, "BLOCK_C": BLOCK_C, "num_warps": min(max(BLOCK_K * BLOCK_C // 256, 1), 8)} | POINTWISE
+    return (BLOCK_K, BLOCK_C), {"num_warps": min(max(BLOCK_K * BLOCK_C // 256, 1), 8)} | POINTWISE

@@ -1,9 +1,11 @@
 """What stands between the matrix products: `rms_norm`, `add_rms_norm`, `rope`, `swiglu`."""
 
-import torch
-import torch.nn.functional as F
+import functools
 
-from kernels.tiles import POINTWISE, check_launch, jit, tl, triton, wide
+import torch
+import torch.nn.functional as functional
+
+from kernels.tiles import POINTWISE, check_launch, jit, launch, tl, triton, wide
 
 
 def add_rms_norm_ref(x_nd, delta_nd, weight_d, eps):
@@ -55,22 +57,29 @@ def _rms_norm_bwd_kernel(x_ptr, weight_ptr, rstd_ptr, grad_ptr, grad_sum_ptr, gr
     tl.store(part_ptr + tl.program_id(0) * D + d, part_d, mask=d < D)
 
 
+def launch_add_rms_norm(x_nd, delta_nd, weight_d, eps):
+    """sum_nd (x itself where delta is None), its norm, and rstd_n for the backward pass."""
+    N, D = x_nd.shape
+    x_nd = x_nd.contiguous()
+    delta_nd = None if delta_nd is None else delta_nd.contiguous()
+    check_launch(x_nd, weight_d, delta_nd)
+    sum_nd = x_nd if delta_nd is None else torch.empty_like(x_nd)
+    out_nd = torch.empty_like(x_nd)
+    rstd_n = x_nd.new_empty(N, dtype=torch.float32)
+    if N:
+        BLOCK_D, options = _norm_options(D)
+        launch(_rms_norm_fwd_kernel, (N, 1, 1), (x_nd, delta_nd, weight_d, sum_nd, out_nd, rstd_n),
+               (D, eps, delta_nd is not None, BLOCK_D), options)
+    return sum_nd, out_nd, rstd_n
+
+
 class AddRmsNormTriton(torch.autograd.Function):
     """add_rms_norm, or rms_norm where delta is None: then the normed rows alone."""
 
     @staticmethod
     def forward(ctx, x_nd, delta_nd, weight_d, eps):
-        N, D = x_nd.shape
-        x_nd = x_nd.contiguous()
         ctx.add = delta_nd is not None
-        delta_nd = delta_nd.contiguous() if ctx.add else None
-        check_launch(x_nd, weight_d, delta_nd)
-        sum_nd = torch.empty_like(x_nd) if ctx.add else x_nd
-        out_nd = torch.empty_like(x_nd)
-        rstd_n = x_nd.new_empty(N, dtype=torch.float32)
-        if N:
-            _rms_norm_fwd_kernel[N,](x_nd, delta_nd, weight_d, sum_nd, out_nd, rstd_n, D, eps, ctx.add,
-                                     triton.next_power_of_2(D), num_warps=_row_warps(D), **POINTWISE)
+        sum_nd, out_nd, rstd_n = launch_add_rms_norm(x_nd, delta_nd, weight_d, eps)
         ctx.save_for_backward(sum_nd, weight_d, rstd_n)
         return (sum_nd, out_nd) if ctx.add else out_nd
 
@@ -84,16 +93,18 @@ class AddRmsNormTriton(torch.autograd.Function):
         n_programs = min(N, 1024)  # enough for any GPU; more would leave more parts to sum
         part_id = rstd_n.new_empty(n_programs, D)
         if N:
+            BLOCK_D, options = _norm_options(D)
             _rms_norm_bwd_kernel[n_programs,](sum_nd, weight_d, rstd_n, grad_out_nd, grad_sum_nd, grad_x_nd, part_id, N,
-                                              D, ctx.add, triton.next_power_of_2(D), num_warps=_row_warps(D),
-                                              **POINTWISE)
+                                              D, ctx.add, BLOCK_D, **options)
         # x and delta enter as a sum: their gradients are the same tensor
         return grad_x_nd, grad_x_nd if ctx.add else None, part_id.sum(0).to(weight_d.dtype), None
 
 
-def _row_warps(D):
-    """A warp for 512 channels, 16 at most."""
-    return min(max(triton.next_power_of_2(D) // 512, 1), 16)
+@functools.lru_cache  # here and below: next_power_of_2 costs the host as much as half a launch
+def _norm_options(D):
+    """A row is a block; a warp for 512 channels, 16 at most."""
+    BLOCK_D = triton.next_power_of_2(D)
+    return BLOCK_D, {"num_warps": min(max(BLOCK_D // 512, 1), 16)} | POINTWISE
 
 
 def rope_ref(x_nhc, cos_nc, sin_nc, weight_c=None, eps=0.0):
@@ -166,88 +177,110 @@ def _rope_bwd_kernel(x_ptr, cos_ptr, sin_ptr, weight_ptr, grad_ptr, grad_x_ptr, 
         tl.store(part_ptr + tl.program_id(0) * (2 * HALF) + HALF + c, part_b_c, mask=c < HALF)
 
 
+def launch_rope(x_nhc, cos_nc, sin_nc, weight_c, eps):
+    """x may be heads of a wider product: any strides but the channels'."""
+    check_launch(x_nhc, weight_c)
+    assert cos_nc.dtype == sin_nc.dtype == torch.float32 and cos_nc.is_contiguous() and sin_nc.is_contiguous()
+    N, H, C = x_nhc.shape
+    out_nhc = x_nhc.new_empty(N, H, C)
+    if N:
+        stride_n, stride_h, _ = x_nhc.stride()
+        launch(_rope_fwd_kernel, (N, 1, 1), (x_nhc, cos_nc, sin_nc, weight_c, out_nhc),
+               (eps, stride_n, stride_h, *_rope_sizes(H, C, weight_c is not None)), POINTWISE)
+    return out_nhc
+
+
+@functools.lru_cache
+def _rope_sizes(H, C, normed):
+    """H, HALF, NORM, BLOCK_H and BLOCK_C: a token's heads are a block."""
+    return H, C // 2, normed, triton.next_power_of_2(H), triton.next_power_of_2(C // 2)
+
+
 class RopeTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_nhc, cos_nc, sin_nc, weight_c, eps):
         x_nhc = x_nhc if x_nhc.stride(2) == 1 else x_nhc.contiguous()
-        check_launch(x_nhc, weight_c)
-        assert cos_nc.dtype == sin_nc.dtype == torch.float32 and cos_nc.is_contiguous() and sin_nc.is_contiguous()
-        N, H, C = x_nhc.shape
-        normed = weight_c is not None
-        ctx.sizes = dict(H=H, HALF=C // 2, NORM=normed, BLOCK_H=triton.next_power_of_2(H),
-                         BLOCK_C=triton.next_power_of_2(C // 2))
-        ctx.strides = x_nhc.stride()[:2]
-        ctx.eps = eps
-        out_nhc = x_nhc.new_empty(N, H, C)
-        if N:
-            _rope_fwd_kernel[N,](x_nhc, cos_nc, sin_nc, weight_c, out_nhc, eps, *ctx.strides, **ctx.sizes, **POINTWISE)
+        ctx.strides, ctx.eps = x_nhc.stride()[:2], eps
         # without a norm the gradient does not depend on x: nothing of it is kept
-        ctx.save_for_backward(x_nhc if normed else None, cos_nc, sin_nc, weight_c)
-        return out_nhc
+        ctx.save_for_backward(None if weight_c is None else x_nhc, cos_nc, sin_nc, weight_c)
+        return launch_rope(x_nhc, cos_nc, sin_nc, weight_c, eps)
 
     @staticmethod
     def backward(ctx, grad_nhc):
         x_nhc, cos_nc, sin_nc, weight_c = ctx.saved_tensors
-        N, _, C = grad_nhc.shape
+        N, H, C = grad_nhc.shape
         grad_nhc = grad_nhc.contiguous()
         grad_x_nhc = torch.empty_like(grad_nhc)
         n_programs = min(N, 1024)
         part_ic = None if weight_c is None else cos_nc.new_empty(n_programs, C)
         if N:
             _rope_bwd_kernel[n_programs,](x_nhc, cos_nc, sin_nc, weight_c, grad_nhc, grad_x_nhc, part_ic, N, ctx.eps,
-                                          *ctx.strides, **ctx.sizes, **POINTWISE)
+                                          *ctx.strides, *_rope_sizes(H, C, weight_c is not None), **POINTWISE)
         grad_weight_c = None if weight_c is None else part_ic.sum(0).to(weight_c.dtype)
         return grad_x_nhc, None, None, grad_weight_c, None
 
 
 def swiglu_ref(gate_nf, up_nf):
     """silu(gate) up, with silu(x) = x sigmoid(x)."""
-    return F.silu(gate_nf) * up_nf
+    return functional.silu(gate_nf) * up_nf
 
 
 @jit
-def _swiglu_fwd_kernel(gate_ptr, up_ptr, out_ptr, n_elements, BLOCK: tl.constexpr):
-    """out = gate sigmoid(gate) up."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    real = i < n_elements
-    gate = tl.load(gate_ptr + i, mask=real, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + i, mask=real, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=real)
+def _swiglu_fwd_kernel(gate_ptr, up_ptr, out_ptr, stride_gate, stride_up, F, BLOCK: tl.constexpr):
+    """out = gate sigmoid(gate) up, a block of a row. Rows of gate and up may be parts of one product's."""
+    row, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = f < F
+    gate = tl.load(gate_ptr + row * stride_gate + f, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + f, mask=real, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * F + f, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=real)
 
 
 @jit
-def _swiglu_bwd_kernel(gate_ptr, up_ptr, grad_ptr, grad_gate_ptr, grad_up_ptr, n_elements, BLOCK: tl.constexpr):
+def _swiglu_bwd_kernel(gate_ptr, up_ptr, grad_ptr, grad_gate_ptr, grad_up_ptr, stride_gate, stride_up, F,
+                       BLOCK: tl.constexpr):
     """With s = sigmoid(gate):  grad_up = grad gate s;  grad_gate = grad up s (1 + gate (1 - s))."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    real = i < n_elements
-    gate = tl.load(gate_ptr + i, mask=real, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + i, mask=real, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + i, mask=real, other=0.0).to(tl.float32)
+    row, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = f < F
+    gate = tl.load(gate_ptr + row * stride_gate + f, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + f, mask=real, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * F + f, mask=real, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)  # silu = gate s, and s' = s (1 - s): silu' = s + gate s (1 - s)
-    tl.store(grad_up_ptr + i, (grad * gate * s).to(grad_up_ptr.dtype.element_ty), mask=real)
-    tl.store(grad_gate_ptr + i, (grad * up * s * (1 + gate * (1 - s))).to(grad_gate_ptr.dtype.element_ty), mask=real)
+    grad_up, grad_gate = grad * gate * s, grad * up * s * (1 + gate * (1 - s))
+    tl.store(grad_up_ptr + row * F + f, grad_up.to(grad_up_ptr.dtype.element_ty), mask=real)
+    tl.store(grad_gate_ptr + row * F + f, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=real)
+
+
+SWIGLU_BLOCK = 1024
+
+
+def launch_swiglu(gate_nf, up_nf):
+    """gate and up may be columns of one product."""
+    check_launch(gate_nf, up_nf)
+    N, F = gate_nf.shape
+    out_nf = gate_nf.new_empty(N, F)
+    if N:
+        launch(_swiglu_fwd_kernel, _swiglu_grid(N, F), (gate_nf, up_nf, out_nf),
+               (gate_nf.stride(0), up_nf.stride(0), F, SWIGLU_BLOCK), POINTWISE)
+    return out_nf
+
+
+def _swiglu_grid(N, F):
+    return N, -(-F // SWIGLU_BLOCK), 1
 
 
 class SwigluTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_nf, up_nf):
-        gate_nf, up_nf = gate_nf.contiguous(), up_nf.contiguous()
-        check_launch(gate_nf, up_nf)
-        out_nf = torch.empty_like(gate_nf)
-        n_elements = out_nf.numel()
-        if n_elements:
-            _swiglu_fwd_kernel[triton.cdiv(n_elements, 1024),](gate_nf, up_nf, out_nf, n_elements, 1024, **POINTWISE)
         ctx.save_for_backward(gate_nf, up_nf)
-        return out_nf
+        return launch_swiglu(gate_nf, up_nf)
 
     @staticmethod
     def backward(ctx, grad_nf):
         gate_nf, up_nf = ctx.saved_tensors
+        N, F = grad_nf.shape
         grad_nf = grad_nf.contiguous()
-        grad_gate_nf = torch.empty_like(gate_nf)
-        grad_up_nf = torch.empty_like(up_nf)
-        n_elements = grad_nf.numel()
-        if n_elements:
-            _swiglu_bwd_kernel[triton.cdiv(n_elements, 1024),](gate_nf, up_nf, grad_nf, grad_gate_nf, grad_up_nf,
-                                                               n_elements, 1024, **POINTWISE)
+        grad_gate_nf, grad_up_nf = grad_nf.new_empty(N, F), grad_nf.new_empty(N, F)
+        if N:
+            _swiglu_bwd_kernel[_swiglu_grid(N, F)](gate_nf, up_nf, grad_nf, grad_gate_nf, grad_up_nf, gate_nf.stride(0),
+                                                   up_nf.stride(0), F, SWIGLU_BLOCK, **POINTWISE)
         return grad_gate_nf, grad_up_nf

@@ -43,6 +43,9 @@ LINEAR = "test_invariant_linear[37-50-33-float32]"
 NORM, MORE_ROWS = "test_norm_kernels[5-128-triton-float32]", "test_norms_of_more_rows_than_programs"
 ODD_NORM = "test_norm_kernels[37-50-triton-float32]"
 ROPE, ROPE_NORM = (f"test_rope_kernels[{x}-triton-float32]" for x in ("13-4-64-False-2", "7-3-80-True-1"))
+PLAINLY = {name: f"test_without_gradients_the_same_bits[{name}-float32]" for name in
+           ("linear", "rms_norm", "add_rms_norm", "normed rope", "swiglu")}
+APART = "test_rope_of_heads_apart[triton-float32]"
 SWIGLU, BY_HAND = "test_swiglu_kernels[triton-float32]", "test_pointwise_by_hand[torch-float32]"
 LOGITS = "test_logits[invariant-float16]"
 LOGP_BF16 = LOGP.replace("float32", "bfloat16")
@@ -129,8 +132,8 @@ MUTANTS = [
     ("decode: a page's place is not its token's", "_decode_split_kernel", "(start % I + j)", "(start + j)", [DECODE]),
     ("decode: pages of the first item", "_decode_split_kernel", "page_ptr += item * stride_page", "page_ptr += 0",
      [DECODE]),
-    ("decode: tables as wide as what is used", "_plan", "numbers = (page_xt.stride(0),",
-     "numbers = (page_xt.shape[1],", [DECODE]),
+    ("decode: tables as wide as what is used", "_plan", "page_xt.stride(0),",
+     "page_xt.shape[1],", [DECODE]),
     ("decode: members as wide as what is used", "_plan", "slot_xg.stride(0), K", "slot_xg.shape[1], K", [SPLITS]),
     ("decode: the last page is full", "_decode_split_kernel", "n_keys = tl.load(length_ptr + item).to(tl.int32)",
      "n_keys = tl.cdiv(tl.load(length_ptr + item).to(tl.int32), I) * I", [DECODE]),
@@ -223,8 +226,25 @@ MUTANTS = [
     ("silu's derivative is its slope at large x", "_swiglu_bwd_kernel", " * (1 + gate * (1 - s))", "", [SWIGLU]),
     ("swiglu beyond its end", "_swiglu_fwd_kernel", "to(out_ptr.dtype.element_ty), mask=real)",
      "to(out_ptr.dtype.element_ty))", [SWIGLU]),
+    ("swiglu: a row has one block", "_swiglu_fwd_kernel", "tl.program_id(1) * BLOCK", "0", [SWIGLU]),
+    ("swiglu: gate's rows are dense", "_swiglu_fwd_kernel", "row * stride_gate", "row * F", [SWIGLU]),
+    ("swiglu: up's rows are dense", "_swiglu_fwd_kernel", "row * stride_up", "row * F", [SWIGLU]),
+    ("swiglu bwd: a row has one block", "_swiglu_bwd_kernel", "tl.program_id(1) * BLOCK", "0", [SWIGLU]),
+    ("swiglu bwd: gate's rows are dense", "_swiglu_bwd_kernel", "row * stride_gate", "row * F", [SWIGLU]),
+    ("swiglu bwd: up's rows are dense", "_swiglu_bwd_kernel", "row * stride_up", "row * F", [SWIGLU]),
+    ("rope: heads are dense", "_rope_fwd_kernel", "h[:, None] * stride_xh", "h[:, None] * 2 * HALF", [APART]),
+    # without gradients
+    ("no gradient: the sum alone", "rms_norm", "launch_add_rms_norm(x_nd, None, weight_d, eps)[1]",
+     "launch_add_rms_norm(x_nd, None, weight_d, eps)[0]", [PLAINLY["rms_norm"]]),
+    ("no gradient: the norm twice", "add_rms_norm", "eps)[:2]", "eps)[1:2] * 2", [PLAINLY["add_rms_norm"]]),
+    ("no gradient: rope without its norm", "rope", "launch_rope(x_nhc, cos_nc, sin_nc, weight_c, eps)",
+     "launch_rope(x_nhc, cos_nc, sin_nc, None, eps)", [PLAINLY["normed rope"]]),
+    ("no gradient: the halves swapped", "swiglu", "launch_swiglu(gate_nf, up_nf)", "launch_swiglu(up_nf, gate_nf)",
+     [PLAINLY["swiglu"]]),
+    ("no gradient: no bias", "linear", "weight_vd, bias_v, x_nd.dtype)", "weight_vd, None, x_nd.dtype)",
+     [PLAINLY["linear"]]),
     # what launchers refuse
-    ("bfloat16 in the interpreter", "check_launch", "assert runs_triton(x.device, x.dtype)", "assert True", [REFUSE]),
+    ("bfloat16 in the interpreter", "check_launch", "assert runs_triton(device, dtype)", "assert True", [REFUSE]),
     ("children anywhere", "_check_segments", "assert first_or_next[has_parent].all()", "assert True",
      ["test_attention_kernels_refuse_other_orders[segments3-follow]"]),
     # masks of what is beyond an end, and other terms of each kernel
@@ -271,11 +291,11 @@ MUTANTS = [
     ("rope bwd part a", "_rope_bwd_kernel", "part_a_c += tl.sum(grad_a_hc * a_hc, 0)",
      "part_a_c += tl.sum(grad_a_hc, 0)", [ROPE_NORM]),
     ("rope stride", "_rope_fwd_kernel", "row * stride_xn", "row * H * 2 * HALF", [ROPE, ROPE_NORM]),
-    ("swiglu bwd mask", "_swiglu_bwd_kernel", "(grad * gate * s).to(grad_up_ptr.dtype.element_ty), mask=real)",
-     "(grad * gate * s).to(grad_up_ptr.dtype.element_ty))", [SWIGLU]),
+    ("swiglu bwd mask", "_swiglu_bwd_kernel", "grad_up.to(grad_up_ptr.dtype.element_ty), mask=real)",
+     "grad_up.to(grad_up_ptr.dtype.element_ty))", [SWIGLU]),
     ("swiglu bwd mask2", "_swiglu_bwd_kernel",
-     "(1 + gate * (1 - s))).to(grad_gate_ptr.dtype.element_ty), mask=real)",
-     "(1 + gate * (1 - s))).to(grad_gate_ptr.dtype.element_ty))", [SWIGLU]),
+     "grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=real)",
+     "grad_gate.to(grad_gate_ptr.dtype.element_ty))", [SWIGLU]),
     ("query tiles: tokens beyond segment", "_query_tiles", "np.minimum(length[segment] - offset, tokens_per_tile)",
      "tokens_per_tile + 0 * offset", [GROUP]),
     ("triton logp temperature", "LinearLogpTriton", "1 / ctx.temperature", "1.0", [LOGP]),
@@ -294,7 +314,7 @@ MUTANTS = [
      "out_nv = out_nv.to(out_ptr.dtype.element_ty).to(tl.float32) + tl.load(", [ONCE["linear"]]),
     ("bfloat16: the norm of a sum not rounded", "_rms_norm_fwd_kernel", "other=0.0)).to(x_d.dtype)", "other=0.0))",
      [NORM_OF_SUM]),
-    ("bfloat16: rstd", "AddRmsNormTriton", "new_empty(N, dtype=torch.float32)", "new_empty(N)", [ONCE["rms_norm"]]),
+    ("bfloat16: rstd", "launch_add_rms_norm", "new_empty(N, dtype=torch.float32)", "new_empty(N)", [ONCE["rms_norm"]]),
     ("bfloat16: sum of the weight's gradient", "_rms_norm_bwd_kernel", "part_d += grad_d * h_d",
      "part_d = (part_d + grad_d * h_d).to(grad_ptr.dtype.element_ty).to(tl.float32)", [ONCE["rms_norm"]]),
     ("bfloat16: a cosine", "_rope_fwd_kernel", "(a_hc * cos_c - b_hc * sin_c)",
@@ -337,7 +357,8 @@ MUTANTS = [
     ("torch logp: sum keeps its old maximum", "LinearLogpChunked", "keep_n * sum_n", "sum_n", [TORCH_LOGP]),
     ("torch norm: no eps", "add_rms_norm_ref", "keepdim=True) + eps", "keepdim=True)", [BY_HAND]),
     ("torch rope: the other way", "rope_ref", "a * cos - b * sin", "a * cos + b * sin", [BY_HAND]),
-    ("torch swiglu: the halves swapped", "swiglu_ref", "F.silu(gate_nf) * up_nf", "gate_nf * F.silu(up_nf)", [BY_HAND]),
+    ("torch swiglu: the halves swapped", "swiglu_ref", "functional.silu(gate_nf) * up_nf",
+     "gate_nf * functional.silu(up_nf)", [BY_HAND]),
 ]
 
 

@@ -822,12 +822,24 @@ def test_rope_kernels(N, heads, head_dim, normed, first, impl, dtype):
 
 @pytest.mark.parametrize("impl,dtype", KERNELS, ids=shown)
 def test_swiglu_kernels(impl, dtype):
-    """Oracle: swiglu_ref in float64, over more than one block of elements, of two halves of one product; gates that
-    close and open fully."""
+    """Oracle: swiglu_ref in float64, over more than one block of a row, of two parts of one product with a column
+    between them; gates that close and open fully."""
     def op(impl):
-        return lambda x: swiglu(*x.chunk(2, 1), impl)
+        return lambda x: swiglu(x[:, :1030], x[:, 1031:], impl)
     bound = unit(dtype) + 8 * unit(wide(dtype))  # one rounding to the dtype, at most 8 to float32
-    check(op(impl), dtype, [randn(37, 2 * 41) * 4], [randn(37, 41, seed=1)], op("torch"), [bound] * 2)
+    check(op(impl), dtype, [randn(5, 2061) * 4], [randn(5, 1030, seed=1)], op("torch"), [bound] * 2)
+
+
+@pytest.mark.parametrize("impl,dtype", KERNELS, ids=shown)
+def test_rope_of_heads_apart(impl, dtype):
+    """Oracle: rope_ref in float64, of every other head, as where keys and values alternate in a product."""
+    angle, x = randn(6, 12, seed=4).to(DEVICE), randn(6, 8, 24).to(DEVICE, dtype)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    exact = rope(x[:, ::2].double(), cos.double(), sin.double(), impl="torch")
+    for grad in (False, True):  # without gradients nothing is copied
+        with torch.set_grad_enabled(grad):
+            ours = rope(x[:, ::2], cos, sin, impl=impl)
+        assert_within([ours], [exact], [unit(dtype) + 4 * unit(wide(dtype))])
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=shown)
@@ -1013,6 +1025,21 @@ def test_invariant_kernels_have_one_order(dtype):
     pool, tables = paged([kv_kuc[:, :, 81:]], [kv_kuc[:, :, :70]], [[0]], 16, math.nan)
     decoded = decode_attention(q[-1:], *pool, tables, "invariant")
     assert_same_bits([out[-1:]], [decoded])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=shown)
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "add_rms_norm", "rope", "normed rope", "swiglu"])
+def test_without_gradients_the_same_bits(name, dtype):
+    """Oracle: the same operation where a gradient is wanted, whose results the tests above hold against float64."""
+    op, inputs, _ = one_of_each("triton")[name]
+    inputs = [x.to(DEVICE, dtype) for x in inputs]
+    outputs = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), poisoned():
+            out = op(*[fenced(x).requires_grad_(grad) for x in inputs])
+            outputs.append(out if isinstance(out, tuple) else (out,))
+    assert all(x.grad_fn is None for x in outputs[0]) and all(x.grad_fn is not None for x in outputs[1])
+    assert_same_bits(*outputs)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -401,6 +401,24 @@ def test_n_vocab_hides_the_rows_past_the_tokenizer(case):
     assert head.weight.grad[:60].any() and not head.weight.grad[60:].any()
 
 
+@pytest.mark.parametrize("case", ["Qwen2", "Qwen2 GQA 7", "Qwen3", "Qwen3 attention_bias"])
+def test_fused_products_are_the_same_model(case):
+    """Oracle: the model before fuse, in float64; the kernels, in the interpreter, against PyTorch. A weight that is
+    copied into afterwards is the fused one's part."""
+    forest = pack([(IDS[:20], [IDS[20:31], IDS[31:36]])])
+    model, separate = small(case), small(case)
+    model.fuse()
+    with torch.no_grad():
+        assert error(model(forest), separate(forest)) < 1e-14
+        for m in (model, separate):
+            m.model.layers[1].self_attn.k_proj.weight.mul_(2)
+            m.model.layers[0].mlp.up_proj.weight.mul_(3)
+        oracle = separate(forest)
+        assert error(model(forest), oracle) < 1e-14
+        model.float().fuse().impl = "triton"
+        assert error(model(forest), oracle) < 1e-5
+
+
 def test_bfloat16_stays_near_float64():
     """Oracle: the same weights in float64. Norms, angles and softmax are wide, so the error is that of bfloat16
     products."""
