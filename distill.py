@@ -41,7 +41,7 @@ from judge import HeldOut, note_verdicts
 from model import Model, ModelConfig, pack
 from options import check_at_least, check_between, check_choice, check_training, parse_config
 from prompt import load_prompt, prompt_path, prompt_to_keep, render
-from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run
+from run import MAX_SKIPPED, NO_MATTER, Run
 from sample import Sampler, refresh, whole_model
 from tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ RECIPES = {  # what differs from the defaults
                 eval_data="runs/toy/data/heldout.jsonl", eval_tokens=128, save_every=200, seed=0),
 }
 SCHEDULE = "its learning rates are those of a run of the new length"
-MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "n_slots": ROUNDING, "kv_gb": ROUNDING, "epochs": SCHEDULE,
+MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "n_slots": "", "kv_gb": "", "eager": "", "epochs": SCHEDULE,
                           "max_steps": SCHEDULE}  # on --resume, and what then
 
 

@@ -130,8 +130,7 @@ RECIPES = {  # what differs from the defaults
 }
 MAY_CHANGE = NO_MATTER | {  # on --resume, and what then
     "steps": "with a --final-lr-frac below 1, its learning rates are those of a run of the new length",
-    "n_slots": f"without --batch-invariant {ROUNDING}",
-    "kv_gb": f"without --batch-invariant {ROUNDING}",
+    **dict.fromkeys(("n_slots", "kv_gb", "eager"), f"without --batch-invariant {ROUNDING}"),
 }
 
 

@@ -25,7 +25,6 @@ rows of one tile, so that keys are loaded once for all of them and their gradien
 """
 
 import torch
-import torch.nn.functional as F
 
 # `kernels.attention` is the function below; `from kernels.attention import ...` still finds the module
 from kernels.attention import AttentionTriton, attention_ref
@@ -33,6 +32,7 @@ from kernels.decode import NOBODY, Tables  # noqa: F401
 from kernels.decode import decode_attention_ref, decode_invariant, decode_triton, store_ref, store_triton
 from kernels.logp import LinearInvariant, LinearLogpChunked, LinearLogpTriton, launch_linear, logits_ref
 from kernels.logp import linear_logp_ref  # noqa: F401
+from kernels.logp import linear_ref
 from kernels.pointwise import AddRmsNormTriton, RopeTriton, SwigluTriton, add_rms_norm_ref, rope_ref, swiglu_ref
 from kernels.pointwise import launch_add_rms_norm, launch_rope, launch_swiglu
 from kernels.tiles import INTERPRETED, wide  # noqa: F401
@@ -111,7 +111,7 @@ def linear(x_nd, weight_vd, bias_v=None, impl=None):
     the tile is fixed and D is summed first to last; gradients are PyTorch's, since only the forward pass must agree.
     """
     if impl != "invariant":
-        return F.linear(x_nd, weight_vd, bias_v)
+        return linear_ref(x_nd, weight_vd, bias_v)
     if not torch.is_grad_enabled():
         return launch_linear(x_nd, weight_vd, bias_v, x_nd.dtype)
     return LinearInvariant.apply(x_nd, weight_vd, bias_v)

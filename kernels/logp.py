@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from kernels.tiles import POINTWISE, check_launch, jit, product_tiling, tl, triton, wide
 
+BLOCK_ROWS = 1024  # of a weight, see linear_ref
 LOGIT_CHUNK = 2**24  # elements of the [N, columns] float32 blocks that linear_logp holds at once, two of 64 MB
 GRADIENT_CHUNK = 2**27  # elements of the [N, columns] logit gradients, in the inputs' dtype, that the Triton path holds
 
@@ -103,7 +104,18 @@ def logits_ref(hidden_nd, weight_vd):
     """hidden weight^T, float32 or wider."""
     if hidden_nd.is_cuda and wide(hidden_nd.dtype) != hidden_nd.dtype:  # not rounded to bfloat16 on the way
         return torch.mm(hidden_nd, weight_vd.t(), out_dtype=torch.float32)
-    return F.linear(hidden_nd, weight_vd).to(wide(hidden_nd.dtype))
+    return linear_ref(hidden_nd, weight_vd, None).to(wide(hidden_nd.dtype))
+
+
+def linear_ref(x_nd, weight_vd, bias_v):
+    """x weight^T + bias. Without gradient, in float32 on a CPU, in blocks of weights that stay in its cache: a decode
+    step of 56 slots takes 0.86 to 0.95 of the time."""
+    if torch.is_grad_enabled() or x_nd.is_cuda or x_nd.dtype != torch.float32 or len(weight_vd) <= BLOCK_ROWS:
+        return F.linear(x_nd, weight_vd, bias_v)
+    out_nv = x_nd.new_empty(len(x_nd), len(weight_vd))
+    for block_vd, block_nv in zip(weight_vd.split(BLOCK_ROWS), out_nv.split(BLOCK_ROWS, 1)):
+        torch.mm(x_nd, block_vd.t(), out=block_nv)
+    return out_nv if bias_v is None else out_nv.add_(bias_v)
 
 
 @jit
