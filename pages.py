@@ -23,7 +23,8 @@ class Pool:
         # zeros: the PyTorch path multiplies what nobody owns by zero. On a CPU they take memory when they are written
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.page_size = page_size
+        self.page_size, self.n_tokens = page_size, n_pages * page_size
+        self.gb = n_pages * page_bytes(config, page_size, dtype) / 1e9
         self.free_x = np.ones(n_pages, dtype=bool)
         self.free_x[BIN] = False
         self.n_free = n_pages - 1

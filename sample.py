@@ -10,6 +10,7 @@ prompt's tokens, sample index, token index) and nothing else: so the same rollou
 rounding (which with --batch-invariant does not depend on the batch either).
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Sampler:
         """n_slots rollouts are written at once, as far as their keys and values fit kv_gb (10^9 bytes; 0: what is free);
         prompts are computed in packs of about prefill_tokens. graphs: on a GPU, run steps as CUDA graphs."""
         self.model, self.n_slots, self.kv_gb, self.prefill_tokens = model, n_slots, kv_gb, prefill_tokens
-        self.page_size, self.graphs = page_size, graphs
+        self.page_size, self.graphs, self.announced = page_size, graphs, False
         self.reset_stats()
 
     def generate(self, prompts, sampling, on_token=None, bar=None):
@@ -57,6 +58,10 @@ class Sampler:
             return
         batch = Batch(self.model, prompts, sampling, self.n_slots, self.kv_gb, self.prefill_tokens, self.page_size,
                       self.graphs, on_token)
+        if bar is not None and not self.announced:
+            bar.write(f"keys and values: room for {batch.pool.n_tokens:,} tokens, {batch.pool.gb:.3g} GB; "
+                      f"{batch.n_slots} slots", file=sys.stderr)
+            self.announced = True
         shown = 0.0
         while batch.waiting or batch.slots:
             began, n_free = time.perf_counter(), batch.n_slots - len(batch.slots)

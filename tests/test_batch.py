@@ -228,7 +228,7 @@ def test_buckets():
 
 def test_the_progress_bar_tells_who_is_where():
     """Updated within a stream, not only when a group is done."""
-    shown = []
+    shown, said = [], []
 
     class Bar:
         def set_postfix(self, values, refresh):
@@ -236,7 +236,14 @@ def test_the_progress_bar_tells_who_is_where():
 
         def update(self, n):
             assert n == 0
-    Sampler(tiny(QWEN2), n_slots=3).generate(PROMPTS, Sampling(2, 5), bar=Bar())
+
+        def write(self, text, file):
+            said.append(text)
+    sampler = Sampler(tiny(QWEN2), n_slots=3)
+    for _ in range(2):
+        sampler.generate(PROMPTS, Sampling(2, 5), bar=Bar())
+    # 1 + 3 x (1 + 1) pages of 64 tokens; 2 layers, keys and values, 2 heads of 8 channels, 4 bytes
+    assert said == [f"keys and values: room for 448 tokens, {448 * 256 / 1e9:.3g} GB; 3 slots"]
     assert set(shown[0]) == {"prefill_tok_s", "decode_tok_s", "writing", "waiting", "done", "cache"}
     assert (shown[0]["writing"], shown[0]["waiting"], shown[0]["done"]) == (3, 13, 0) and shown[0]["cache"].endswith("%")
 
