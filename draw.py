@@ -67,7 +67,10 @@ def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
     top_k keeps the k likeliest tokens (and ties with the k-th), then top_p the smallest set of the likeliest whose
     probability reaches top_p. Temperature 0 takes the likeliest token.
     """
-    if temperature not in (0, 1):
+    if temperature == 0:
+        id_b1 = logits_bv.argmax(1, keepdim=True)
+        return id_b1[:, 0], logits_bv.log_softmax(1).gather(1, id_b1)[:, 0]
+    if temperature != 1:
         logits_bv = logits_bv / temperature
     if 0 < top_k < logits_bv.shape[1]:
         kth_b1 = logits_bv.topk(top_k).values[:, -1:]
@@ -88,15 +91,12 @@ def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
     weight_bnc = weight_bv.view(B, n_chunks, CHUNK)
     sum_bn = weight_bnc.sum(2).double()  # float64, or the sums of sums would be off by tokens
     cdf_bn = sum_bn.cumsum(1)
-    if temperature == 0:
-        id_b1 = logits_bv.argmax(1, keepdim=True)
-    else:
-        point_b1 = uniform_b[:, None] * cdf_bn[:, -1:]  # not of 1: scaling the point is cheaper than dividing the row
-        chunk_b1 = _first_above(cdf_bn, point_b1)
-        before_b1 = cdf_bn.gather(1, chunk_b1) - sum_bn.gather(1, chunk_b1)
-        weight_bc = weight_bnc.gather(1, chunk_b1[..., None].expand(B, 1, CHUNK))[:, 0]
-        id_b1 = chunk_b1 * CHUNK + _first_above(weight_bc.double().cumsum(1), point_b1 - before_b1)
-        id_b1 = id_b1.clamp(max=V - 1)  # of a row of NaN: its logp_b is NaN, which the caller sees
+    point_b1 = uniform_b[:, None] * cdf_bn[:, -1:]  # not of 1: scaling the point is cheaper than dividing the row
+    chunk_b1 = _first_above(cdf_bn, point_b1)
+    before_b1 = cdf_bn.gather(1, chunk_b1) - sum_bn.gather(1, chunk_b1)
+    weight_bc = weight_bnc.gather(1, chunk_b1[..., None].expand(B, 1, CHUNK))[:, 0]
+    id_b1 = chunk_b1 * CHUNK + _first_above(weight_bc.double().cumsum(1), point_b1 - before_b1)
+    id_b1 = id_b1.clamp(max=V - 1)  # of a row of NaN: its logp_b is NaN, which the caller sees
     logp_b1 = logits_bv.gather(1, id_b1) - max_b1 - cdf_bn[:, -1:].log()
     return id_b1[:, 0], logp_b1[:, 0].to(logits_bv.dtype)
 
