@@ -91,15 +91,15 @@ class Batch:
         return self.device.type == "cuda" and use_triton(self.model.head_vd, self.model.impl)
 
     def affordable(self, kv_gb, n_own, n_prompt, dtype):
-        """The number of pages: what all slots could ever need, or what the bound allows. ValueError if that is less than
-        one rollout may need."""
+        """The number of pages: what all slots could ever need, or what the bound allows. ValueError if that is less
+        than one rollout may need."""
         least, wanted = 1 + n_own + n_prompt, 1 + self.n_slots * (n_own + n_prompt)
         one = page_bytes(self.model.config, self.page_size, dtype)
         allowed = 1e9 * kv_gb if kv_gb else free_bytes(self.device)
         if allowed < least * one:
             bound = f"--kv-gb {kv_gb:g}" if kv_gb else f"the {allowed / 1e9:.3g} GB that are free for keys and values"
-            raise ValueError(f"{bound}: one rollout of {self.sampling.max_new_tokens} tokens after the longest prompt needs "
-                             f"{math.ceil(least * one / 1e6) / 1e3:.3f} GB")
+            raise ValueError(f"{bound}: one rollout of {self.sampling.max_new_tokens} tokens after the longest prompt "
+                             f"needs {math.ceil(least * one / 1e6) / 1e3:.3f} GB")
         return min(wanted, int(allowed / one))
 
     # -- who is written next

@@ -171,9 +171,10 @@ class StepInputs:
         else with what is in use."""
         x = self.device
         slot_rb = x["slot_rb"][:, :n]
+        length_b, place_b = (slot_rb[self.COLUMNS.index(name)] for name in ("length", "place"))
         rows, own, prompt = n, x["page_bt"].shape[1], x["page_pu"].shape[1]
         if not whole:
             rows, own, prompt = self.n_rows, self.n_own_pages, self.n_prompt_pages
-        return slot_rb, Tables(x["page_bt"][:n, :own], slot_rb[self.COLUMNS.index("length")], x["page_pu"][:rows, :prompt],
-                               x["length_p"][:rows], x["slot_pg"][:rows], slot_rb[self.COLUMNS.index("place")],
-                               x["owner_x"], x["first_x"], self.n_own, self.n_shared, page_size)
+        return slot_rb, Tables(x["page_bt"][:n, :own], length_b, x["page_pu"][:rows, :prompt], x["length_p"][:rows],
+                               x["slot_pg"][:rows], place_b, x["owner_x"], x["first_x"], self.n_own, self.n_shared,
+                               page_size)

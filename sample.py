@@ -35,8 +35,8 @@ from tokenizer import StreamDecoder, Tokenizer
 
 class Sampler:
     def __init__(self, model, n_slots=256, kv_gb=0.0, prefill_tokens=16384, page_size=64, graphs=True):
-        """n_slots rollouts are written at once, as far as their keys and values fit kv_gb (10^9 bytes; 0: what is free);
-        prompts are computed in packs of about prefill_tokens. graphs: on a GPU, run steps as CUDA graphs."""
+        """n_slots rollouts are written at once, as far as their keys and values fit kv_gb (10^9 bytes; 0: what is
+        free); prompts are computed in packs of about prefill_tokens. graphs: on a GPU, run steps as CUDA graphs."""
         self.model, self.n_slots, self.kv_gb, self.prefill_tokens = model, n_slots, kv_gb, prefill_tokens
         self.page_size, self.graphs, self.announced = page_size, graphs, False
         self.reset_stats()

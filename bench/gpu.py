@@ -8,8 +8,8 @@ long. They are not written but put there, as rollouts that had been put back: th
 million tokens, 8 PFLOP, in all). Then STEPS steps with CUDA graphs and STEPS without, after WARM_UP that compile and
 capture: about 400 steps of 10 to 40 ms. Beside a step stands the time in which the card could read what the step has to
 read, once: the weights and the keys and values. The bandwidth is that of a large copy on the same card. Last, where
-they are installed, vLLM and transformers' continuous batching on the same prompts and rollouts, as prompts to be continued:
-the time of PEER_STEPS + 1 tokens less the time of one.
+they are installed, vLLM and transformers' continuous batching on the same prompts and rollouts, as prompts to be
+continued: the time of PEER_STEPS + 1 tokens less the time of one.
 
 The last line is JSON: {part: {...}}.
 """

@@ -103,8 +103,8 @@ def _starts(page_xt, page_size):
 
 
 def decode_attention_ref(q_bhc, k_xkic, v_xkic, tables):
-    """Pages are walked as they lie in the pool, so that none is copied, and a prompt's page meets the queries of all its
-    slots as rows of one matrix product, so that it is read once for them.
+    """Pages are walked as they lie in the pool, so that none is copied, and a prompt's page meets the queries of all
+    its slots as rows of one matrix product, so that it is read once for them.
 
     With the slot's largest score over all pages, max: out = sum exp(score - max) v / sum exp(score - max), each sum
     within the pages first, then over a slot's own and over its prompt's. Scores are in units of log 2: PyTorch's exp
@@ -142,8 +142,8 @@ def decode_attention_ref(q_bhc, k_xkic, v_xkic, tables):
 
 
 def _scores(q_xkrc, k_xkic, hidden_xi):
-    """q k^T / (sqrt(C) log 2), and of hidden keys half the lowest number less: not infinity, of which a page that nobody
-    sees would make NaN."""
+    """q k^T / (sqrt(C) log 2), and of hidden keys half the lowest number less: not infinity, of which a page that
+    nobody sees would make NaN."""
     X, K, R, C = q_xkrc.shape
     dtype = q_xkrc.dtype
     hidden_n1i = hidden_xi.to(dtype).repeat_interleave(K, 0)[:, None]
