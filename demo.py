@@ -3,7 +3,7 @@
     python demo.py                        what `make demo` runs
     python demo.py --seed 1 --out runs/demo-1
 
-A 0.86M-parameter model learns to judge generated pairs (data/toy.py): half are reasoning tasks with one right answer,
+A 0.66M-parameter model learns to judge generated pairs (data/toy.py): half are reasoning tasks with one right answer,
 half are chats to be judged by a weighted rubric. Stages: supervised fine-tuning on the bare verdicts; distillation of
 an oracle's chains, most of which do not check the answers; GRPO from the distilled model, paid by verdicts alone. The
 last line is JSON.
@@ -88,7 +88,8 @@ def main(cfg):
                   eval_data=None, save_every=0, seed=cfg.seed, threads=cfg.threads)
     rl = replace(grpo.Config(**grpo.RECIPES["toy"]), model=str(out / "distilled/model"), data=data["rl"],
                  eval_data=data["heldout"], save_every=0, seed=cfg.seed, threads=cfg.threads)
-    stages = [("answer_only", distill.main, replace(sft, answer_only=True)), ("distilled", distill.main, sft),
+    stages = [("answer_only", distill.main, replace(sft, answer_only=True, max_steps=150)),
+              ("distilled", distill.main, sft),
               ("grpo", grpo.main, rl)]
     seconds = {"untrained": 0.0}
     for name, train, stage in stages:

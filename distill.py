@@ -98,7 +98,7 @@ INSTRUCT = {"prompt": "instruct"}
 RECIPES = {  # what differs from the defaults
     "qwen2.5-7b": INSTRUCT, "qwen2.5-14b": INSTRUCT | {"lr": 3e-6}, "qwen2.5-32b": INSTRUCT | {"lr": 2e-6},
     "toy": dict(model="runs/toy/untrained", data="runs/toy/data/distill.jsonl", prompt="toy", out="runs/toy/distill",
-                batch_size=32, max_length=1024, micro_tokens=16384, optimizer="muon", lr=4e-3, warmup_frac=0.08,
+                batch_size=32, max_length=1024, micro_tokens=16384, optimizer="muon", lr=5e-3, warmup_frac=0.08,
                 final_lr_frac=0.05, weight_decay=0.1, dtype="float32", gradient_checkpointing=False,
                 eval_data="runs/toy/data/heldout.jsonl", eval_tokens=128, save_every=200, seed=0),
 }
