@@ -8,6 +8,7 @@ Letters: B slots, A rows that are drawn for, T pages of a slot, P prompts, G pla
 the pool, K key/value heads, C channels of a head, D width, V vocabulary.
 """
 
+import functools
 import math
 import time
 from collections import deque
@@ -19,7 +20,7 @@ import torch
 from draw import choose, prompt_key, uniforms
 from kernels import attention, decode_attention, linear_logp, logits, store, use_triton
 from model import pack
-from pages import BIN, Pool, StepInputs, free_bytes, page_bytes
+from pages import BIN, PAGE_SIZE, Pool, StepInputs, affordable
 
 
 @dataclass
@@ -61,21 +62,24 @@ class Batch:
     waiting, with its tokens; their keys are computed again when its turn comes.
     """
 
-    def __init__(self, model, prompts, sampling, n_slots, kv_gb=0.0, prefill_tokens=16384, page_size=64, graphs=True,
+    def __init__(self, model, prompts, sampling, n_slots, kv_gb=0.0, prefill_tokens=16384, page_size=PAGE_SIZE, graphs=True,
                  on_token=None):
         self.model, self.prompts, self.sampling, self.on_token = model, prompts, sampling, on_token
+        self.keys = [prompt_key(ids) for ids in prompts]
         self.prefill_tokens, self.page_size = prefill_tokens, page_size
         self.n_slots = min(n_slots, sampling.n * len(prompts))
         self.device, dtype = model.head_vd.device, model.head_vd.dtype
         longest_prompt = max(len(ids) for ids in prompts)
-        self.n_own = -(-sampling.max_new_tokens // page_size)  # pages that a rollout may come to need
-        n_prompt = -(-longest_prompt // page_size)
-        n_pages = self.affordable(kv_gb, self.n_own, n_prompt, dtype)
+        self.own_pages = -(-sampling.max_new_tokens // page_size)  # that a rollout may come to need
+        prompt_pages = -(-longest_prompt // page_size)
+        wanted = 1 + self.n_slots * self.own_pages + min(self.n_slots, len(prompts)) * prompt_pages
+        n_pages = min(wanted, affordable(model.config, dtype, self.device, kv_gb, longest_prompt,
+                                         sampling.max_new_tokens, page_size, self.work_bytes(dtype)))
         self.pool = Pool(model.config, n_pages, page_size, self.device, dtype)
-        graphs = graphs and self.wants_graphs()
-        self.compute = Graphs(self.compute_step) if graphs else self.compute_step
-        most = bucket(self.n_slots) if graphs else self.n_slots
-        self.inputs = StepInputs(most, self.n_own, n_prompt, sampling.n, n_pages, self.device)
+        self.graphs = Graphs() if graphs and self.wants_graphs() else None
+        most = bucket(self.n_slots) if self.graphs else self.n_slots
+        n_members = min(sampling.n, self.n_slots)
+        self.inputs = StepInputs(most, self.own_pages, prompt_pages, n_members, n_pages, page_size, self.device)
         self.out_2b = torch.zeros(2, most, dtype=torch.float64, device=self.device)  # drawn ids and their logps
         self.waiting = deque((i, sample) for i in range(len(prompts)) for sample in range(sampling.n))
         self.slots = []
@@ -86,21 +90,17 @@ class Batch:
         self.finished = []  # prompts whose rollouts are all done, until they are taken
         self.stale = True  # slots have changed since the inputs were filled
         self.n_put_back = 0
+        self.logits_differ = False  # of the first token of all
 
     def wants_graphs(self):
         return self.device.type == "cuda" and use_triton(self.model.head_vd, self.model.impl)
 
-    def affordable(self, kv_gb, n_own, n_prompt, dtype):
-        """The number of pages: what all slots could ever need, or what the bound allows. ValueError if that is less
-        than one rollout may need."""
-        least, wanted = 1 + n_own + n_prompt, 1 + self.n_slots * (n_own + n_prompt)
-        one = page_bytes(self.model.config, self.page_size, dtype)
-        allowed = 1e9 * kv_gb if kv_gb else free_bytes(self.device)
-        if allowed < least * one:
-            bound = f"--kv-gb {kv_gb:g}" if kv_gb else f"the {allowed / 1e9:.3g} GB that are free for keys and values"
-            raise ValueError(f"{bound}: one rollout of {self.sampling.max_new_tokens} tokens after the longest prompt "
-                             f"needs {math.ceil(least * one / 1e6) / 1e3:.3f} GB")
-        return min(wanted, int(allowed / one))
+    def work_bytes(self, dtype):
+        """About what a prefill and a draw hold at once: a layer's activations, and the logits of all slots, once as
+        they are and once as weights; with top-p sorted in float64, too."""
+        config, draws = self.model.config, 40 if self.sampling.top_p < 1 else 12
+        per_token = (4 * config.intermediate_size + 8 * config.hidden_size) * dtype.itemsize
+        return self.prefill_tokens * per_token + self.n_slots * config.vocab_size * draws
 
     # -- who is written next
 
@@ -113,15 +113,17 @@ class Batch:
         needed = self.pool.needed(self.n_tokens(prompt, sample))
         if prompt not in self.pages:
             needed += self.pool.needed(len(self.prompts[prompt]))
-        claimed = sum(len(slot.pages) < self.n_own for slot in self.slots)
-        while self.pool.n_free < needed + claimed:
-            if not self.drop_idle(but=prompt):
-                return False
+        needed += sum(len(slot.pages) < self.own_pages for slot in self.slots)  # their claims
+        idle = self.idle(but=prompt)
+        if self.pool.n_free + sum(len(self.pages[i]) for i in idle) < needed:
+            return False
+        while self.pool.n_free < needed:
+            self.drop_prompt(idle.pop())
         return True
 
     def n_tokens(self, prompt, sample):
         """How many tokens' keys a rollout has once it is written again: one at least."""
-        return len(self.groups[prompt][sample].ids) or 1 if prompt in self.groups else 1
+        return max(1, len(self.groups[prompt][sample].ids)) if prompt in self.groups else 1
 
     def admit(self):
         """Gives slots and pages to those waiting as far as they reach, computes what they need, and draws the first
@@ -136,7 +138,7 @@ class Batch:
                 self.groups[prompt] = [Rollout() for _ in range(self.sampling.n)]
                 self.n_left[prompt] = self.sampling.n
             pages = self.pool.take(self.pool.needed(self.n_tokens(prompt, sample)))
-            slot = Slot(prompt, sample, prompt_key(self.prompts[prompt]), self.groups[prompt][sample], pages, began)
+            slot = Slot(prompt, sample, self.keys[prompt], self.groups[prompt][sample], pages, began)
             self.slots.append(slot)
             admitted.append(slot)
         self.stale = True
@@ -144,22 +146,24 @@ class Batch:
         n_computed = self.prefill(new_prompts, [slot for slot in admitted if slot.rollout.ids])
         if fresh:
             hidden_ad = torch.stack([self.hidden[slot.prompt] for slot in fresh])
-            row_v = logits(hidden_ad[:1], self.model.head_vd, self.model.impl)[0]
-            if row_v.max() == row_v.min() and len(row_v) > 1:  # weights so large that a norm of them has overflowed
-                raise ValueError(f"{self.model.name}: its logits are all equal: {DAMAGED}")
+            self.logits_differ = self.logits_differ or self.check_logits(hidden_ad[:1])
             coordinates = [[slot.key for slot in fresh], [slot.sample for slot in fresh], [0] * len(fresh)]
             key_a, sample_a, drawn_a = torch.tensor(coordinates, device=self.device)
             self.record(fresh, self.draw(hidden_ad, key_a, sample_a, drawn_a).tolist())
         return n_computed
 
-    def drop_idle(self, but=None):
-        """Lets go of the youngest prompt that nobody is writing from; False if there is none. Its waiting rollouts will
-        have it computed again."""
+    def check_logits(self, hidden_1d):
+        """ValueError if they are all equal: a norm of weights that are too large has overflowed."""
+        row_v = logits(hidden_1d, self.model.head_vd, self.model.impl)[0]
+        if row_v.max() == row_v.min() and len(row_v) > 1:
+            raise ValueError(f"{self.model.name}: its logits are all equal: {DAMAGED}")
+        return True
+
+    def idle(self, but=None):
+        """The prompts that nobody is writing from, the youngest last. Let go of, they would be computed again for those
+        of their rollouts that wait."""
         in_use = {slot.prompt for slot in self.slots} | {but}
-        idle = [prompt for prompt in self.pages if prompt not in in_use]
-        if idle:
-            self.drop_prompt(max(idle))
-        return bool(idle)
+        return sorted(prompt for prompt in self.pages if prompt not in in_use)
 
     def drop_prompt(self, prompt):
         self.pool.give_back(self.pages.pop(prompt))
@@ -169,14 +173,14 @@ class Batch:
         """A page for every slot whose last one is full; for that the youngest may have to be put back."""
         for slot in sorted(self.slots, key=age):
             if self.pool.needed(len(slot.rollout.ids)) > len(slot.pages) and slot in self.slots:
-                while not self.pool.n_free and self.drop_idle():
-                    pass
-                if not self.pool.n_free:
+                if not self.pool.n_free and (idle := self.idle()):
+                    self.drop_prompt(idle.pop())
+                elif not self.pool.n_free:
                     self.put_back(max(self.slots, key=age))
                 if slot in self.slots:
                     slot.pages += self.pool.take(1)
                     if not self.stale:
-                        self.inputs.grow(self.slots.index(slot), slot, self.page_size)
+                        self.inputs.grow(self.slots.index(slot), slot.pages)
 
     def put_back(self, slot):
         self.leave(slot)
@@ -211,19 +215,27 @@ class Batch:
         resumed_of = {prompt: [] for prompt in new_prompts}
         for slot in resumed:
             resumed_of.setdefault(slot.prompt, []).append(slot)
-        trees = list(resumed_of.items())
-        sizes = [len(self.prompts[i]) + sum(len(slot.rollout.ids) for slot in slots) for i, slots in trees]
+        trees, sizes = [], []  # a tree: a prompt and slots that continue it, of prefill_tokens at most
+        for prompt, slots in resumed_of.items():
+            n_each = [len(slot.rollout.ids) for slot in slots]
+            for first, last in _packs(n_each, self.prefill_tokens - len(self.prompts[prompt])) or [(0, 0)]:
+                trees.append((prompt, slots[first:last]))
+                sizes.append(len(self.prompts[prompt]) + sum(n_each[first:last]))
+        not_stored = set(new_prompts)
         for first, last in _packs(sizes, self.prefill_tokens):
-            self.prefill_pack(trees[first:last], new_prompts)
+            self.prefill_pack(trees[first:last], not_stored)
         return sum(sizes)
 
-    def prefill_pack(self, trees, new_prompts):
+    def prefill_pack(self, trees, not_stored):
+        """not_stored: the prompts whose pages are still empty; those of this pack are taken out."""
         # the last token of a rollout is the next step's input: its keys come then
         forest = pack([(self.prompts[i], [slot.rollout.ids[:-1] for slot in slots]) for i, slots in trees], self.device)
-        page_n, offset_n = [], []
+        page_n, offset_n, stored = [], [], []
         for i, slots in trees:
+            stored.append(i if i in not_stored else None)
             # computed for its rollouts alone, while its own pages are here already
-            prompt_pages = self.pages[i] if i in new_prompts else [BIN] * len(self.pages[i])
+            prompt_pages = self.pages[i] if i in not_stored else [BIN] * len(self.pages[i])
+            not_stored.discard(i)
             for pages, ids in [(prompt_pages, self.prompts[i])] + [(s.pages, s.rollout.ids[:-1]) for s in slots]:
                 place_n = np.arange(len(ids))
                 page_n.append(np.array(pages)[place_n // self.page_size])
@@ -236,8 +248,8 @@ class Batch:
         hidden_nd = self.model.run(forest.tokens_n, forest.positions_n, store_and_attend)
         prompts_s3 = forest.segments_s3[forest.segments_s3[:, 2] < 0]
         last_p = prompts_s3[:, 0] + prompts_s3[:, 1] - 1
-        for (i, _), hidden_d in zip(trees, hidden_nd[last_p.to(self.device)]):
-            if i in new_prompts:
+        for i, hidden_d in zip(stored, hidden_nd[last_p.to(self.device)]):
+            if i is not None:
                 self.hidden[i] = hidden_d.clone()  # not a view, which would keep all of the pack
 
     def step(self):
@@ -246,9 +258,9 @@ class Batch:
         if self.stale:
             if not use_triton(self.model.head_vd, self.model.impl):
                 self.tidy()
-            self.inputs.fill(self.slots, self.pages, {i: len(self.prompts[i]) for i in self.pages}, self.page_size)
+            self.inputs.fill(self.slots, self.pages, {i: len(self.prompts[i]) for i in self.pages})
             self.stale = False
-        self.inputs.upload(self.page_size)
+        self.inputs.upload()
         slots = list(self.slots)
         self.compute(len(slots))
         ids, logps = self.out_2b[:, :len(slots)].tolist()  # one wait for the device
@@ -256,18 +268,23 @@ class Batch:
         self.record(slots, (ids, logps))
         return len(slots)
 
+    def compute(self, n):
+        if self.graphs:
+            self.graphs.run(self.compute_step, n)
+        else:
+            self.compute_step(n)
+
     def compute_step(self, n, whole=False):
         """The step itself, for the first n slots: from `inputs` into out_2b, without a look at any value. whole: with
         shapes that n alone decides, for a CUDA graph."""
-        (token_b, position_b, length_b, key_b, sample_b, page_b, offset_b, _), tables = self.inputs.tables(
-            n, self.page_size, whole)
+        column, tables = self.inputs.tables(n, whole)
         pool, impl = self.pool, self.model.impl
 
         def store_and_attend(layer, q_bhc, k_bkc, v_bkc):
-            store(pool.k[layer], pool.v[layer], k_bkc, v_bkc, page_b, offset_b, impl)
+            store(pool.k[layer], pool.v[layer], k_bkc, v_bkc, column["page"], column["offset"], impl)
             return decode_attention(q_bhc, pool.k[layer], pool.v[layer], tables, impl)
-        hidden_bd = self.model.run(token_b, position_b, store_and_attend)
-        self.out_2b[:, :n] = self.draw(hidden_bd, key_b, sample_b, length_b)
+        hidden_bd = self.model.run(column["token"], column["position"], store_and_attend)
+        self.out_2b[:, :n] = self.draw(hidden_bd, column["key"], column["sample"], column["length"])
 
     def draw(self, hidden_ad, key_a, sample_a, drawn_a):
         """Samples a token for each row: ids and log-probabilities, [2, A] float64."""
@@ -327,33 +344,43 @@ def _packs(sizes, limit):
 
 
 class Graphs:
-    """A step as CUDA graphs: a launch for all kernels of all layers, where Python would need a millisecond for each
-    layer. One for each bucket of slots; the slots beyond those in use are computed, and nobody looks."""
+    """A step as CUDA graphs: one launch for all kernels of all layers, where Python would need 5 ms for 28 layers. One
+    for each bucket of slots; the slots beyond those in use are computed, and nobody looks. They live as long as the
+    batch, whose memory they hold: a bucket costs two steps without a graph and a capture each time.
 
-    def __init__(self, compute_step):
-        self.compute_step = compute_step
+    (They do not hold the batch itself: it would hold itself then, and keep its memory.)
+    """
+
+    def __init__(self):
         self.graphs = {}
         self.memory = torch.cuda.graph_pool_handle()  # one for all: they never run at once
 
-    def __call__(self, n_used):
+    def run(self, compute_step, n_used):
         n = bucket(n_used)
         if n not in self.graphs:
-            self.graphs[n] = self.capture(n)
+            self.graphs[n] = self.capture(compute_step, n)
         self.graphs[n].replay()
 
-    def capture(self, n):
+    def capture(self, compute_step, n):
         # first without a graph: kernels are compiled and libraries make room, which a capture forbids. A step that is
         # run again computes the same from the same inputs
-        stream = torch.cuda.Stream()
+        stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.compute_step(n, whole=True)
+                compute_step(n, whole=True)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
-            self.compute_step(n, whole=True)
+        # thread_local: other threads, NCCL's watchdog, may call CUDA meanwhile
+        with torch.cuda.graph(graph, pool=self.memory, stream=stream, capture_error_mode="thread_local"):
+            compute_step(n, whole=True)
         return graph
+
+
+@functools.lru_cache
+def _capture_stream():
+    """One for the process: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream()
 
 
 def bucket(n):

@@ -42,7 +42,7 @@ from model import Model, ModelConfig, pack
 from options import check_at_least, check_between, check_choice, check_training, parse_config
 from prompt import load_prompt, prompt_path, prompt_to_keep, render
 from run import MAX_SKIPPED, NO_MATTER, Run
-from sample import Sampler, refresh, whole_model
+from sample import Sampler, check_room, refresh, whole_model
 from tokenizer import Tokenizer
 
 
@@ -196,6 +196,7 @@ def main(cfg):
     check_context(model, [len(e.ids) for e in examples], "chains (see --max-length)", ranks.main)
     if held_out:
         held_out.check(model, pairs)
+        check_room(model, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.eval_tokens)
     model = shard(model, ranks, dtype)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
@@ -243,7 +244,7 @@ def main(cfg):
             sampler = sampler or Sampler(whole_model(model, dtype), cfg.n_slots, cfg.kv_gb, cfg.micro_tokens,
                                          graphs=not cfg.eager)
             refresh(sampler.model, model)
-            scores, records = held_out.judge(sampler)
+            scores, records = held_out.judge(sampler, bar)
             row |= scores
             for record in records[:cfg.n_samples]:
                 run.row("samples.jsonl", {"step": done, **record})

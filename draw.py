@@ -95,7 +95,7 @@ def choose(logits_bv, uniform_b, temperature=1.0, top_p=1.0, top_k=0):
     chunk_b1 = _first_above(cdf_bn, point_b1)
     before_b1 = cdf_bn.gather(1, chunk_b1) - sum_bn.gather(1, chunk_b1)
     weight_bc = weight_bnc.gather(1, chunk_b1[..., None].expand(B, 1, CHUNK))[:, 0]
-    id_b1 = chunk_b1 * CHUNK + _first_above(weight_bc.double().cumsum(1), point_b1 - before_b1)
+    id_b1 = chunk_b1 * CHUNK + _first_above(weight_bc.double().cumsum(1), (point_b1 - before_b1).clamp(min=0))
     id_b1 = id_b1.clamp(max=V - 1)  # of a row of NaN: its logp_b is NaN, which the caller sees
     logp_b1 = logits_bv.gather(1, id_b1) - max_b1 - cdf_bn[:, -1:].log()
     return id_b1[:, 0], logp_b1[:, 0].to(logits_bv.dtype)

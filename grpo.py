@@ -60,7 +60,7 @@ from reward import reward, training_verdict
 from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run
 from batch import Rollout
 from draw import Sampling
-from sample import Sampler, model_impl, refresh, whole_model
+from sample import Sampler, check_room, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 
 
@@ -372,6 +372,10 @@ def main(cfg):
     run.begin(first_step, n_steps)
     sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.kv_gb, cfg.micro_tokens, graphs=not cfg.eager)
 
+    check_room(model, dtype, ranks.device, cfg.kv_gb, prompts.values(), cfg.max_new_tokens)
+    if held_out:
+        check_room(model, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.max_new_tokens)
+
     def add_files(folder):
         tokenizer.save(folder)
         if kept_prompt:
@@ -426,7 +430,7 @@ def main(cfg):
         dead = (evaluates or saves) and not is_finite(model, probe)
         if evaluates and not dead:
             refresh(sampler.model, model)
-            scores, _ = held_out.judge(sampler)
+            scores, _ = held_out.judge(sampler, bar)
             row |= scores
         run.row("metrics.jsonl", row)
         for group in groups[:cfg.n_samples]:

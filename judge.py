@@ -103,11 +103,11 @@ class HeldOut:
             print(f"note: {n_seen} of {len(self.all_pairs)} pairs of --eval-data are trained on, too: eval_accuracy "
                   "will not be that of pairs held out; take them out of --data")
 
-    def judge(self, sampler):
+    def judge(self, sampler, bar=None):
         """({"eval_accuracy", "eval_accuracy_DOMAIN", "eval_no_verdict", "eval_tokens", "eval_s"}, the records)."""
         began = time.perf_counter()
         judge = Judge(sampler, self.tokenizer, self.prompt, self.sampling)
-        mine = [record for _, record in judge.judge(self.pairs, prompts=self.prompts)]
+        mine = [record for _, record in judge.judge(self.pairs, prompts=self.prompts, bar=bar)]
         records = [record for share in self.ranks.gather(mine) for record in share]
         metrics = {"eval_accuracy": accuracy(records)}
         for domain in sorted({record["domain"] for record in records if record["domain"]}):

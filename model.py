@@ -264,7 +264,8 @@ class Model(nn.Module):
 
     def fuse(self):
         """For sampling: q, k and v become one matrix product, gate and up another. The weights keep their names, and
-        can be copied into, as parts of the whole ones; nothing can be trained any more."""
+        can be copied into, as parts of the whole ones. Last of all: a `to` after it would leave the whole ones behind,
+        and training would not reach them."""
         for block in self.model.layers:
             block.self_attn.fuse()
             block.mlp.fuse()

@@ -5,6 +5,7 @@ all back when it ends; a prompt's pages serve all its rollouts. So memory is tak
 copied to grow, and what one long judgement takes, others need not have.
 """
 
+import math
 import os
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from kernels import NOBODY, Tables
 
+PAGE_SIZE = 64  # tokens
 BIN = 0  # the page where an empty slot writes, and whatever else nobody will read
 
 
@@ -20,9 +22,8 @@ class Pool:
 
     def __init__(self, config, n_pages, page_size, device, dtype):
         shape = n_pages, config.num_key_value_heads, page_size, config.head_dim
-        # zeros: the PyTorch path multiplies what nobody owns by zero. On a CPU they take memory when they are written
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.k = [_zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
+        self.v = [_zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
         self.page_size, self.n_tokens = page_size, n_pages * page_size
         self.gb = n_pages * page_bytes(config, page_size, dtype) / 1e9
         self.free_x = np.ones(n_pages, dtype=bool)
@@ -60,17 +61,38 @@ class Pool:
             pages[:] = [new_of[page] for page in pages]
 
 
+def _zeros(shape, device, dtype):
+    """Zeros, because the PyTorch path multiplies what nobody owns by zero. On a CPU they are numpy's, which take no
+    memory until something is written."""
+    if device.type == "cuda":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
 def page_bytes(config, page_size, dtype):
     """Of keys and values, in all layers."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return page_size * per_token
 
 
+def affordable(config, dtype, device, kv_gb, longest_prompt, max_new_tokens, page_size, work_bytes=0):
+    """The number of pages that the bound allows: kv_gb, or what is free now less what a step needs to work. ValueError
+    if one rollout may need more."""
+    least = 1 + -(-longest_prompt // page_size) + -(-max_new_tokens // page_size)  # 1: the bin
+    one = page_bytes(config, page_size, dtype)
+    allowed = 1e9 * kv_gb if kv_gb else free_bytes(device) - work_bytes
+    if allowed < least * one:
+        bound = f"--kv-gb {kv_gb:g}" if kv_gb else f"the {allowed / 1e9:.3g} GB that are free for keys and values"
+        raise ValueError(f"{bound}: one rollout of {max_new_tokens} tokens after the longest prompt, {longest_prompt}, "
+                         f"needs {math.ceil(least * one / 1e6) / 1e3:.3f} GB")
+    return int(allowed / one)
+
+
 def free_bytes(device):
-    """What the cache may take where no --kv-gb says so: four fifths of a GPU's free memory, half of a computer's."""
+    """Nine tenths of a GPU's free memory, half of a computer's."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return 0.8 * (torch.cuda.mem_get_info(device)[0] + cached)
+        torch.cuda.empty_cache()
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
     return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -79,33 +101,34 @@ class StepInputs:
     with its addresses. Written on the host; `upload` brings over what has changed. On a CPU both are one.
 
     The columns of a slot: its last token, which is the step's input; that token's position, and where its keys go
-    (page, offset); how many tokens the slot has, this one included; its place (see Tables); and what its random numbers
-    come from. Example: a prompt of 10 tokens (positions 0 to 9) and 3 drawn ones: the third is at position 12, its keys
-    go to offset 2 of the slot's first page, and it sees 10 + 3 keys.
+    (page, offset); how many tokens the slot has, this one included; its prompt's row in the tables and its place there,
+    by arrival; and what its random numbers come from. Example: a prompt of 10 tokens (positions 0 to 9) and 3 drawn
+    ones: the third is at position 12, its keys go to offset 2 of the slot's first page, and it sees 10 + 3 keys.
     """
-    COLUMNS = "token", "position", "length", "key", "sample", "page", "offset", "place"
+    COLUMNS = "token", "position", "length", "key", "sample", "page", "offset", "row", "member"
 
-    def __init__(self, n_slots, n_own, n_prompt, n_members, n_pages, device):
-        """n_own pages at most for a slot's own tokens, n_prompt for a prompt, which n_members slots continue."""
+    def __init__(self, n_slots, own_pages, prompt_pages, n_members, n_pages, page_size, device):
+        """own_pages at most for a slot's own tokens, prompt_pages for a prompt, which n_members slots continue."""
         shapes = {"slot_rb": (len(self.COLUMNS), n_slots), "length_p": (n_slots,), "slot_pg": (n_slots, n_members),
                   "owner_x": (n_pages,), "first_x": (n_pages,)}
         arrays = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
-        arrays["page_bt"] = torch.zeros(n_slots, n_own, dtype=torch.int32)
-        arrays["page_pu"] = torch.zeros(n_slots, n_prompt, dtype=torch.int32)
+        arrays["page_bt"] = torch.zeros(n_slots, own_pages, dtype=torch.int32)
+        arrays["page_pu"] = torch.zeros(n_slots, prompt_pages, dtype=torch.int32)
         if device.type == "cuda":
             arrays = {name: x.pin_memory() for name, x in arrays.items()}
+        self.page_size = page_size
         self.pinned = arrays
         self.host = {name: x.numpy() for name, x in arrays.items()}
         self.device = {name: x.to(device) for name, x in arrays.items()}
         self.column = dict(zip(self.COLUMNS, self.host["slot_rb"]))
         self.changed = set()
 
-    def fill(self, slots, prompts, prompt_lengths, page_size):
-        """Slots (in order) and the prompts that they continue: {prompt: its pages}, {prompt: its tokens}."""
-        host, column = self.host, self.column
+    def fill(self, slots, pages_of, prompt_lengths):
+        """Slots, in order, and the prompts that they continue: {prompt: its pages}, {prompt: its tokens}."""
+        host, column, n = self.host, self.column, len(slots)
         host["slot_rb"][:] = 0
         column["length"][:] = 1  # an empty slot sees the bin's first token, and nobody reads what comes of it
-        column["place"][:] = -1
+        column["row"][:] = -1
         host["slot_pg"][:] = -1
         host["length_p"][:] = 0
         host["page_bt"][:] = -1
@@ -113,40 +136,50 @@ class StepInputs:
         host["page_pu"][:] = -1
         host["owner_x"][:] = 0
         host["first_x"][:] = NOBODY
-        n_members = host["slot_pg"].shape[1]
-        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(slot.prompt for slot in slots))}
-        for prompt, row in row_of.items():
-            host["length_p"][row] = prompt_lengths[prompt]
-            for u, page in enumerate(prompts[prompt]):
-                self._give(page, -1 - row, "page_pu", row, u, page_size)
-        for b, slot in enumerate(slots):
-            row = row_of[slot.prompt]
-            host["slot_pg"][row, slot.sample] = b
-            column["place"][b] = row * n_members + slot.sample
-            column["token"][b] = slot.rollout.ids[-1]
-            column["length"][b] = len(slot.rollout.ids)
-            column["position"][b] = prompt_lengths[slot.prompt] + len(slot.rollout.ids) - 1
-            column["key"][b] = slot.key
-            column["sample"][b] = slot.sample
-            for t, page in enumerate(slot.pages):
-                self._give(page, b, "page_bt", b, t, page_size)
-        self.n_slots, self.n_rows = len(slots), len(row_of)
-        self.n_own = 1 + max(max(slot.pages) for slot in slots)
-        self.n_shared = len(host["owner_x"]) - min(min(prompts[prompt]) for prompt in row_of)
-        self.n_own_pages = max(len(slot.pages) for slot in slots)
-        self.n_prompt_pages = max(len(prompts[prompt]) for prompt in row_of)
+        prompts = list(dict.fromkeys(slot.prompt for slot in slots))
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        rows = [row_of[slot.prompt] for slot in slots]
+        drawn = np.array([len(slot.rollout.ids) for slot in slots])
+        column["token"][:n] = [slot.rollout.ids[-1] for slot in slots]
+        column["length"][:n] = drawn
+        column["position"][:n] = drawn - 1 + [prompt_lengths[slot.prompt] for slot in slots]
+        column["key"][:n] = [slot.key for slot in slots]
+        column["sample"][:n] = [slot.sample for slot in slots]
+        column["row"][:n] = rows
+        n_members = [0] * len(prompts)
+        for b, row in enumerate(rows):
+            column["member"][b] = n_members[row]
+            host["slot_pg"][row, n_members[row]] = b
+            n_members[row] += 1
+        host["length_p"][:len(prompts)] = [prompt_lengths[prompt] for prompt in prompts]
+        own, shared = [slot.pages for slot in slots], [pages_of[prompt] for prompt in prompts]
+        self._give("page_bt", own, np.arange(n))
+        self._give("page_pu", shared, -1 - np.arange(len(prompts)))
+        # how much of the tables is in use
+        self.n_rows, self.n_members = len(prompts), max(n_members)
+        self.own_pages, self.prompt_pages = max(map(len, own)), max(map(len, shared))
+        self.n_own = 1 + max(map(max, own))
+        self.n_shared = len(host["owner_x"]) - min(map(min, shared))
         self.changed = set(host)
 
-    def _give(self, page, owner, table, row, number, page_size):
+    def _give(self, table, lists, owners):
+        """Enters the pages of these lists, row by row."""
+        n = np.array([len(pages) for pages in lists])
+        page = np.concatenate(lists)
+        row = np.arange(len(lists)).repeat(n)
+        number = np.arange(len(page)) - (n.cumsum() - n).repeat(n)
         self.host[table][row, number] = page
-        self.host["owner_x"][page] = owner
-        self.host["first_x"][page] = number * page_size
+        self.host["owner_x"][page] = owners.repeat(n)
+        self.host["first_x"][page] = number * self.page_size
 
-    def grow(self, b, slot, page_size):
+    def grow(self, b, pages):
         """Slot b has taken another page, the last of its list."""
-        self._give(slot.pages[-1], b, "page_bt", b, len(slot.pages) - 1, page_size)
-        self.n_own = max(self.n_own, slot.pages[-1] + 1)
-        self.n_own_pages = max(self.n_own_pages, len(slot.pages))
+        last = len(pages) - 1
+        self.host["page_bt"][b, last] = pages[-1]
+        self.host["owner_x"][pages[-1]] = b
+        self.host["first_x"][pages[-1]] = last * self.page_size
+        self.n_own = max(self.n_own, pages[-1] + 1)
+        self.own_pages = max(self.own_pages, len(pages))
         self.changed |= {"page_bt", "owner_x", "first_x"}
 
     def advance(self, tokens):
@@ -156,25 +189,25 @@ class StepInputs:
         self.column["position"][:n] += 1
         self.column["length"][:n] += 1
 
-    def upload(self, page_size):
+    def upload(self):
         """Before a step: where its keys go, and what has changed since the last one."""
         last_b = self.column["length"] - 1
-        self.column["page"][:] = self.host["page_bt"][np.arange(len(last_b)), last_b // page_size]
-        self.column["offset"][:] = last_b % page_size
+        self.column["page"][:] = self.host["page_bt"][np.arange(len(last_b)), last_b // self.page_size]
+        self.column["offset"][:] = last_b % self.page_size
         for name in self.changed | {"slot_rb"}:
             if self.device[name] is not self.pinned[name]:
                 self.device[name].copy_(self.pinned[name], non_blocking=True)
         self.changed = set()
 
-    def tables(self, n, page_size, whole):
-        """(columns [8, n], Tables) of the first n slots. whole: with all the tables' memory, of the same shapes always;
-        else with what is in use."""
+    def tables(self, n, whole):
+        """{name: its column of the first n slots} and their Tables. whole: with all the tables' memory, of the same
+        shapes always; else with what is in use."""
         x = self.device
-        slot_rb = x["slot_rb"][:, :n]
-        length_b, place_b = (slot_rb[self.COLUMNS.index(name)] for name in ("length", "place"))
-        rows, own, prompt = n, x["page_bt"].shape[1], x["page_pu"].shape[1]
+        column = dict(zip(self.COLUMNS, x["slot_rb"][:, :n]))
+        rows, own, prompt, members = n, x["page_bt"].shape[1], x["page_pu"].shape[1], x["slot_pg"].shape[1]
         if not whole:
-            rows, own, prompt = self.n_rows, self.n_own_pages, self.n_prompt_pages
-        return slot_rb, Tables(x["page_bt"][:n, :own], length_b, x["page_pu"][:rows, :prompt], x["length_p"][:rows],
-                               x["slot_pg"][:rows], place_b, x["owner_x"], x["first_x"], self.n_own, self.n_shared,
-                               page_size)
+            rows, own, prompt, members = self.n_rows, self.own_pages, self.prompt_pages, self.n_members
+        place_b = (column["row"] * members + column["member"]).clamp(min=-1)
+        return column, Tables(x["page_bt"][:n, :own], column["length"], x["page_pu"][:rows, :prompt],
+                              x["length_p"][:rows], x["slot_pg"][:rows, :members], place_b, x["owner_x"], x["first_x"],
+                              self.n_own, self.n_shared, self.page_size)

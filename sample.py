@@ -28,13 +28,14 @@ from folder import check_folder
 from kernels import runs_triton
 from model import Model
 from options import check_at_least, check_between, check_choice, parse_config, refuse_ranks
+from pages import PAGE_SIZE, affordable
 from tokenizer import StreamDecoder, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- sampler
 
 
 class Sampler:
-    def __init__(self, model, n_slots=256, kv_gb=0.0, prefill_tokens=16384, page_size=64, graphs=True):
+    def __init__(self, model, n_slots=256, kv_gb=0.0, prefill_tokens=16384, page_size=PAGE_SIZE, graphs=True):
         """n_slots rollouts are written at once, as far as their keys and values fit kv_gb (10^9 bytes; 0: what is
         free); prompts are computed in packs of about prefill_tokens. graphs: on a GPU, run steps as CUDA graphs."""
         self.model, self.n_slots, self.kv_gb, self.prefill_tokens = model, n_slots, kv_gb, prefill_tokens
@@ -73,8 +74,7 @@ class Sampler:
                 self.n_decoded += batch.step()
                 self.decode_s += time.perf_counter() - began
             if bar is not None and began > shown + 0.5:
-                bar.set_postfix(self.progress(batch), refresh=False)
-                bar.update(0)
+                bar.set_postfix(self.progress(batch))
                 shown = began
             yield from batch.take_finished()
         self.n_put_back += batch.n_put_back
@@ -95,7 +95,12 @@ class Sampler:
         return {"prefill_tok_s": f"{stats['prefill_tok_s']:.0f}", "decode_tok_s": f"{stats['decode_tok_s']:.0f}",
                 "writing": len(batch.slots), "waiting": len(batch.waiting),
                 "done": len(batch.prompts) * batch.sampling.n - len(batch.slots) - len(batch.waiting),
-                "cache": f"{1 - batch.pool.n_free / n_pages:.0%}"}
+                "put_back": batch.n_put_back, "cache": f"{1 - batch.pool.n_free / n_pages:.0%}"}
+
+
+def check_room(model, dtype, device, kv_gb, prompts, max_new_tokens):
+    """Before hours of work: ValueError if --kv-gb could not hold the longest of these prompts with its rollout."""
+    affordable(model.config, dtype, device, kv_gb, max(map(len, prompts), default=0), max_new_tokens, PAGE_SIZE)
 
 
 def check_prompts(prompts, model):

@@ -309,7 +309,8 @@ def _plan(q_bhc, k_xkic, tables):
         n_rows = slot_xg.shape[1] * share  # query rows of an item: (member, head) pairs of one key/value head
         blocks, options = attention_tiling("decode_group" if n_rows > 16 else "decode", q_bhc, C)
         n_row_tiles = triton.cdiv(n_rows, blocks["BLOCK_M"])
-        n_programs, T = len(page_xt) * n_row_tiles * K, page_xt.shape[1] * I
+        n_items = min(len(page_xt), triton.cdiv(B, slot_xg.shape[1]) + 1)  # a bucket's tables have more rows than that
+        n_programs, T = n_items * n_row_tiles * K, page_xt.shape[1] * I
         tilings.append((n_row_tiles, tuple(blocks.values()), options))
         n_splits.append(_n_splits(n_programs, T, blocks["BLOCK_N"], device) if n_programs * T else 0)
     splits, first_split, n_all = [], 0, sum(n_splits)

@@ -136,7 +136,7 @@ def test_a_step_that_looks_is_found(mistake, impl, monkeypatch):
 def test_a_step_with_a_number_of_the_host_is_found(monkeypatch):
     """The control of the same launches: a number that the host has counted, which a graph would replay."""
     batches, draw = [started(QWEN2, "plain", n) for n in (1, 30)], Batch.draw
-    monkeypatch.setattr(Batch, "draw", lambda self, *rest: draw(self, *rest) + self.inputs.n_own_pages)
+    monkeypatch.setattr(Batch, "draw", lambda self, *rest: draw(self, *rest) + self.inputs.own_pages)
     first, later = (trace(batch, "triton")[0] for batch in batches)
     assert first != later and len(first) == len(later)
 
