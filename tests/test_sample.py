@@ -168,11 +168,23 @@ def test_sampler_and_trainer_agree(raw, temperature):
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on the CPU with TRITON_INTERPRET=1 only")
 @pytest.mark.parametrize("raw, temperature", [(QWEN2, 0.6), (QWEN3, 0.0)], ids=["Qwen2", "Qwen3 greedy"])
-def test_invariant_sampler_has_the_trainers_bits(raw, temperature, mended_interpreter):
-    model = tiny(raw)
+def test_invariant_sampler_has_the_trainers_bits(raw, temperature, mended_interpreter, monkeypatch):
+    """Weights fused for sampling, groups in parts, some rollouts put back and computed again."""
+    model, steps = tiny(raw), []
     model.impl = "invariant"
     sampling = Sampling(2, 12, temperature=temperature, stop={17, 18}, seed=5)
-    groups = Sampler(model, n_slots=5).generate(PROMPTS[:4], sampling)
+
+    def put_back(batch):
+        steps.append(len(batch.slots))
+        if len(steps) == 4:
+            for _ in range(2):
+                batch.put_back(max(batch.slots, key=lambda slot: (slot.prompt, slot.sample)))
+    before_each(monkeypatch, "step", look=put_back)
+    sampler = Sampler(model.fuse(), n_slots=5, page_size=16)
+    groups = sampler.generate(PROMPTS[:4], sampling)
+    assert sampler.n_put_back == 2
+    model = tiny(raw)
+    model.impl = "invariant"
     forest = pack([(prompt, [r.ids for r in rollouts]) for prompt, rollouts in zip(PROMPTS, groups)])
     scored = [torch.arange(start, start + length) for start, length, parent in forest.segments_s3.tolist()
               if parent >= 0]
