@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "draw": "",
     "pages": "kernels",
     "batch": "draw kernels model pages",
-    "sample": "batch common draw files folder kernels model options tokenizer",
+    "sample": "batch common draw files folder kernels model options pages tokenizer",
     "judge": "common data draw files folder options prompt reward sample tokenizer",
     "distill": "common data files folder judge model options prompt run sample tokenizer",
     # distill: stage 1 of the generated task
