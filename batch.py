@@ -62,8 +62,8 @@ class Batch:
     waiting, with its tokens; their keys are computed again when its turn comes.
     """
 
-    def __init__(self, model, prompts, sampling, n_slots, kv_gb=0.0, prefill_tokens=16384, page_size=PAGE_SIZE, graphs=True,
-                 on_token=None):
+    def __init__(self, model, prompts, sampling, n_slots, kv_gb=0.0, prefill_tokens=16384, page_size=PAGE_SIZE,
+                 graphs=True, on_token=None):
         self.model, self.prompts, self.sampling, self.on_token = model, prompts, sampling, on_token
         self.keys = [prompt_key(ids) for ids in prompts]
         self.prefill_tokens, self.page_size = prefill_tokens, page_size
