@@ -1,5 +1,5 @@
-"""batch.py and pages.py: who is written when and where, and that nothing of it shows. Oracles: the uncached model, token
-by token, in float64; the same rollouts under other settings; the pages, counted from outside."""
+"""batch.py and pages.py: who is written when and where, and that nothing of it shows. Oracles: the uncached model,
+token by token, in float64; the same rollouts under other settings; the pages, counted from outside."""
 
 import gc
 import io
@@ -201,7 +201,8 @@ def test_a_bound_too_small_for_one_rollout_names_the_least():
     works."""
     model, how = tiny(QWEN2), Sampling(2, 100)
     one = 2 * 2 * 2 * 8 * 4 * 16  # keys and values, layers, heads, channels, bytes, tokens
-    with pytest.raises(ValueError, match=r"--kv-gb 1e-06: .* 100 tokens after the longest prompt, 40, needs \S+ GB") as e:
+    said = r"--kv-gb 1e-06: .* 100 tokens after the longest prompt, 40, needs \S+ GB"
+    with pytest.raises(ValueError, match=said) as e:
         Sampler(model, kv_gb=1e-6, page_size=16).generate(PROMPTS[:3], how)
     least = float(str(e.value).split()[-2])
     assert least == math.ceil(11 * one / 1e6) / 1e3
@@ -212,7 +213,7 @@ def test_a_bound_too_small_for_one_rollout_names_the_least():
 
 
 def test_the_pool_is_no_larger_than_all_could_need(monkeypatch):
-    """4 slots of 100 tokens, 3 prompts of at most 40: 1 + 4 x 7 + 3 x 3 pages of 16, though half the machine is free."""
+    """4 slots of 100 tokens, 3 prompts of at most 40: 1 + 4 x 7 + 3 x 3 pages of 16, though half of memory is free."""
     model, sizes = tiny(QWEN2), []
     before_each(monkeypatch, "step", look=lambda batch: sizes.append(len(batch.pool.free_x)))
     Sampler(model, 4, page_size=16).generate(PROMPTS[:3], Sampling(2, 100, stop={1, 2, 3, 4, 5}))

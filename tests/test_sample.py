@@ -257,6 +257,18 @@ def test_choose_never_draws_what_has_no_probability(V, dtype):
     assert ids.tolist() == [3] * 5 and logps.tolist() == [0.0] * 5
 
 
+def test_choose_at_the_borders_of_its_chunks():
+    """Points at, and one rounding beside, the sums of all tokens before a chunk, whose first token is impossible: where
+    the sums span many magnitudes, what is left of the point within the chunk may round below 0."""
+    logits = 12 * torch.randn(400, 2048, generator=torch.Generator().manual_seed(0))
+    logits[:, ::512] = -torch.inf
+    borders = logits.double().softmax(1).view(400, 4, 512).sum(2).cumsum(1)
+    for chunk in range(3):
+        for u in (borders[:, chunk], *(borders[:, chunk].nextafter(torch.tensor(x).double()) for x in (0.0, 1.0))):
+            _, logps = choose(logits, u)
+            assert logps.isfinite().all()
+
+
 def test_choose_is_exact_over_a_whole_vocabulary():
     """V equal tokens: u falls into token floor(u V). A sum of 151,936 float32 numbers would be off by several
     tokens."""
