@@ -342,7 +342,7 @@ MUTANTS = [
      [TORCH_MEMBERS]),
     ("torch decode: slots alone have a prompt", "decode_attention_ref", ".masked_fill(alone_b, 0)", "",
      [TORCH_MEMBERS]),
-    ("torch store: values where keys lie", "store_ref", "v_xkic[page_n", "k_xkic[page_n",
+    ("torch store: values where keys lie", "store_ref", "v_xkic.view(", "k_xkic.view(",
      ["test_store[torch-float64]"]),
     ("logp by three lines: no temperature", "linear_logp_ref", " / temperature, 1)", ", 1)", [TORCH_LOGP]),
     ("torch logp: no temperature in the gradient", "LinearLogpChunked", "grad_n / ctx.temperature", "grad_n",

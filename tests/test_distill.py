@@ -539,7 +539,7 @@ def test_keep_best_keeps_the_model_with_the_best_held_out_accuracy(made, tmp_pat
     accuracies = {2: 0.2, 4: 0.6, 6: 0.6, 8: 0.4}
     steps, copies = [], []
 
-    def judge(self, sampler):
+    def judge(self, sampler, bar=None):
         steps.append(len(metrics(steps_of)) + 1)
         return {"eval_accuracy": accuracies[steps[-1]]}, []
     monkeypatch.setattr(distill.HeldOut, "judge", judge)

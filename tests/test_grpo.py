@@ -558,7 +558,7 @@ def test_prompt_txt_is_the_prompt_that_ready_made_pairs_were_made_with(given, ke
     evaluations in the run ask it, too (here the model's own, "toy", where none can be told)."""
     asked = []
     judge = grpo.HeldOut.judge
-    monkeypatch.setattr(grpo.HeldOut, "judge", lambda self, model: asked.append(self.prompt.user) or judge(self, model))
+    monkeypatch.setattr(grpo.HeldOut, "judge", lambda self, *rest: asked.append(self.prompt.user) or judge(self, *rest))
     (tmp_path / "own.txt").write_text("[user]\nQ {question}\nA {answer_a}\nB {answer_b}\n")
     shown_by = grpo.load_prompt("direct" if given != "own" else str(tmp_path / "own.txt"))
     rows = [{"id": pair.id, "context_messages": grpo.render(shown_by, pair), "winner": f"model_{pair.winner}"}
@@ -617,7 +617,7 @@ def test_a_changed_number_of_slots_is_said_and_recorded(made, tmp_path, capsys):
 def test_keep_best_keeps_the_policy_with_the_best_held_out_accuracy(made, tmp_path, monkeypatch):
     """Accuracies by hand; oracle: the checkpoint of that step."""
     accuracies = iter((0.4, 0.8, 0.6))
-    monkeypatch.setattr(grpo.HeldOut, "judge", lambda self, model: ({"eval_accuracy": next(accuracies)}, []))
+    monkeypatch.setattr(grpo.HeldOut, "judge", lambda self, *rest: ({"eval_accuracy": next(accuracies)}, []))
     grpo.main(config(made, tmp_path, eval_data=str(made / "heldout.jsonl"), eval_every=1, save_every=1, keep_best=True))
     assert json.loads((tmp_path / "best/best.json").read_text()) == {"step": 2, "eval_accuracy": 0.8}
     best, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("best", "checkpoints/step-2"))
