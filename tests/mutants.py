@@ -328,8 +328,6 @@ MUTANTS = [
      "(prefix_u < parent_length_s1 + 32)", [TORCH]),
     ("torch: another prompt", "_padded_segments", "start[parent] * has_parent", "0 * start[parent]", [TORCH_OTHER]),
     ("torch decode: one key too many", "Tables", ">= n_left_x", "> n_left_x", [TORCH_MEMBERS]),
-    ("torch decode: all have a prompt", "Tables", "n_prompt_b = torch.where(self.place_b >= 0,",
-     "n_prompt_b = torch.where(self.place_b >= -1,", [TORCH_MEMBERS]),
     ("torch decode: own and shared under two maxima", "decode_attention_ref", "sub_(max_bkr[slot_x][..., None])",
      "sub_(0 * max_bkr[slot_x][..., None])", [TORCH_MEMBERS]),
     ("torch decode: another slot's pages", "decode_attention_ref", "q_bkrc[slot_x]", "q_bkrc[slot_x * 0]",
