@@ -20,7 +20,7 @@ import torch
 from draw import choose, prompt_key, uniforms
 from kernels import attention, decode_attention, linear_logp, logits, store, use_triton
 from model import pack
-from pages import BIN, PAGE_SIZE, Pool, StepInputs, affordable
+from pages import BIN, PAGE_SIZE, Pool, StepInputs, affordable, pages_for
 
 
 @dataclass
@@ -70,8 +70,8 @@ class Batch:
         self.n_slots = min(n_slots, sampling.n * len(prompts))
         self.device, dtype = model.head_vd.device, model.head_vd.dtype
         longest_prompt = max(len(ids) for ids in prompts)
-        self.own_pages = -(-sampling.max_new_tokens // page_size)  # that a rollout may come to need
-        prompt_pages = -(-longest_prompt // page_size)
+        self.own_pages = pages_for(sampling.max_new_tokens, page_size)  # that a rollout may come to need
+        prompt_pages = pages_for(longest_prompt, page_size)
         wanted = 1 + self.n_slots * self.own_pages + min(self.n_slots, len(prompts)) * prompt_pages
         n_pages = min(wanted, affordable(model.config, dtype, self.device, kv_gb, longest_prompt,
                                          sampling.max_new_tokens, page_size, self.work_bytes(dtype)))

@@ -23,12 +23,12 @@ import distill
 import grpo
 from data import toy
 from data.pairs import read_pairs, write_pairs
+from draw import Sampling
 from evaluate import write_scores
 from files import one_line_errors, refuse_file, write_records
 from judge import Judge
 from options import check_between, parse_config, refuse_ranks
 from prompt import load_prompt
-from draw import Sampling
 from sample import Sampler, load_model
 
 TITLES = {"untrained": "untrained", "answer_only": "answer-only SFT", "distilled": "distilled",

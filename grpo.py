@@ -47,9 +47,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from batch import Rollout
 from common import (Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step,
                     restore, save_checkpoint, save_model, shard)
 from data.pairs import Pair, note_one_label, read_pairs, without_equal_answers
+from draw import Sampling
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
@@ -58,8 +60,6 @@ from options import check_at_least, check_between, check_training, parse_config,
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
 from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run
-from batch import Rollout
-from draw import Sampling
 from sample import Sampler, check_room, model_impl, refresh, whole_model
 from tokenizer import Tokenizer
 

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from common import Ranks
 from data.pairs import SWAPPED, Pair, note_one_label, read_pairs
+from draw import Sampling, prompt_key
 from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
 from folder import check_context, check_folder
 from options import check_at_least, check_between, flag_of, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
 from reward import benchmark_verdict, majority, training_verdict
-from draw import Sampling, prompt_key
 from sample import Sampler, check_model, check_options, load_model, sampling_of
 from tokenizer import StreamDecoder, Tokenizer
 

@@ -31,7 +31,7 @@ class Pool:
         self.n_free = n_pages - 1
 
     def needed(self, n_tokens):
-        return -(-n_tokens // self.page_size)
+        return pages_for(n_tokens, self.page_size)
 
     def take(self, n, shared=False):
         """n free pages: the first ones for a slot, the last ones for a prompt, so that each kind lies together."""
@@ -69,6 +69,10 @@ def _zeros(shape, device, dtype):
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
+def pages_for(n_tokens, page_size):
+    return -(-n_tokens // page_size)
+
+
 def page_bytes(config, page_size, dtype):
     """Of keys and values, in all layers."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -78,7 +82,7 @@ def page_bytes(config, page_size, dtype):
 def affordable(config, dtype, device, kv_gb, longest_prompt, max_new_tokens, page_size, work_bytes=0):
     """The number of pages that the bound allows: kv_gb, or what is free now less what a step needs to work. ValueError
     if one rollout may need more."""
-    least = 1 + -(-longest_prompt // page_size) + -(-max_new_tokens // page_size)  # 1: the bin
+    least = 1 + pages_for(longest_prompt, page_size) + pages_for(max_new_tokens, page_size)  # 1: the bin
     one = page_bytes(config, page_size, dtype)
     allowed = 1e9 * kv_gb if kv_gb else free_bytes(device) - work_bytes
     if allowed < least * one:

@@ -164,7 +164,7 @@ def _weighted(weight_xkri, v_xkic, owner_x, n_owners):
 
 def store_ref(k_xkic, v_xkic, k_nkc, v_nkc, page_n, offset_n):
     """Keys and values of token n go to place offset_n of page_n."""
-    X, K, I, C = k_xkic.shape
+    _, K, I, C = k_xkic.shape
     row_nk = (page_n[:, None] * K + torch.arange(K, device=page_n.device)) * I + offset_n[:, None]
     k_xkic.view(-1, C)[row_nk.flatten()] = k_nkc.reshape(-1, C)
     v_xkic.view(-1, C)[row_nk.flatten()] = v_nkc.reshape(-1, C)
