@@ -53,7 +53,7 @@ def judge_all(model_folder, pairs, temperature, seed, out):
     """Judges the pairs, leaves a folder like evaluate.py's; returns the scores by name, and the shares of judgements
     that begin with the right solution or rubric and that check both answers."""
     model, tokenizer = load_model(model_folder, "cpu", "float32")
-    sampling = Sampling(max_new_tokens=96, temperature=temperature, stop=tokenizer.stop_ids, seed=seed)
+    sampling = Sampling(max_new_tokens=64, temperature=temperature, stop=tokenizer.stop_ids, seed=seed)
     judge = Judge(Sampler(model, n_slots=400), tokenizer, load_prompt("toy"), sampling)
     done = dict(tqdm(judge.judge(pairs), f"judge {out.name}", len(pairs), leave=False))
     records = [done[i] for i in range(len(pairs))]

@@ -123,7 +123,7 @@ RECIPES = {  # what differs from the defaults
     "qwen2.5-14b": {"lr": 7e-7}, "deepseek-distill-14b": THINKER,
     "qwen2.5-32b": {"lr": 5e-7}, "deepseek-distill-32b": THINKER | {"lr": 8e-7},
     "toy": dict(model="runs/toy/distill/model", data="runs/toy/data/rl.jsonl", out="runs/toy/grpo", n_prompts=64,
-                mini_prompts=32, steps=20, max_prompt_tokens=1024, max_new_tokens=96, skip_zero_spread=True, lr=3e-4,
+                mini_prompts=32, steps=28, max_prompt_tokens=1024, max_new_tokens=64, skip_zero_spread=True, lr=3e-4,
                 warmup_steps=1, final_lr_frac=0.05, beta2=0.99, weight_decay=0.0, dtype="float32",
                 gradient_checkpointing=False, micro_tokens=16384, n_slots=448,
                 eval_data="runs/toy/data/heldout.jsonl", save_every=20, seed=0),

@@ -201,22 +201,27 @@ def is_grounded(text, judgement):
 
 
 def write_tokenizer(folder):
-    """A Hugging Face tokenizer in which every digit, word and tag of the task is one token; other text falls to bytes.
+    """A Hugging Face tokenizer in which every digit and word of the task is one token, and so is what always stands
+    together, which saves a quarter of all tokens; other text falls to bytes.
 
     Byte-level BPE without merges: `ignore_merges` looks a whole pre-token up in the vocabulary first.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    words = [*OPEN, *(" " + w for w in OPEN + SAY + CLOSE), *WEIGHT, *(" " + w for w in WEIGHT), "sort", "step", "flip"]
-    words += ["A", "B", " A", " B", "A:", " B:", " right.", " wrong.", " total", " Overall", " looks", " better."]
-    words += [" open", " say", " close"]
-    words += ["user", "assistant", "system", "Chat", "Reasoning", "[[", "]]"]
+    words = [*OPEN, *(" " + w for w in OPEN + SAY + CLOSE), "sort", "step", "flip", "Chat", "Reasoning", "system"]
+    words += [f"{space}{name} {verb}" for name in WEIGHT for verb in ("open", "say", "close") for space in ("", " ")]
+    words += ["A", "B", " A", " B", "\nA", "\nB", "A:", " B:", " right.", " wrong.", " total", "#0", " Overall"]
+    words += [" looks better.", "user\n", "assistant\n", *(f" {digit}" for digit in range(10))]
     words += [f"<{slash}{tag}>" for tag in ("type", "solution", "rubric", "eval", "answer") for slash in ("", "/")]
+    words += ["<type>Chat</type><rubric>", "</rubric><eval>", "<type>Reasoning</type><solution>", "</solution><eval>"]
+    words += ["[[", "]]", "<answer>[[", "</eval><answer>[[", "]]</answer>"]
     byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [byte.pre_tokenize_str(word)[0][0] for word in words]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    pieces = Regex(r"</?[a-z]+>|\[\[|\]\]| ?[A-Za-z]+[.:]?|\d|\s|.")
+    pieces = Regex(r"<type>Chat</type><rubric>|<type>Reasoning</type><solution>|</(rubric|solution)><eval>"
+                   r"|(</eval>)?<answer>\[\[|\]\]</answer>|</?[a-z]+>|\[\[|\]\]|(user|assistant)\n|\n[AB](?= )"
+                   r"| ?(Must|Should|May) (open|say|close)| looks better\.|#0(?= )| \d(?!\d)| ?[A-Za-z]+[.:]?|\d|\s|.")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), byte])
     tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -232,7 +237,7 @@ def write_tokenizer(folder):
     return tokenizer.get_vocab_size()
 
 
-def write_data(folder, seed=0, careful=None, n_distill=19_200, n_rl=3_200, n_heldout=800):
+def write_data(folder, seed=0, careful=None, n_distill=22_400, n_rl=3_200, n_heldout=800):
     """distill.jsonl (pairs with chains of the mixed oracle), rl.jsonl and heldout.jsonl (pairs alone)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ As on other machines, which sum in other orders; nothing may fail (numpy, which 
 
     export ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 DNNL_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
     RM_TEST_THREADS=2 python -m pytest
+
+What takes minutes is marked `long`, and left out unless it is asked for: make test-long, or python -m pytest -m long.
 """
 
 import os
@@ -21,6 +23,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("RM_TEST_THREADS", "1")))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes, and is left out unless -m asks for it")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
     python tests/mutants.py [part of a name]    one line each; exit code 1 if any survives
     python tests/mutants.py --bfloat16          all that tests in float32 catch, by the same tests in bfloat16
+    python tests/mutants.py --every 5           each fifth
 
 A mistake is caught if every failure of its tests is an AssertionError, or an expected exception that did not come: one
 that merely does not run is an error of this list. Torch, Triton and pytest are imported once; a forked process per
@@ -425,11 +426,13 @@ def in_bfloat16(tests):
     return [test.replace("float32", "bfloat16") for test in kernels] + already if kernels else []
 
 
-def main(part=""):
+def main(part="", step="1"):
     sources = {path.name: path.read_text() for path in sorted((HERE.parent / "kernels").glob("*.py"))}
     mutants = [(name, mutated(sources, *change), tests) for name, *change, tests in MUTANTS]
     if part == "--bfloat16":
         mutants = [(name, changed, in_bfloat16(tests)) for name, changed, tests in mutants if in_bfloat16(tests)]
+    elif part == "--every":
+        mutants = mutants[::int(step)]
     else:
         mutants = [row for row in mutants if part in row[0]]
     assert len({name for name, *_ in MUTANTS}) == len(MUTANTS), "two mutants have one name"

@@ -25,22 +25,20 @@ def run(code, tmp_path):
 
 
 def test_the_main_tiles_have_no_fault(tmp_path):
-    """Heads of 128 channels on the three generations, of 64 on sm_90, 7 query heads per key/value head; pointwise
-    kernels for sm_90 alone. `python -m bench.compile` compiles all tiles and more geometries: there is no time for that
-    here. The tiles were chosen with Triton 3.9; another one allots registers otherwise, so there only what is no matter
+    """Heads of 128 channels, 7 query heads per key/value head: all kernels for sm_90, attention's for sm_80 and sm_100
+    too. `python -m bench.compile` compiles all tiles and more geometries: there is no time for that here. The tiles were chosen with Triton 3.9; another one allots registers otherwise, so there only what is no matter
     of registers is looked at."""
     out = run("""
 import torch
 from bench.compile import compile_all, faults
-matrix = ("attention", "decode_split", "logp_fwd", "logp_bwd", "linear")
-found = compile_all((80, 100), torch.bfloat16, ((128, 7),), chosen=lambda launch: launch.name.startswith(matrix))
-found |= compile_all((90,), torch.bfloat16, ((64, 7), (128, 7)))
+found = compile_all((80, 100), torch.bfloat16, ((128, 7),), chosen=lambda launch: launch.name.startswith("attention"))
+found |= compile_all((90,), torch.bfloat16, ((128, 7),))
 print(len(found), sum(len(code.loops) for code in found.values()), *faults(found), sep="\\n")
 """, tmp_path)
     n_found, n_loops, *wrong = out.splitlines()
     if not triton.__version__.startswith("3.9."):
         wrong = [line for line in wrong if "shared memory, " in line or "no loop with" in line]
-    assert int(n_found) > 50 and int(n_loops) > 40 and not wrong, "\n".join([n_found, n_loops, *wrong])
+    assert int(n_found) > 30 and int(n_loops) > 20 and not wrong, "\n".join([n_found, n_loops, *wrong])
 
 
 def test_a_bad_tile_is_reported(tmp_path):

@@ -367,6 +367,7 @@ def torchrun(*command):
                           timeout=120)
 
 
+@pytest.mark.long
 def test_a_narrow_model_learns_recorded_judgements_by_heart(tmp_path):
     """Real input: RM-R1's two shortest recorded judgements, Qwen2.5's tokenizer with its 151,665 ids. Trained through
     distill.py until the loss is below a tenth of its start, a random model reproduces both records greedily, verdicts

@@ -116,7 +116,7 @@ def sampled_and_scored(model, n, n_slots, **options):
     return rollouts, sampled, model(forest, scored, options.get("temperature", 1.0) or 1.0)[0].cpu()
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", [pytest.param("qwen2", marks=pytest.mark.long), "qwen3"])
 def test_the_sampler_gives_the_trainers_bits(kind, dtype):
     """Log-probabilities: sampled in groups of 2 with continuous batching, scored in a forest; then a rollout scored as
     a sequence of its own, and a group sampled again alone, and greedily: all the same bits."""

@@ -309,11 +309,12 @@ def test_command_line_mistakes_end_in_one_line(tmp_path):
 
 @pytest.mark.skipif(not (SHARED / "qwen2.5-tokenizer").is_dir() or not (SHARED / "benchmarks" / "rmb").is_dir(),
                     reason=f"no qwen2.5-tokenizer and RMB records at {SHARED}: set RM_SHARED")
-def test_qwen_05b_geometry_judges_rmb_from_the_command_line():
-    """Random weights in Qwen2.5-0.5B's shape with its tokenizer, bfloat16; prompts of about 950 tokens."""
+def test_qwen_05b_width_judges_rmb_from_the_command_line():
+    """Random weights in the shape of Qwen2.5-0.5B, 8 of its 24 layers, with its tokenizer, bfloat16; prompts of about
+    950 tokens."""
     raw = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151_936, hidden_size=896,
                intermediate_size=4864,
-               num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1e6,
+               num_hidden_layers=8, num_attention_heads=14, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1e6,
                max_position_embeddings=32_768, tie_word_embeddings=True)
     judged = sorted(read_pairs(SHARED / "benchmarks" / "rmb"), key=lambda pair: len(json.dumps(to_json(pair))))[:4]
     with tempfile.TemporaryDirectory() as path:  # 1 GB: not among the folders that pytest keeps

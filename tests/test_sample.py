@@ -167,7 +167,8 @@ def test_sampler_and_trainer_agree(raw, temperature):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on the CPU with TRITON_INTERPRET=1 only")
-@pytest.mark.parametrize("raw, temperature", [(QWEN2, 0.6), (QWEN3, 0.0)], ids=["Qwen2", "Qwen3 greedy"])
+@pytest.mark.parametrize("raw, temperature", [
+    pytest.param(QWEN2, 0.6, id="Qwen2"), pytest.param(QWEN3, 0.0, id="Qwen3 greedy", marks=pytest.mark.long)])
 def test_invariant_sampler_has_the_trainers_bits(raw, temperature, mended_interpreter, monkeypatch):
     """Weights fused for sampling, groups in parts, some rollouts put back and computed again."""
     model, steps = tiny(raw), []

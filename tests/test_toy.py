@@ -247,20 +247,26 @@ def test_files_are_chains_and_pairs(tmp_path):
 
 # ---- tokenizer
 
-def test_every_digit_word_and_tag_is_one_token(rows, folder):
+def test_what_varies_is_a_token_of_its_own(rows, folder):
+    """Each digit, each word and each verdict; what always stands together around them is one token."""
     tokenizer, used = Tokenizer(folder), set()
+    together = ["<type>Chat</type><rubric>", "<type>Reasoning</type><solution>", "</rubric><eval>", "</solution><eval>",
+                "</eval><answer>[[", "]]</answer>", "looks better.", "#0 ", *(f"{name} {verb}" for name in toy.WEIGHT
+                                                                            for verb in ("open", "say", "close"))]
+    known = re.compile("|".join(map(re.escape, together)) + r"|[A-Za-z]+[.:]?|\d")
     for row in rows["distill"]:
         question = row["prompt"][0]["content"]
         for text in (row["judgement"], question, row["answer_a"], row["answer_b"],
                      f"A {row['answer_a']}\nB {row['answer_b']}"):
-            ids = tokenizer.encode(text)
-            pieces = [tokenizer.decode([i]) for i in ids]
+            pieces = [tokenizer.decode([i]) for i in tokenizer.encode(text)]
             assert "".join(pieces) == text
-            words = re.findall(r"<[^>]+>|\[\[|\]\]|[A-Za-z]+[.:]?|\d", text)
+            words = [word.strip() for word in known.findall(text)]
             assert [piece.strip() for piece in pieces if re.search(r"[A-Za-z\d[\]]", piece)] == words, pieces
             used.update(pieces)
-    assert {"<rubric>", "</answer>", "[[", "A", "B", "]]", " B:", "A:", " looks", " better.", " total", "7",
-            "="} <= used
+    assert {"A", "B", " B:", "A:", " Overall", " total", "7", " 7", "=", "#", "\nB", " Must say", "May open"} <= used
+    ids = tokenizer.chat([{"role": "user", "content": "Must open Dear"}])
+    assert [tokenizer.decode([i], skip_control=False) for i in ids] == [
+        "<|im_start|>", "user\n", "Must open", " Dear", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
 
 
 def test_decoding_undoes_encoding_for_any_text(folder):
