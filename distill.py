@@ -69,6 +69,7 @@ class Config:
     max_norm: float = 1.0  # gradient clipping
     dtype: str = "bfloat16"  # of the computation, float32 or bfloat16; master weights and moments are float32
     gradient_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more time
+    offload: bool = False  # AdamW's moments, 8 bytes a parameter, stay in the host's memory between optimizer steps
     eval_data: str | None = None  # pairs to judge every eval_every steps
     eval_pairs: int = 200  # how many of them
     eval_every: int = 0  # steps between evaluations; the last step always evaluates; 0 = only then
@@ -92,6 +93,8 @@ class Config:
         check_at_least(self, 0, "max_steps", "kv_gb")
         check_between(self, 0, 1, "warmup_frac")
         check_choice(self, "optimizer", "adamw", "muon")
+        if self.offload and self.optimizer != "adamw":
+            raise ValueError("--offload keeps AdamW's moments on the host; leave it out, or take --optimizer adamw")
 
 
 INSTRUCT = {"prompt": "instruct"}
@@ -198,7 +201,8 @@ def main(cfg):
         held_out.check(model, pairs)
         check_room(model, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.eval_tokens)
     model = shard(model, ranks, dtype)
-    optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay,
+                                 cfg.offload)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
     probe = pack([(examples[0].ids, [])], ranks.device)
     if not is_finite(model, probe):

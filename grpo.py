@@ -45,6 +45,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from batch import Rollout
@@ -55,7 +56,7 @@ from draw import Sampling
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
-from model import Model, pack
+from model import Forest, Model, pack
 from options import check_at_least, check_between, check_training, parse_config, saved_options
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
@@ -90,6 +91,7 @@ class Config:
     max_norm: float = 1.0  # gradient clipping
     dtype: str = "bfloat16"  # of the computation, float32 or bfloat16; master weights and moments are float32
     gradient_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more time
+    offload: bool = False  # AdamW's moments, 8 bytes a parameter, stay in the host's memory between optimizer steps
     batch_invariant: bool = False  # one order for every sum: mismatch becomes exactly 0; slower, needs a GPU
     micro_tokens: int = 12288  # packed tokens that one rank runs through the model at once
     n_slots: int = 256  # judgements that one rank writes at once, as far as their keys and values fit kv_gb
@@ -123,7 +125,7 @@ RECIPES = {  # what differs from the defaults
     "qwen2.5-14b": {"lr": 7e-7}, "deepseek-distill-14b": THINKER,
     "qwen2.5-32b": {"lr": 5e-7}, "deepseek-distill-32b": THINKER | {"lr": 8e-7},
     "toy": dict(model="runs/toy/distill/model", data="runs/toy/data/rl.jsonl", out="runs/toy/grpo", n_prompts=64,
-                mini_prompts=32, steps=28, max_prompt_tokens=1024, max_new_tokens=64, skip_zero_spread=True, lr=3e-4,
+                mini_prompts=32, steps=22, max_prompt_tokens=1024, max_new_tokens=64, skip_zero_spread=True, lr=3e-4,
                 warmup_steps=1, final_lr_frac=0.05, beta2=0.99, weight_decay=0.0, dtype="float32",
                 gradient_checkpointing=False, micro_tokens=16384, n_slots=448,
                 eval_data="runs/toy/data/heldout.jsonl", save_every=20, seed=0),
@@ -250,65 +252,93 @@ def n_tree_tokens(tree):
     return len(group.prompt_ids) + sum(len(group.rollouts[g].ids) for g in part)
 
 
-def micro_step(model, reference, micro, cfg, device):
-    """The summed loss (5) of some trees, and sums over their tokens for the log."""
-    # one prompt segment and its responses after the other; only the responses' tokens are scored, prompts have no loss
-    forest = pack([(group.prompt_ids, [group.rollouts[g].ids for g in part]) for group, part in micro], device)
+@dataclass
+class Micro:
+    """A micro-batch: one rank's trees as a forest, and of each of its M scored tokens, all on the CPU, what the loss
+    needs. A rank that has no trees left computes one all the same, at weight 0: the others wait for its share of the
+    collectives."""
+    forest: Forest
+    scored_m: torch.Tensor     # where the rollouts' tokens are; the prompts' have no loss
+    old_logp_m: torch.Tensor
+    advantage_m: torch.Tensor  # a rollout's, for all its tokens
+    weight: float
+    ref_logp_m: torch.Tensor | None = None  # the reference's, see score
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """The pairs of one optimizer step: this rank's micro-batches, and numbers that are the same on all ranks."""
+    micros: list[Micro]
+    n_tokens: int  # of all its rollouts: the loss's denominator
+    n_packed: int  # that go through the model, prompts included
+
+
+def make_micro(trees, weight):
+    """trees: one rank's, as `trees` cuts them."""
+    # a prompt's segment, then its responses'; only the responses' tokens are scored
+    forest = pack([(group.prompt_ids, [group.rollouts[g].ids for g in part]) for group, part in trees])
     responses = [(start, length) for start, length, parent in forest.segments_s3.tolist() if parent >= 0]
-    scored_m = torch.cat([torch.arange(start, start + length) for start, length in responses]).to(device)
+    scored_m = torch.cat([torch.arange(start, start + length) for start, length in responses])
     old_logps, advantage_parts = [], []  # in the same order: tree by tree, rollout by rollout
-    for group, part in micro:
+    for group, part in trees:
         for g in part:
             old_logps += group.rollouts[g].logps
-            advantage_parts.append(group.advantage_g[g].expand(len(group.rollouts[g].ids)))  # one for all its tokens
-    old_logp_m = torch.tensor(old_logps, device=device)
-    advantage_m = torch.cat(advantage_parts).to(device)
-
-    with torch.no_grad():
-        ref_logp_m, _ = reference(forest, scored_m, cfg.temperature)
-    logp_m, entropy_m = model(forest, scored_m, cfg.temperature)
-    loss_m, kl_m, clipped_m = token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, cfg.clip, cfg.kl_coef)
-    mismatch_m = (logp_m - old_logp_m).detach().abs()  # rounding, if nothing has been updated since the rollouts
-    sums = {"entropy": entropy_m.sum(), "kl": kl_m.detach().sum(), "clip_frac": clipped_m.sum(),
-            "mismatch": mismatch_m.sum()}
-    return loss_m.sum(), sums, mismatch_m.max()
+            advantage_parts.append(group.advantage_g[g].expand(len(group.rollouts[g].ids)))
+    return Micro(forest, scored_m, torch.tensor(old_logps), torch.cat(advantage_parts), weight)
 
 
-def accumulate_gradients(cfg, ranks, model, reference, groups, tally, fresh):
-    """Backward passes of (5) over a mini-batch; returns the packed tokens trained on, the loss of all ranks, and each
-    micro-batch's largest mismatch.
+def make_mini_batch(cfg, ranks, groups):
+    # The one denominator: of all ranks and micro-batches, skipped groups too. Divided per micro-batch instead, a token
+    # of a micro-batch with 100 tokens would weigh ten times as much as one of a micro-batch with 1,000.
+    n_tokens = sum(len(r.ids) for group in groups for r in group.rollouts)
+    trained = [group for group in groups if group.has_spread or not cfg.skip_zero_spread]
+    items = trees(trained, cfg.micro_tokens)
+    sizes = [n_tree_tokens(item) for item in items]
+    micros = []
+    for shares in micro_batches(sizes, cfg.micro_tokens, ranks.world):
+        mine = [items[i] for i in shares[ranks.rank]]
+        micros.append(make_micro(mine or items[:1], 1.0 if mine else 0.0))
+    return MiniBatch(micros, n_tokens, sum(sizes))
+
+
+def score(reference, mini_batches, temperature, device):
+    """Fills in what the frozen reference thinks of every rollout; once a step, since neither changes within it."""
+    for mini_batch in mini_batches:
+        for micro in mini_batch.micros:
+            with torch.no_grad():
+                ref_logp_m, _ = reference(micro.forest.to(device), micro.scored_m.to(device), temperature)
+            micro.ref_logp_m = ref_logp_m.cpu()
+    if isinstance(reference, FSDPModule):
+        reference.reshard()  # its root would stay whole, for a backward pass that does not come
+
+
+def accumulate_gradients(cfg, ranks, model, mini_batch, tally, fresh):
+    """Backward passes of (5) over a mini-batch; returns the loss of all ranks, and each micro-batch's largest mismatch.
 
     `fresh`: no optimizer step since the rollouts, so that sampler and trainer differ by rounding only; the mismatch is
     logged of such mini-batches alone.
     """
-    # The one denominator: of all ranks and micro-batches, skipped groups too. Divided per micro-batch instead, a token
-    # of a micro-batch with 100 tokens would weigh ten times as much as one of a micro-batch with 1,000.
-    n_tokens = sum(len(r.ids) for group in groups for r in group.rollouts)
-    tally.add("loss", 0.0, n_tokens if ranks.main else 0)  # its count, once; its sum follows from every micro-batch
-    for name in ("entropy", "kl", "clip_frac", "mismatch"):
-        tally.add(name, 0.0, 0)  # null in the log if no group is trained on
-    trained = [group for group in groups if group.has_spread or not cfg.skip_zero_spread]
-    if not trained:
-        return 0, 0.0, []
-    items = trees(trained, cfg.micro_tokens)
-    sizes = [n_tree_tokens(item) for item in items]
     total, mismatches = torch.zeros((), device=ranks.device), []
-    for shares in micro_batches(sizes, cfg.micro_tokens, ranks.world):
-        mine = [items[i] for i in shares[ranks.rank]]
-        # a rank without trees still runs one, at weight zero: the others wait for its share of the collectives
-        loss, sums, largest_mismatch = micro_step(model, reference, mine or items[:1], cfg, ranks.device)
-        weight = 1.0 if mine else 0.0
-        (weight * loss / n_tokens).backward()
-        total += weight * loss.detach() / n_tokens
-        n_mine = sum(len(group.rollouts[g].ids) for group, part in mine for g in part)
-        tally.add("loss", weight * loss, 0)
-        for name in ("entropy", "kl", "clip_frac"):
-            tally.add(name, weight * sums[name], n_mine)
-        if fresh:
-            tally.add("mismatch", weight * sums["mismatch"], n_mine)
-        if fresh and mine:
-            mismatches.append(float(largest_mismatch))
-    return sum(sizes), float(ranks.sum(total)), mismatches
+    for micro in mini_batch.micros:
+        old_logp_m, advantage_m = micro.old_logp_m.to(ranks.device), micro.advantage_m.to(ranks.device)
+        logp_m, entropy_m = model(micro.forest.to(ranks.device), micro.scored_m.to(ranks.device), cfg.temperature)
+        # without a reference its place is taken by the policy itself: no distance, no gradient
+        ref_logp_m = logp_m.detach() if micro.ref_logp_m is None else micro.ref_logp_m.to(ranks.device)
+        loss_m, kl_m, clipped_m = token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, cfg.clip, cfg.kl_coef)
+        loss = micro.weight * loss_m.sum()
+        (loss / mini_batch.n_tokens).backward()
+        total += loss.detach() / mini_batch.n_tokens
+        n_mine = len(logp_m) if micro.weight else 0
+        tally.add("loss", loss, 0)
+        tally.add("entropy", micro.weight * entropy_m.sum(), n_mine)
+        tally.add("clip_frac", micro.weight * clipped_m.sum(), n_mine)
+        if micro.ref_logp_m is not None:
+            tally.add("kl", micro.weight * kl_m.detach().sum(), n_mine)
+        if fresh and micro.weight:
+            mismatch_m = (logp_m - old_logp_m).detach().abs()  # rounding: nothing has been updated since the rollouts
+            tally.add("mismatch", mismatch_m.sum(), n_mine)
+            mismatches.append(float(mismatch_m.max()))
+    return float(ranks.sum(total)), mismatches
 
 
 def rollout_metrics(groups):
@@ -364,10 +394,12 @@ def main(cfg):
     if held_out:
         held_out.check(model, pairs)
     model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
-    reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
-    reference.impl = impl
-    reference = shard(reference, ranks, dtype)
-    optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    reference = None
+    if cfg.kl_coef:
+        reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
+        reference.impl = impl
+        reference = shard(reference, ranks, dtype)
+    optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, cfg.offload)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
     run.begin(first_step, n_steps)
     sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.kv_gb, cfg.micro_tokens, graphs=not cfg.eager)
@@ -392,21 +424,31 @@ def main(cfg):
         groups = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks, bar)
         rollout_s = time.perf_counter() - began
 
-        # 2. updates: one optimizer step per mini-batch. After the first the policy is no longer the one that wrote the
+        # 2. score: the reference reads all of them
+        began = time.perf_counter()
+        mini_batches = [make_mini_batch(cfg, ranks, groups[first:first + cfg.mini_prompts])
+                        for first in range(0, cfg.n_prompts, cfg.mini_prompts)]
+        if reference:
+            score(reference, mini_batches, cfg.temperature, ranks.device)
+        score_s = time.perf_counter() - began
+
+        # 3. updates: one optimizer step per mini-batch. After the first the policy is no longer the one that wrote the
         #    rollouts: that is what the ratio and the clip are for
         began = time.perf_counter()
         tally = Tally()
+        for name in ("loss", "entropy", "kl", "clip_frac", "mismatch"):
+            tally.add(name, 0.0, 0)  # null in the log if no group is trained on
         norms, mismatches = [], []  # of each optimizer step; of each micro-batch before the first of them
         n_trained, n_skipped = 0, 0
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
-        for first in range(0, cfg.n_prompts, cfg.mini_prompts):
-            mini_batch = groups[first:first + cfg.mini_prompts]
-            n_packed, loss, mini_mismatches = accumulate_gradients(cfg, ranks, model, reference, mini_batch, tally,
-                                                                   fresh=len(norms) == 0)
-            n_trained += n_packed
-            mismatches += mini_mismatches
-            if not n_packed:  # no group has anything to say: no optimizer step
+        for mini_batch in mini_batches:
+            # the count of the loss, once; its sum follows from every micro-batch
+            tally.add("loss", 0.0, mini_batch.n_tokens if ranks.main else 0)
+            if not mini_batch.micros:  # no group has anything to say: no optimizer step
                 continue
+            loss, mini_mismatches = accumulate_gradients(cfg, ranks, model, mini_batch, tally, fresh=not norms)
+            n_trained += mini_batch.n_packed
+            mismatches += mini_mismatches
             norm = optimizer_step(model, optimizers, lr, cfg.max_norm, loss)
             if math.isfinite(norm):
                 norms.append(norm)
@@ -418,13 +460,13 @@ def main(cfg):
                 break
         update_s = time.perf_counter() - began
 
-        # 3. log, evaluate, save
+        # 4. log, evaluate, save
         done = step + 1
         row = {"step": done, **rollout_metrics(groups), **tally.means(ranks),
                "mismatch_max": max(ranks.gather(max(mismatches, default=0.0))),
                "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "n_skipped": n_skipped,
-               "lr": lr, "rollout_s": rollout_s, "update_s": update_s, "update_tok_s": n_trained / update_s,
-               **sampler.stats()}
+               "lr": lr, "rollout_s": rollout_s, "score_s": score_s, "update_s": update_s,
+               "update_tok_s": n_trained / update_s, **sampler.stats()}
         evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)

@@ -177,6 +177,10 @@ class Forest:
     previous_n: torch.Tensor   # int64
     segments_s3: torch.Tensor  # int64, on the CPU
 
+    def to(self, device):
+        return Forest(self.tokens_n.to(device), self.positions_n.to(device), self.previous_n.to(device),
+                      self.segments_s3)
+
 
 def pack(trees, device="cpu"):
     """trees: a list of (prompt ids, list of response ids). Returns their Forest; segments appear in that order."""
@@ -201,7 +205,7 @@ def pack(trees, device="cpu"):
     nonempty_s = length_s > 0
     previous_n[start_s[nonempty_s]] = before_first_s[nonempty_s]
     tokens_n = torch.tensor(tokens, dtype=torch.int64)
-    return Forest(tokens_n.to(device), positions_n.to(device), previous_n.to(device), segments_s3)
+    return Forest(tokens_n, positions_n, previous_n, segments_s3).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

@@ -20,7 +20,7 @@ MAX_SKIPPED = 3  # optimizer steps in a row without a finite loss and gradient, 
 ROUNDING = "sums are added in another order, so it is not bit for bit the run without the change"
 NO_MATTER = {  # options of both loops that may change on --resume, and what changes with them
     "micro_tokens": ROUNDING, "threads": ROUNDING, "eval_data": "", "eval_pairs": "", "eval_every": "", "n_samples": "",
-    "save_every": "", "keep_best": "", "wandb": "", "tensorboard": "",
+    "save_every": "", "keep_best": "", "wandb": "", "tensorboard": "", "offload": "",
 }
 
 

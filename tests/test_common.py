@@ -139,6 +139,31 @@ def test_who_optimizes_what():
     assert muon.param_groups[0]["weight_decay"] == 0.1
 
 
+def test_moments_that_wait_on_the_host_make_the_same_steps(monkeypatch):
+    """Bit for bit; each block's leave their memory for its own step only, and come back to it."""
+    plain, offloaded = small_model(), small_model()
+    train(plain, make_optimizers(plain, "adamw", 1e-2, (0.9, 0.95), 0.1), range(4))
+    optimizers = make_optimizers(offloaded, "adamw", 1e-2, (0.9, 0.95), 0.1, offload=True)
+    train(offloaded, optimizers, range(2))
+    n_weights = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+    assert len(optimizers) == 2 + 2 and n_weights == len(list(offloaded.parameters()))  # blocks, embedding, norm
+
+    def places():
+        return {(x, key): slots[key].data_ptr() for optimizer in optimizers for x, slots in optimizer.state.items()
+                for key in ("exp_avg", "exp_avg_sq")}
+    home, away, step = places(), [], torch.optim.AdamW.step
+
+    def look(self):
+        away.append({x for (x, key), place in places().items() if place != home[x, key]})
+        step(self)
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    train(offloaded, optimizers, range(2, 4))
+    assert away == 2 * [{x for group in optimizer.param_groups for x in group["params"]} for optimizer in optimizers]
+    assert places() == home
+    for x, y in zip(plain.parameters(), offloaded.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_a_step_clips_the_whole_models_gradient_and_clears_it():
     """Against the norm over all gradients as one vector, and SGD's update with the gradient scaled to max_norm."""
     model = small_model()

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 import distill
 import grpo
-from common import Ranks, learning_rate, leave_ranks, micro_batches, shard
+from common import Ranks, Tally, learning_rate, leave_ranks, micro_batches, shard
 from data import toy
 from data.pairs import Pair, read_pairs
-from grpo import Config, Group, advantages, micro_step, n_tree_tokens, steps_pairs, token_losses, trees
+from grpo import (Config, Group, MiniBatch, accumulate_gradients, advantages, make_micro, n_tree_tokens, score,
+                  steps_pairs, token_losses, trees)
 from model import Model, ModelConfig
 from batch import Rollout
 from sample import Sampling, whole_model
@@ -238,18 +239,30 @@ def test_loss_and_gradient_are_those_of_each_judgement_alone(temperature, made):
             sizes = [n_tree_tokens(item) for item in items]
             for bins in ([range(len(items))], [[i] for i in range(len(items))],
                          *(step for world in (1, 2) for step in [sum(micro_batches(sizes, 25, world), [])])):
-                loss, sums = 0.0, {}
-                for share in bins:
-                    if share:
-                        part, more, worst = micro_step(model, reference, [items[i] for i in share], cfg, "cpu")
-                        (part / n_tokens).backward()
-                        loss += float(part.detach()) / n_tokens
-                        sums = {name: sums.get(name, 0.0) + float(x) for name, x in more.items()}
-                        assert float(worst) <= 0.4 + 1e-6
+                micros = [make_micro([items[i] for i in share], 1.0) for share in bins if share]
+                mini_batch, tally = MiniBatch(micros, n_tokens, sum(sizes)), Tally()
+                score(reference, [mini_batch], temperature, "cpu")
+                loss, worst = accumulate_gradients(cfg, ALONE, model, mini_batch, tally, fresh=True)
+                assert len(worst) == len(micros) and max(worst) <= 0.4 + 1e-6
                 assert loss == pytest.approx(float(want.detach()), rel=1e-6)
+                sums = {name: total for name, (total, _) in tally.pairs.items()}
                 assert (sums["kl"], sums["entropy"], sums["clip_frac"]) == pytest.approx((kl, entropy, n_clipped),
                                                                                          rel=1e-9)
                 torch.testing.assert_close(gradient(model), want_grad, rtol=1e-6, atol=1e-9)
+
+
+def test_without_a_kl_term_there_is_no_reference(made, tmp_path, monkeypatch):
+    """Neither loaded nor run; the same updates as with one that counts nothing."""
+    read = []
+    monkeypatch.setattr(grpo, "score", lambda *args: read.append(args) or score(*args))
+    grpo.main(config(made, tmp_path / "tiny", kl_coef=1e-30))
+    assert len(read) == 3 and metrics(tmp_path / "tiny")[2]["kl"] > 0
+    loaded, load = [], Model.from_pretrained
+    monkeypatch.setattr(Model, "from_pretrained", lambda *args: loaded.append(args) or load(*args))
+    grpo.main(config(made, tmp_path / "none", kl_coef=0.0))
+    assert len(read) == 3 and len(loaded) == 1 and {row["kl"] for row in metrics(tmp_path / "none")} == {-99}
+    x, y = (load_file(tmp_path / name / "model/model.safetensors") for name in ("tiny", "none"))
+    assert all(torch.equal(x[name], y[name]) for name in x)
 
 
 # ---- data order, rollouts, rewards
@@ -371,11 +384,13 @@ def test_the_micro_batch_split_does_not_change_a_run(changes, made, tmp_path):
     """All at once, against every judgement with its own prompt, to float32 rounding. The rollouts are the same."""
     runs = []
     for micro_tokens in (10_000, 1):
-        grpo.main(config(made, tmp_path / str(micro_tokens), micro_tokens=micro_tokens, n_samples=4, **changes))
+        grpo.main(config(made, tmp_path / str(micro_tokens), micro_tokens=micro_tokens, n_samples=4, clip=0.02,
+                         **changes))
         runs.append(metrics(tmp_path / str(micro_tokens)))
     for one, other in zip(*runs, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
-    assert runs[0][0]["n_updates"] == 2 and runs[0][0]["clip_frac"] > 0  # the second of two updates is off-policy
+    # the second of two updates is off-policy
+    assert runs[0][0]["n_updates"] == 2 and any(row["clip_frac"] > 0 for row in runs[0])
     texts = [[json.loads(line)["judgement"] for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
              for name in ("10000", "1")]
     assert texts[0] == texts[1] and len(texts[0]) == 12
@@ -528,23 +543,26 @@ def test_a_dead_policy_is_neither_saved_nor_evaluated(changes, made, tmp_path):
 
 
 def test_one_bad_update_is_skipped_and_the_run_goes_on(made, tmp_path, monkeypatch):
-    """Oracle: the run in which that mini-batch had nothing to say. A third of the way down one loss becomes NaN."""
-    accumulate, calls = grpo.accumulate_gradients, []
+    """Oracle: the run in which that mini-batch had nothing to say. A third of the way down a gradient becomes NaN."""
+    accumulate, make, n_calls = grpo.accumulate_gradients, grpo.make_mini_batch, []
 
-    def with_a_bad_one(*args, **kwargs):
-        calls.append(None)
-        n, loss, mismatches = accumulate(*args, **kwargs)
-        if len(calls) != 3:
-            return n, loss, mismatches
-        if not spoilt:
-            args[2].zero_grad(set_to_none=True)
-            return 0, 0.0, mismatches
-        next(args[2].parameters()).grad[0, 0] = math.nan
-        return n, loss, mismatches
-    monkeypatch.setattr(grpo, "accumulate_gradients", with_a_bad_one)
-    for spoilt in (True, False):
-        calls.clear()
-        grpo.main(config(made, tmp_path / str(spoilt), skip_zero_spread=False))
+    def with_a_bad_one(cfg, ranks, model, mini_batch, *rest, **named):
+        done = accumulate(cfg, ranks, model, mini_batch, *rest, **named)
+        n_calls.append(1)
+        if len(n_calls) == 3:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return done
+
+    def without_the_third(*args):
+        n_calls.append(1)
+        mini_batch = make(*args)
+        return replace(mini_batch, micros=[]) if len(n_calls) == 3 else mini_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "accumulate_gradients", with_a_bad_one)
+        grpo.main(config(made, tmp_path / "True", skip_zero_spread=False))
+    n_calls.clear()
+    monkeypatch.setattr(grpo, "make_mini_batch", without_the_third)
+    grpo.main(config(made, tmp_path / "False", skip_zero_spread=False))
     skipped = metrics(tmp_path / "True")
     assert [row["n_skipped"] for row in skipped] == [0, 1, 0] and [row["n_updates"] for row in skipped] == [2, 1, 2]
     x, y = (load_file(tmp_path / name / "model/model.safetensors") for name in ("True", "False"))
@@ -580,8 +598,8 @@ def test_skips_in_a_row_are_counted_over_a_resume(made, tmp_path, monkeypatch):
     accumulate = grpo.accumulate_gradients
 
     def bad(*args, **kwargs):
-        n, loss, mismatches = accumulate(*args, **kwargs)
-        return n, math.nan, mismatches
+        _, mismatches = accumulate(*args, **kwargs)
+        return math.nan, mismatches
     cfg = config(made, tmp_path / "run", steps=1, save_every=1, skip_zero_spread=False)
     monkeypatch.setattr(grpo, "accumulate_gradients", bad)
     grpo.main(cfg)
