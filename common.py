@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ending import watch
 from files import fail, parse_json, remove, whole
 from options import rank_and_world
 
@@ -77,6 +78,7 @@ def init_ranks(threads=0):
         # ranks wait for each other's longest rollouts, and for rank 0 to write a checkpoint
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=4))
+        watch()
     atexit.register(leave_ranks)
     return Ranks(rank, world, device)
 

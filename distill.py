@@ -268,5 +268,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), together(until_saved=True):
         main(parse_config(Config, RECIPES, embedded="toy"))

@@ -280,5 +280,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), together():
         main(parse_config(Config))
