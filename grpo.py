@@ -48,14 +48,14 @@ import torch
 from tqdm import tqdm
 
 from batch import Rollout
-from common import (Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step,
-                    restore, save_checkpoint, save_model, shard)
+from checkpoint import load_sharded, restore, save_model
+from common import Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step
 from data.pairs import Pair, note_one_label, read_pairs, without_equal_answers
 from draw import Sampling
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
-from model import Model, pack
+from model import pack
 from options import check_at_least, check_between, check_training, parse_config, saved_options
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
@@ -99,6 +99,7 @@ class Config:
     eval_pairs: int = 200  # how many of them
     eval_every: int = 10  # steps between evaluations; the last step always evaluates; 0 = only then
     save_every: int = 10  # steps between checkpoints, 0 = none
+    keep: int = 2  # of the checkpoints, so many of the newest stay; 0 = all
     keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
     n_samples: int = 2  # rollouts decoded into samples.jsonl each step
     seed: int = 1  # of the data order and the rollouts
@@ -358,15 +359,13 @@ def main(cfg):
         held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, asked and load_prompt(asked), cfg.max_new_tokens, tokenizer,
                            ranks)
 
-    model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
+    model = load_sharded(run.weights(), ranks, torch.float32, dtype)
     model.name, model.impl, model.gradient_checkpointing = f"{cfg.out}, its policy", impl, cfg.gradient_checkpointing
     check_context(model, [len(prompts[pair.id]) for pair in pairs], "prompts (see --max-prompt-tokens)", ranks.main)
     if held_out:
         held_out.check(model, pairs)
-    model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
-    reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
+    reference = load_sharded(cfg.model, ranks, dtype, dtype).requires_grad_(False)
     reference.impl = impl
-    reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
     run.begin(first_step, n_steps)
@@ -438,6 +437,7 @@ def main(cfg):
         bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", tokens=f"{row['judgement_tok']:.0f}",
                         kl=f"{row['kl'] or 0:.3f}", prefill=f"{row['prefill_tok_s']:.0f}/s",
                         decode=f"{row['decode_tok_s']:.0f}/s")
+        run.checkpoints.check()
         if n_in_a_row == MAX_SKIPPED:
             run.stop(f"loss or gradient were not finite in {n_in_a_row} optimizer steps in a row")
         if dead:
@@ -445,8 +445,8 @@ def main(cfg):
 
         run.keep_if_best(row, model, add_files, dtype)
         if saves and cfg.save_every:
-            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
-                            {"step": done, "skipped_in_a_row": n_in_a_row}, ranks, add_files)
+            run.checkpoints.save(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
+    run.checkpoints.wait()
     save_model(run.folder / "model", model, ranks, add_files, dtype)
     run.close()
 
