@@ -64,7 +64,7 @@ def config(made, out, **changes):
                    beta1=0.9, beta2=0.95,
                    weight_decay=0.1, max_norm=1.0, dtype="float32", gradient_checkpointing=False, eval_data=None,
                    eval_pairs=3, eval_every=0,
-                   eval_tokens=4, save_every=0, seed=7, threads=1)
+                   eval_tokens=4, save_every=0, keep=0, seed=7, threads=1)
     return Config(**options | changes)
 
 
@@ -271,7 +271,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(optimizer, made, tmp_path
     distill.main(replace(cfg, out=str(again), resume=True, micro_tokens=cfg.micro_tokens))
     assert metrics(again) == metrics(whole) and len(metrics(again)) == 8
     for name in ("model/model.safetensors", "model/config.json", "model/tokenizer.json",
-                 "checkpoints/step-8/optimizer.safetensors",
+                 "checkpoints/step-8/optimizer-00001-of-00001.safetensors",
                  "checkpoints/step-6/model.safetensors"):
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     assert not list(again.rglob("*.tmp"))
@@ -476,9 +476,11 @@ def test_the_last_good_checkpoint_stays(made, tmp_path):
     good = (tmp_path / "run/checkpoints/step-2/model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run/checkpoints/step-4")
     shutil.rmtree(tmp_path / "run/model")
-    moments = load_file(tmp_path / "run/checkpoints/step-2/optimizer.safetensors")
+    step_2 = tmp_path / "run/checkpoints/step-2"
+    moments = load_file(step_2 / "optimizer-00001-of-00001.safetensors")
     save_file({name: x * 1e38 if name.endswith("exp_avg") else x for name, x in moments.items()},
-              tmp_path / "run/checkpoints/step-2/optimizer.safetensors")
+              step_2 / "optimizer-00001-of-00001.safetensors")
+    (step_2 / "state.json").write_text('{"step": 2}')  # as before there were checksums
     with pytest.raises(ValueError, match="(any more|in a row); .* in .*checkpoints/step-2: start another run"):
         distill.main(config(made, tmp_path / "run", save_every=2, max_steps=4, resume=True))
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]

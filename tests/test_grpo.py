@@ -70,7 +70,7 @@ def config(made, out, **changes):
                    warmup_steps=0, final_lr_frac=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0, max_norm=1.0,
                    dtype="float32",
                    gradient_checkpointing=False, micro_tokens=120, n_slots=256, eval_data=None, eval_pairs=5,
-                   eval_every=0, save_every=0, n_samples=2,
+                   eval_every=0, save_every=0, keep=0, n_samples=2,
                    seed=3, threads=1)
     return Config(**options | changes)
 
@@ -397,7 +397,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(made, tmp_path):
     grpo.main(replace(cfg, out=str(again), resume=True))
     assert metrics(again) == metrics(whole) and len(metrics(again)) == 5
     for name in ("samples.jsonl", "model/model.safetensors", "model/prompt.txt",
-                 "checkpoints/step-5/optimizer.safetensors"):
+                 "checkpoints/step-5/optimizer-00001-of-00001.safetensors"):
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     assert not list(again.rglob("*.tmp"))
     shutil.rmtree(again / "model")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import Ranks
-from run import Run, latest_checkpoint
+from run import Run
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -19,16 +19,10 @@ class Options:
     lr: float = 1e-3  # peak
     model: str = "start"  # a folder
     out: str = "run"  # a folder
+    keep: int = 2  # checkpoints
     wandb: str | None = None  # a project
     tensorboard: bool = False  # events
     resume: bool = False  # go on
-
-
-def test_the_latest_checkpoint_is_the_highest_number(tmp_path):
-    assert latest_checkpoint(tmp_path / "none") is None and latest_checkpoint(tmp_path) is None
-    for name in ("step-9", "step-10", "step-100.tmp", "step-", "step-x", "other-99"):
-        (tmp_path / name).mkdir()
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-10"
 
 
 def test_a_new_run_writes_its_options_and_refuses_a_used_folder(tmp_path):
@@ -107,6 +101,7 @@ def test_the_best_accuracy_counts_if_its_model_was_kept(tmp_path):
 
 def test_a_stopped_run_names_its_last_good_weights(tmp_path):
     run = Run(Options(out=str(tmp_path)), ALONE)
+    run.begin(0, 9)
     with pytest.raises(ValueError, match=f"^{tmp_path}: stopped, too bad; no model/ is written, .* are in start"):
         run.stop("too bad")
     (tmp_path / "checkpoints/step-7").mkdir(parents=True)
