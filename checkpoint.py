@@ -90,7 +90,7 @@ def own_moments(model, optimizers, ranks):
                     first_rows[name] = str(first)
                 if n if value.ndim else ranks.main:  # a count of steps is the same on all
                     moments[name] = value.to("cpu", copy=True)
-    return moments, first_rows
+    return dict(sorted(moments.items())), dict(sorted(first_rows.items()))  # equal runs leave equal files
 
 
 def write_together(folder, ranks, write_own, finish):
@@ -175,7 +175,7 @@ class Checkpoints:
         def finish(temporary, checksums):
             model.save_config(temporary, torch.float32, files)
             add_files(temporary)
-            for file in temporary.iterdir():
+            for file in sorted(temporary.iterdir()):
                 if file.name not in checksums:
                     checksums[file.name] = checksum_of(file)
             write_state(temporary, {"step": step, **state, "files": checksums})

@@ -60,8 +60,10 @@ class Ranks:
         result, error = None, None
         try:
             result = action()
-        except (ValueError, OSError) as e:
+        except OSError as e:
             error = e
+        except ValueError as e:
+            error = ValueError(str(e))  # its own kind may be one that cannot be sent
         answers = self.gather((result, error))
         for _, error in answers:
             if error is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common import Ranks
+from options import saved_options
 from run import Run
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -80,6 +81,33 @@ def test_an_option_that_earlier_runs_did_not_have_was_at_its_default(tmp_path):
     Run(Options(out=str(tmp_path), resume=True), ALONE)
     with pytest.raises(ValueError, match="--n-steps 3, not 4"):
         Run(Options(n_steps=4, out=str(tmp_path), resume=True), ALONE)
+
+
+def test_a_run_from_before_there_was_keep_loses_no_checkpoint(tmp_path):
+    options = asdict(Options())
+    del options["keep"]
+    (tmp_path / "config.json").write_text(json.dumps({"options": options}))
+    assert saved_options(Options, tmp_path)["keep"] == 0
+    with pytest.raises(ValueError, match="--keep 0, not 2"):
+        Run(Options(out=str(tmp_path), resume=True), ALONE)
+    assert Run(Options(out=str(tmp_path), resume=True), ALONE, {"keep": ""}).changed == {"keep": [0, 2]}
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path):
+    for step in (8, 9, 10):
+        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step-{step}/state.json").write_text('{"step": 5}' if step < 10 else "{")
+    (tmp_path / "config.json").write_text(json.dumps({"options": asdict(Options())}))
+
+    def run():
+        return Run(Options(out=str(tmp_path), resume=True), ALONE)
+    newest = tmp_path / "checkpoints/step-10"
+    with pytest.raises(ValueError, match=f"^{newest}/state.json: is damaged .*; with {newest} moved away, --resume goes "
+                                         f"on from {tmp_path}/checkpoints/step-9$"):
+        run().weights()
+    newest.rename(tmp_path / "checkpoints/step-10.bad")
+    assert run().weights() == run().checkpoint == tmp_path / "checkpoints/step-9"
+    assert Run(Options(out=str(tmp_path / "new")), ALONE).weights() == "start"
 
 
 def test_a_number_that_is_not_finite_is_null_in_a_row(tmp_path):
