@@ -31,10 +31,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step,
-                    restore, save_checkpoint, save_model, shard)
+from checkpoint import load_sharded, restore, save_model
+from common import Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step
 from data import toy
 from data.pairs import read_chains, without_equal_answers
+from ending import asked_to_stop, together
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut, note_verdicts
@@ -79,6 +80,7 @@ class Config:
     eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
     n_samples: int = 4  # judgements of an evaluation that samples.jsonl keeps
     save_every: int = 20  # steps between checkpoints, 0 = none
+    keep: int = 2  # of the checkpoints, so many of the newest stay; 0 = all
     keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
     seed: int = 42  # of the data order
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
@@ -194,13 +196,12 @@ def main(cfg):
         held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, asked and load_prompt(asked), cfg.eval_tokens, tokenizer,
                            ranks)
 
-    model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
+    model = load_sharded(run.weights(), ranks, torch.float32, dtype)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     check_context(model, [len(e.ids) for e in examples], "chains (see --max-length)", ranks.main)
     if held_out:
         held_out.check(model, pairs)
         check_room(model, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.eval_tokens)
-    model = shard(model, ranks, dtype)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay,
                                  cfg.offload)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
@@ -254,15 +255,22 @@ def main(cfg):
                 run.row("samples.jsonl", {"step": done, **record})
         run.row("metrics.jsonl", row)
         bar.set_postfix(loss=f"{means['loss']:.3f}", tok_s=f"{row['train_tok_s']:.0f}")
+        run.checkpoints.check()
         if n_in_a_row == MAX_SKIPPED:
-            run.stop(f"loss or gradient were not finite in {n_in_a_row} steps in a row")
+            run.stop(f"loss or gradient were not finite in {n_in_a_row} steps in a row",
+                     [{"step": done, "prompt": tokenizer.decode(e.ids[:e.n_prompt], skip_control=False),
+                       "judgement": tokenizer.decode(e.ids[e.n_prompt:], skip_control=False)} for e in batch])
         if dead:
             run.stop("its model gives no finite log-probabilities or gradient any more")
 
         run.keep_if_best(row, model, add_files, dtype)
-        if saves and cfg.save_every:
-            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
-                            {"step": done, "skipped_in_a_row": n_in_a_row}, ranks, add_files)
+        leaves = done < n_steps and any(ranks.gather(asked_to_stop()))
+        if leaves or saves and cfg.save_every:
+            run.checkpoints.save(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
+        if leaves:
+            run.leave(done)
+            return
+    run.checkpoints.wait()
     save_model(run.folder / "model", model, ranks, add_files, dtype)
     run.close()
 

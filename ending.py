@@ -20,23 +20,23 @@ FAILED = "nano-rm-r1/failed"  # how many ranks have failed, in the store
 _asked = threading.Event()
 
 
-class AskedToStop(Exception):
+class Interrupted(Exception):
     """SIGTERM came while something was done that can be left."""
 
 
-def asked():
+def asked_to_stop():
     """Has this process been sent SIGTERM?"""
     return _asked.is_set()
 
 
-def raise_if_asked(*_):
-    if asked():
-        raise AskedToStop
+def leave_if_asked(*_):
+    if asked_to_stop():
+        raise Interrupted
 
 
 @contextmanager
 def together(until_saved=False):
-    """For the whole of a script. until_saved: SIGTERM is only noted, see `asked`; the script saves, and ends by
+    """For the whole of a script. until_saved: SIGTERM is only noted, see `asked_to_stop`; the script saves, and ends by
     itself."""
     if until_saved:
         signal.signal(signal.SIGTERM, lambda *_: _asked.set())

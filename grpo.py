@@ -49,14 +49,15 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from batch import Rollout
-from common import (Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step,
-                    restore, save_checkpoint, save_model, shard)
+from checkpoint import load_sharded, restore, save_model
+from common import Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step
 from data.pairs import Pair, note_one_label, read_pairs, without_equal_answers
 from draw import Sampling
+from ending import Interrupted, asked_to_stop, leave_if_asked, together
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
-from model import Forest, Model, pack
+from model import Forest, pack
 from options import check_at_least, check_between, check_training, parse_config, saved_options
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
@@ -101,6 +102,7 @@ class Config:
     eval_pairs: int = 200  # how many of them
     eval_every: int = 10  # steps between evaluations; the last step always evaluates; 0 = only then
     save_every: int = 10  # steps between checkpoints, 0 = none
+    keep: int = 2  # of the checkpoints, so many of the newest stay; 0 = all
     keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
     n_samples: int = 2  # rollouts decoded into samples.jsonl each step
     seed: int = 1  # of the data order and the rollouts
@@ -208,14 +210,21 @@ def steps_pairs(pairs, step, n_prompts, seed):
 
 
 def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks, bar=None):
-    """The step's groups in the pairs' order. Every rank samples its share of the pairs; all get all groups."""
+    """The step's groups in the pairs' order. Every rank samples its share of the pairs; all get all groups. None if one
+    of them was asked to stop meanwhile."""
     # the seed counts the steps: a pair that comes again in a later pass must not get the same random numbers
     sampling = Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature, stop=tokenizer.stop_ids,
                         seed=1_000_003 * cfg.seed + step)
     mine = list(range(ranks.rank, len(pairs), ranks.world))
-    written = sampler.generate([prompts[pairs[i].id] for i in mine], sampling, bar=bar)
+    try:
+        written = sampler.generate([prompts[pairs[i].id] for i in mine], sampling, leave_if_asked, bar)
+    except Interrupted:
+        written = None
+    shares = ranks.gather(written and list(zip(mine, written)))
+    if None in shares:
+        return None
     rollouts_of = {}
-    for share in ranks.gather(list(zip(mine, written))):
+    for share in shares:
         rollouts_of.update(share)
 
     texts, rewards = [], []
@@ -388,17 +397,15 @@ def main(cfg):
         held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, asked and load_prompt(asked), cfg.max_new_tokens, tokenizer,
                            ranks)
 
-    model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
+    model = load_sharded(run.weights(), ranks, torch.float32, dtype)
     model.name, model.impl, model.gradient_checkpointing = f"{cfg.out}, its policy", impl, cfg.gradient_checkpointing
     check_context(model, [len(prompts[pair.id]) for pair in pairs], "prompts (see --max-prompt-tokens)", ranks.main)
     if held_out:
         held_out.check(model, pairs)
-    model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
     reference = None
     if cfg.kl_coef:
-        reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
+        reference = load_sharded(cfg.model, ranks, dtype, dtype).requires_grad_(False)
         reference.impl = impl
-        reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, cfg.offload)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
     run.begin(first_step, n_steps)
@@ -422,6 +429,10 @@ def main(cfg):
         sampler.reset_stats()
         step_pairs = steps_pairs(pairs, step, cfg.n_prompts, cfg.seed)
         groups = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks, bar)
+        if groups is None:  # the weights are the last step's: this one is made again on --resume
+            run.checkpoints.save(step, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
+            run.leave(step)
+            return
         rollout_s = time.perf_counter() - began
 
         # 2. score: the reference reads all of them
@@ -439,9 +450,10 @@ def main(cfg):
         for name in ("loss", "entropy", "kl", "clip_frac", "mismatch"):
             tally.add(name, 0.0, 0)  # null in the log if no group is trained on
         norms, mismatches = [], []  # of each optimizer step; of each micro-batch before the first of them
-        n_trained, n_skipped = 0, 0
+        n_tried, n_trained, n_skipped = 0, 0, 0
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
         for mini_batch in mini_batches:
+            n_tried += cfg.mini_prompts
             # the count of the loss, once; its sum follows from every micro-batch
             tally.add("loss", 0.0, mini_batch.n_tokens if ranks.main else 0)
             if not mini_batch.micros:  # no group has anything to say: no optimizer step
@@ -480,15 +492,22 @@ def main(cfg):
         bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", tokens=f"{row['judgement_tok']:.0f}",
                         kl=f"{row['kl'] or 0:.3f}", prefill=f"{row['prefill_tok_s']:.0f}/s",
                         decode=f"{row['decode_tok_s']:.0f}/s")
+        run.checkpoints.check()
         if n_in_a_row == MAX_SKIPPED:
-            run.stop(f"loss or gradient were not finite in {n_in_a_row} optimizer steps in a row")
+            last = groups[n_tried - cfg.mini_prompts:n_tried]
+            run.stop(f"loss or gradient were not finite in {n_in_a_row} optimizer steps in a row",
+                     [sample_row(done, group, g, tokenizer) for group in last for g in range(cfg.group_size)])
         if dead:
             run.stop("its policy gives no finite log-probabilities or gradient any more")
 
         run.keep_if_best(row, model, add_files, dtype)
-        if saves and cfg.save_every:
-            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
-                            {"step": done, "skipped_in_a_row": n_in_a_row}, ranks, add_files)
+        leaves = done < n_steps and any(ranks.gather(asked_to_stop()))
+        if leaves or saves and cfg.save_every:
+            run.checkpoints.save(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
+        if leaves:
+            run.leave(done)
+            return
+    run.checkpoints.wait()
     save_model(run.folder / "model", model, ranks, add_files, dtype)
     run.close()
 

@@ -5,7 +5,7 @@
     model(forest, scored_m)                    log-probability and entropy of chosen tokens: training; see Forest
     model(forest)                              hidden_nd, the states behind them
     model.run(tokens_n, positions_n, attend)   the same blocks with the caller's attention: prefill and decoding
-    model.save_pretrained(path)                config.json + model.safetensors, which transformers loads
+    model.save_pretrained(path)                config.json and safetensors, which transformers loads
 
 Parameter names are Hugging Face's, so loading is a strict match of names and shapes. Every config field that changes
 the mathematics is honoured or refused by name. Norms, rotary angles and softmax are float32 or wider whatever the
@@ -18,16 +18,16 @@ F width of the MLP, V vocabulary, L layers.
 import functools
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import whole, write_whole
-from folder import check_config, load_weights, n_tokens, read_json, show
+from folder import check_config, load_weights, n_tokens, read_json, show, split_files, write_tensors
 from kernels import add_rms_norm, attention, linear, linear_logp, logits, rms_norm, rope, swiglu, wide
 
 # --------------------------------------------------------------------------------------------------------------- config
@@ -296,26 +296,47 @@ class Model(nn.Module):
     @staticmethod
     def from_pretrained(path, device="cpu", dtype=torch.float32):
         """Loads a Hugging Face folder. Tensor after tensor, so the peak is the model and its largest tensor."""
-        path = Path(path)
-        config = ModelConfig.from_dict(read_json(path / "config.json"), path / "config.json")
-        with torch.device("meta"):  # shapes without memory: each weight is allocated when its tensor has been read
-            model = Model(config)
-        model.name, model.n_vocab = str(path), n_tokens(path, config.vocab_size)
-        load_weights(model, path, device, dtype)
+        model = Model.on_meta(path)
+        load_weights(model, Path(path), device, dtype)
         return model
 
-    def save_pretrained(self, path, state=None):
-        """Writes config.json and model.safetensors into `path`; `state` replaces the model's own tensors (by name)."""
-        state = {name: x.detach().contiguous() for name, x in (state or self.state_dict()).items()}
-        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    @staticmethod
+    def on_meta(path):
+        """The model of a Hugging Face folder: shapes without memory, to be filled by folder.load_weights."""
         path = Path(path)
+        config = ModelConfig.from_dict(read_json(path / "config.json"), path / "config.json")
+        with torch.device("meta"):
+            model = Model(config)
+        model.name, model.n_vocab = str(path), n_tokens(path, config.vocab_size)
+        return model
+
+    def save_pretrained(self, path):
+        """Writes config.json and the weights into `path`, in files of folder.MAX_FILE_BYTES at most."""
+        path, weights = Path(path), dict(self.named_parameters())
         path.mkdir(parents=True, exist_ok=True)
+        files = split_files({name: x.nbytes for name, x in weights.items()})
+        with ExitStack() as stack:  # a disk that is full leaves the folder as it was
+            for file, names in files.items():
+                temporary = stack.enter_context(whole(path / file))
+                write_tensors(temporary, {name: weights[name] for name in names})
+            self.save_config(path, next(iter(weights.values())).dtype, files)
+        for file in path.glob("model*.safetensors"):  # of a model that was here before
+            if file.name not in files:
+                file.unlink()
+
+    def save_config(self, path, dtype, files):
+        """Writes config.json for weights of this dtype, and the index if several files hold them: {file: [tensors]}."""
         # transformers 5 writes "dtype", older ones "torch_dtype"; both read both
         spelling = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
-        with whole(path / "model.safetensors") as temporary:  # a disk that is full leaves the folder as it was
-            save_file(state, temporary, metadata={"format": "pt"})
-            write_whole(path / "config.json", json.dumps(self.config.raw | {spelling: dtype}, indent=2))
-        (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded model that was here before
+        config = self.config.raw | {spelling: str(dtype).removeprefix("torch.")}
+        write_whole(path / "config.json", json.dumps(config, indent=2))
+        index = path / "model.safetensors.index.json"
+        if len(files) == 1:
+            index.unlink(missing_ok=True)
+            return
+        n_bytes = sum(x.numel() for x in self.parameters()) * dtype.itemsize
+        weight_map = {name: file for file, names in files.items() for name in names}
+        write_whole(index, json.dumps({"metadata": {"total_size": n_bytes}, "weight_map": weight_map}, indent=2))
 
 
 class Block(nn.Module):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
                     "num_key_value_heads": 1, "head_dim": 16}
 RECIPE = "qwen2.5-7b"
-COMMON = dict(prompt="toy", micro_tokens=400, save_every=4, threads=1)  # several micro-batches a step
+COMMON = dict(prompt="toy", micro_tokens=400, save_every=4, keep=3, threads=1)  # several micro-batches a step
 SFT = dict(COMMON, batch_size=20, max_steps=60, epochs=30, max_length=200, lr=1e-2, answer_only=True, save_every=20)
 RL = dict(COMMON, n_prompts=8, mini_prompts=4, group_size=7, steps=20, max_new_tokens=8, lr=4e-3, n_samples=1)
 DISTILL_KEYS = {"step", "loss", "entropy", "lr", "grad_norm", "n_tokens", "step_s", "train_tok_s"}

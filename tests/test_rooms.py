@@ -19,16 +19,18 @@ MAY_IMPORT = {
     "folder": "files",
     "data": "files",
     "common": "files options",
-    "run": "common files options tracking",
     "model": "files folder kernels",
+    "checkpoint": "common files folder model",
+    "run": "checkpoint files options tracking",
     "draw": "",
     "pages": "kernels",
     "batch": "draw kernels model pages",
     "sample": "batch common draw files folder kernels model options pages tokenizer",
     "judge": "common data draw files folder options prompt reward sample tokenizer",
-    "distill": "common data files folder judge model options prompt run sample tokenizer",
+    "distill": "checkpoint common data files folder judge model options prompt run sample tokenizer",
     # distill: stage 1 of the generated task
-    "grpo": "batch common data distill draw files folder judge model options prompt reward run sample tokenizer",
+    "grpo": "batch checkpoint common data distill draw files folder judge model options prompt reward run sample "
+            "tokenizer",
     "benchmarks": "data reward",
     "evaluate": "benchmarks common data files folder judge options",
     "report": "benchmarks data files options reward",
@@ -84,7 +86,7 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
     while more := {other for room in closure for other in graph[room]} - closure:
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "batch", "draw", "pages", "model", "kernels", "tokenizer",
-                       "reward", "data", "common", "run", "options", "tracking", "prompt", "folder", "files"}
+                       "reward", "data", "common", "checkpoint", "run", "options", "tracking", "prompt", "folder", "files"}
 
 
 def test_readme_counts_the_lines_as_they_are():
