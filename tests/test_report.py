@@ -19,9 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.scores import QUANTITIES, section, wilson  # noqa: E402
+from data.rubric import rubric_items  # noqa: E402
 from report.__main__ import Config, main  # noqa: E402
 from report.build import Chunks, build, page_json, write  # noqa: E402
-from report.judgement import outcome, parts, rubric_items  # noqa: E402
+from report.judgement import outcome, parts  # noqa: E402
 from report.read import find  # noqa: E402
 
 # ---- records made for the tests
@@ -128,7 +129,7 @@ def test_rubrics_lose_no_word():
 
 def test_parts_of_a_chain():
     found = parts("<think>hm, 1+1</think>\n" + CHAIN + "<|im_end|>")
-    assert found["thinking"] == "hm, 1+1" and found["type"] == "Chat" and found["well_formed"]
+    assert found["thinking"] == "hm, 1+1" and found["type"] == "Chat" and "fault" not in found
     assert found["rubric"] == [("Accuracy", "60%", "says what is true"), ("Tone", "40%", "is friendly")]
     assert found["justify"] == "Because facts matter most." and found["evaluation"].startswith("1. Accuracy:")
     assert "rest" not in found and "solution" not in found
@@ -137,10 +138,11 @@ def test_parts_of_a_chain():
 def test_parts_keep_what_is_in_no_part():
     assert parts("B is better. <answer>[[B]]</answer>") == {"rest": "B is better."}
     assert parts("<type>Reasoning</type>x<solution>42</solution>\n<eval>A is") == {
-        "type": "Reasoning", "solution": "42", "rest": "x\n<eval>A is"}
+        "type": "Reasoning", "solution": "42", "fault": "no evaluation", "rest": "x\n<eval>A is"}
     assert parts("no verdict") == {"rest": "no verdict"} and parts("") == {} == parts("<answer>[[A]]</answer>")
     assert parts("only thoughts</think><answer>[[A]]</answer>") == {"thinking": "only thoughts"}
-    assert parts("<type>Chat</type><rubric>prose</rubric>") == {"type": "Chat", "rubric": "prose"}
+    assert parts("<type>Chat</type><rubric>prose</rubric>") == {
+        "type": "Chat", "rubric": "prose", "fault": "no evaluation"}
 
 
 @pytest.mark.parametrize("text", ["<item>" * 40_000, "#" * 200_000, " " * 200_000 + "x", "1. " + "9" * 200_000,
