@@ -149,7 +149,7 @@ def render(prompt, pair):
                          f"pairs such as {pair.id} to the model")
     answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
                for answer in (pair.answer_a, pair.answer_b)]
-    if [m["role"] for m in pair.prompt] in (["user"], ["system", "user"]) and len(answers[0]) == len(answers[1]) == 1:
+    if is_single_turn(pair):
         question = pair.prompt[0]["content"] if len(pair.prompt) == 1 else _dialogue(pair.prompt, "")
         template, (a, b) = prompt.user, [answer[0]["content"] for answer in answers]
         values = {"question": question, "answer_a": a, "answer_b": b}
@@ -161,6 +161,12 @@ def render(prompt, pair):
     # One pass over the template only: an answer that spells a placeholder stays as it is.
     user = {"role": "user", "content": PLACEHOLDER.sub(lambda match: values[match[1]], template)}
     return [user] if prompt.system is None else [{"role": "system", "content": prompt.system}, user]
+
+
+def is_single_turn(pair):
+    """Is this pair (not a ready-made one) shown as a question and two answers, or as two conversations?"""
+    one_message = all(isinstance(answer, str) or len(answer) == 1 for answer in (pair.answer_a, pair.answer_b))
+    return one_message and [m["role"] for m in pair.prompt] in (["user"], ["system", "user"])
 
 
 def _dialogue(messages, side):
