@@ -1,7 +1,7 @@
 """RM-R1's own prompts, with which its released models were evaluated, as prompt files of ours.
 
-They stand as constants in a file of Python, eval/reward-bench/rewardbench/generative.py of RM-R1-UIUC/RM-R1. The file is
-parsed and never run: a constant is a string, adjacent strings, or a sum (+) of such and of constants set before it;
+They stand as constants in a file of Python, eval/reward-bench/rewardbench/generative.py of RM-R1-UIUC/RM-R1. The file
+is parsed and never run: a constant is a string, adjacent strings, or a sum (+) of such and of constants set before it;
 anything else is refused. Its user prompts are texts for str.format ("{{" is a brace, {question} a field), its system
 prompt is used as it stands. What prompt.render makes of the files written here is what those runs rendered, to the
 byte: the instruct models are asked with the system prompt, the reasoning models with none.
@@ -25,16 +25,16 @@ REFUSED = {ast.JoinedStr: "an f-string", ast.Call: "a call", ast.BinOp: "an oper
 
 def write_prompts(file, out):
     """Writes rm-r1-instruct.txt and rm-r1-reasoning.txt into the folder `out`; returns their paths."""
-    names = {(turn, kind): f"RM_R1_{turn}_TURN_{kind}_USER_PROMPT" for turn in FIELDS
-             for kind in ("INSTRUCT", "REASONING")}
+    names = {(turn, kind): f"RM_R1_{turn}_TURN_{kind}_USER_PROMPT"
+             for turn in FIELDS for kind in ("INSTRUCT", "REASONING")}
     texts = read_constants(file, [SYSTEM, *names.values()])
     users = {key: template(f"{file}: {name}", texts[name], FIELDS[key[0]]) for key, name in names.items()}
     system = texts[SYSTEM]
     if not system.strip() or PLACEHOLDER.search(system):
-        raise ValueError(f"{file}: {SYSTEM} is blank or has a field such as {{question}}: neither is a system prompt")
+        raise ValueError(f"{file}: {SYSTEM} is blank or has a field such as {{question}}: that is no system prompt")
     if len(system) != SYSTEM_CHARS:
-        print(f"note: {file}: {SYSTEM} has {len(system)} characters, not {SYSTEM_CHARS}: it is of another revision than "
-              "the published scores")
+        print(f"note: {file}: {SYSTEM} has {len(system)} characters, not {SYSTEM_CHARS}: it is of another revision "
+              "than the published scores")
     prompts = [Prompt("rm-r1-instruct", system, users["SINGLE", "INSTRUCT"], users["MULTI", "INSTRUCT"]),
                Prompt("rm-r1-reasoning", None, users["SINGLE", "REASONING"], users["MULTI", "REASONING"])]
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def read_constants(file, names):
         raise ValueError(f"{file}:{e.lineno or 1}: not Python ({e.msg}): give RM-R1's generative.py") from None
     except (ValueError, RecursionError, MemoryError):      # a null byte; nested too deeply
         raise ValueError(f"{file}: not Python that can be parsed: give RM-R1's generative.py") from None
-    lines, values = {}, {}       # name -> lines that set it, at any depth; name -> what an assignment at the top sets it to
+    lines, values = {}, {}     # of a name: the lines that set it, at any depth; what is assigned to it at the top level
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             lines.setdefault(node.id, []).append(node.lineno)

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tracking": "files",
     "tokenizer": "files",
     "folder": "files",
-    "data": "files prompt",
+    "data": "files options prompt reward tokenizer",
     "common": "files options",
     "run": "common files options tracking",
     "model": "files folder kernels",
