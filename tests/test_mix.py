@@ -220,8 +220,10 @@ def test_every_reason_by_hand(tmp_path, capsys):
     examples = record["examples"]
     planted = json.loads((tmp_path / "bench.jsonl").read_text().splitlines()[0])["prompt"].split()[3:16]
     assert examples["benchmark"][0] == {"id": "code-preference-pairs/2", "prompt": f"see: {' '.join(planted).upper()}!",
-                                        "why": "50% of its 13-grams, the first of them in bench bench.jsonl/1"}
-    assert examples["benchmark"][1]["why"] == "100% of its 13-grams, the first of them in bench bench.jsonl/2"
+                                        "why": "50% of its 13-grams stand in benchmarks, one of them in "
+                                               "bench bench.jsonl/1"}
+    assert examples["benchmark"][1]["why"] == (
+        "100% of its 13-grams stand in benchmarks, one of them in bench bench.jsonl/2")
     assert [e["why"] for e in examples["contradictory"]] == ["against math-step-dpo/5", "against math-step-dpo/4"]
     assert [e["why"] for e in examples["duplicate"]] == ["the same as math-step-dpo/1", "the same as mine/x1"]
     printed = capsys.readouterr().out.splitlines()

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tracking": "files",
     "tokenizer": "files",
     "folder": "files",
-    "data": "files",
+    "data": "files options prompt tokenizer",
     "common": "files options",
     "run": "common files options tracking",
     "model": "files folder kernels",
