@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import grams
+from data.fields import Bad
 from data.pairs import Pair, equal_answers, pairs_in, stream_records, swapped, texts_of, to_json
 from files import json_line
 from prompt import is_single_turn, render
@@ -115,8 +116,16 @@ def unfit(pair, benchmarks, max_overlap):
         return "equal answers", "both answers are the same"
     share, where = benchmarks.overlap(user_text(pair))
     if share > max_overlap:
-        return "benchmark", f"{share:.0%} of its {benchmarks.ngram}-grams, the first of them in {where}"
+        return "benchmark", f"{share:.0%} of its {benchmarks.ngram}-grams stand in benchmarks, one of them in {where}"
     return None, ""
+
+
+def benchmark_prompt(record, place):
+    """The first of the pairs that a record makes: all of them have its prompt."""
+    (pair, undecided), *_ = pairs_in(record, place)
+    if pair.rendered is not None:
+        raise Bad("a ready-made prompt, which does not say what of it is the question: give the benchmark's own files")
+    return [(pair, undecided)]
 
 
 class Benchmarks:
@@ -125,11 +134,8 @@ class Benchmarks:
     def __init__(self, paths, ngram, skip_bad=False):
         self.ngram, self.names, sets = ngram, [], []
         for path in paths:
-            for pairs in stream_records(path, pairs_in, skip_bad):
-                for pair, _ in pairs[:1]:  # all pairs of a record have its prompt
-                    if pair.rendered is not None:
-                        raise ValueError(f"{path}: {pair.id} is a ready-made prompt, which does not say what of it is "
-                                         "the question: give the benchmark's own files")
+            for pairs in stream_records(path, benchmark_prompt, skip_bad):
+                for pair, _ in pairs:
                     self.names.append(f"{pair.source} {pair.id}")
                     sets.append(grams.grams(user_text(pair), ngram))
         owner = np.repeat(np.arange(len(sets)), [len(gram_set) for gram_set in sets])
@@ -138,7 +144,7 @@ class Benchmarks:
         self.grams, self.owner = found[order], owner[order]
 
     def overlap(self, text):
-        """(share of the text's n-grams that are in a benchmark, the name of the record that has the first of them)"""
+        """(share of the text's n-grams that stand in the benchmarks, the name of a record that has one of them)"""
         gram_set = grams.grams(text, self.ngram)
         first = np.searchsorted(self.grams, gram_set)
         is_found = np.searchsorted(self.grams, gram_set, side="right") > first
@@ -166,7 +172,8 @@ def drop_equal(pool):
 
 def drop_long(pool, tokenizer, prompt, limit):
     """Drops the pairs that have a prompt of more than `limit` tokens in either order."""
-    numbers, n_tok = pool.kept(), []
+    numbers = pool.kept()
+    n_tok = np.zeros(len(numbers), dtype=np.int32)
     for start in tqdm(range(0, len(numbers), BATCH), desc="lengths", unit_scale=BATCH, unit=" pairs"):
         pairs = [pool.pair(i) for i in numbers[start:start + BATCH]]
         lengths = tokenizer.lengths([render(prompt, pair) for pair in pairs])
@@ -174,9 +181,8 @@ def drop_long(pool, tokenizer, prompt, limit):
         others = tokenizer.lengths([render(prompt, swapped(pairs[k])) for k in close]) if close else []
         for k, length in zip(close, others):
             lengths[k] = max(lengths[k], length)
-        n_tok += lengths
-    length_of = dict(zip(numbers.tolist(), n_tok))
-    pool.drop(numbers[np.array(n_tok) > limit], "too long", lambda i: f"{length_of[i]} tokens")
+        n_tok[start:start + BATCH] = lengths
+    pool.drop(numbers[n_tok > limit], "too long", lambda i: f"{n_tok[np.searchsorted(numbers, i)]} tokens")
 
 
 def drop_near(pool, threshold):
@@ -191,8 +197,10 @@ def drop_near(pool, threshold):
         return min(map(grams.jaccard, sets_of(numbers[i]), sets_of(numbers[j])))
     band_nb = column(pool.band).reshape(-1, grams.BANDS)[numbers]
     like_n = grams.alike(band_nb, similarity, threshold)
-    like = dict(zip(numbers.tolist(), like_n.tolist()))
-    pool.drop(numbers[like_n >= 0], "near duplicate", lambda i: f"much like {pool.pair(numbers[like[i]]).id}")
+
+    def other(i):
+        return pool.pair(numbers[like_n[np.searchsorted(numbers, i)]])
+    pool.drop(numbers[like_n >= 0], "near duplicate", lambda i: f"much like {other(i).id}")
 
 
 def draw(pool, numbers, n, rng):
