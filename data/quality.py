@@ -219,7 +219,7 @@ def measure(file, tokenizer=None, skip_bad=False):
 
     def convert(record, place):
         return votes_in(record, find) if "votes" in record else chains_in(record, place)
-    for texts in tqdm(stream_records(file, convert, skip_bad), desc=Path(file).name, unit=" records"):
+    for texts in tqdm(stream_records(file, convert, skip_bad), desc=Path(file).name, unit=" records", leave=False):
         tally.n["skipped", ""] += not texts
         for pair, text in texts:
             tally.add(text, pair.winner, *where_to_search(pair), len(tokenizer.encode(text)) if tokenizer else None)
