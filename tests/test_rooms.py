@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tracking": "files",
     "tokenizer": "files",
     "folder": "files",
-    "data": "files",
+    "data": "files options prompt reward tokenizer",
     "common": "files options",
     "model": "files folder kernels",
     "checkpoint": "common files folder model",
