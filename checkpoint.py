@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from common import MOMENTS, full, shard
+from common import MOMENTS, HostAdamW, full, host_memory, local, placed, shard
 from files import parse_json, remove
 from folder import checksum_of, load_weights, opened, split_files, write_tensors
 from model import Model
@@ -52,11 +52,6 @@ def own_rows(x):
     return chunk.offsets[0], chunk.sizes[0]
 
 
-def local(x):
-    """What this rank holds of a tensor, sharded or not, for reading and for writing in place."""
-    return (x.to_local() if isinstance(x, DTensor) else x).detach()
-
-
 # --------------------------------------------------------------------------------------------------------------- saving
 
 
@@ -81,6 +76,8 @@ def own_moments(model, optimizers, ranks):
     """What this rank holds of the optimizers' state: {weight/slot: copy on the host}, {weight/slot: first row}."""
     name_of = {x: name for name, x in model.named_parameters()}
     moments, first_rows = {}, {}
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()  # HostAdamW's may still be on their way back
     for optimizer in optimizers:
         for weight, slots in optimizer.state.items():
             first, n = own_rows(weight)
@@ -254,8 +251,7 @@ def restore(folder, model, optimizers):
     """Fills the optimizers from a checkpoint of any number of ranks; returns the steps done, and how many optimizer
     steps in a row had been skipped. load_sharded loads the weights from the same folder.
 
-    A moment lies beside its weight, unless the optimizer has a place for it already. ValueError if what is there is of
-    another model or optimizer.
+    ValueError if what is there is of another model or optimizer.
     """
     pieces = {}  # weight/slot -> [(first row, slice of a file)], by rows
     for path in sorted(folder.glob("optimizer*.safetensors")):
@@ -281,9 +277,12 @@ def restore(folder, model, optimizers):
         optimizer, group, weight, key = wanted[name]
         slots = optimizer.state[weight]
         if key not in slots:
-            on_device = group.get("fused") or group.get("capturable")
-            slots[key] = torch.zeros_like(weight) if key != "step" else \
-                torch.zeros((), device=weight.device if on_device else "cpu")
+            if key == "step":
+                slots[key] = torch.zeros((), device=weight.device if group["fused"] else "cpu")
+            elif isinstance(optimizer, HostAdamW):
+                slots[key] = placed(weight, host_memory(local(weight)))
+            else:
+                slots[key] = torch.zeros_like(weight)
         fill(local(slots[key]), own_rows(weight)[0], pieces[name])
     state = read_state(folder)
     return state["step"], state.get("skipped_in_a_row", 0)

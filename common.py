@@ -196,8 +196,8 @@ class HostAdamW(torch.optim.AdamW):
 
 
 def local(x):
-    """This rank's rows of a sharded tensor, or the tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    """This rank's rows of a sharded tensor, or the tensor: to read, and to write in place."""
+    return (x.to_local() if isinstance(x, DTensor) else x).detach()
 
 
 def placed(x, memory):
