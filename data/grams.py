@@ -7,7 +7,7 @@ their intersection over that of their union.
 
 A MinHash is the smallest value that a hash function takes on a set: two sets have the same one with a probability that
 is their Jaccard similarity J. bands() hashes BANDS times ROWS of them, so two sets agree in at least one band with the
-probability 1 - (1 - J^ROWS)^BANDS: 0.9999 at J = 0.8, 0.56 at 0.5, 0.06 at 0.3. Sets that agree in a band are worth a
+probability 1 - (1 - J^ROWS)^BANDS: 0.99995 at J = 0.8, 0.55 at 0.5, 0.06 at 0.3. Sets that agree in a band are worth a
 comparison; which of them are alike is jaccard()'s to say.
 """
 

@@ -8,8 +8,8 @@
 Each of the three may be left out, and --others adds pairs in any form that data/pairs.py reads. A pair is dropped for
 the first of these reasons that holds (REASONS): its source is magpie_ultra; it has no label; its answers are equal; its
 prompt stands in a benchmark; another pair has the same texts and the opposite label; an earlier pair has the same
-texts; its prompt is too long; it is much like an earlier pair; it was not drawn (8,000 of code, --limit). Only then it
-is decided which answer is shown as A. The folder --out gets distill.jsonl and rl.jsonl, which share no question, and
+texts; its prompt is too long; it is much like an earlier pair; it was not drawn (8,000 of code, --limit). Only then is it
+decided which answer is shown as A. The folder --out gets distill.jsonl and rl.jsonl, which share no question, and
 mix.json: the options, the inputs' checksums, a table by source of what was read, dropped and kept, and examples of what
 was dropped.
 

@@ -59,7 +59,8 @@ class Pool:
         self.side.append(answers[0] > answers[1])
         self.question.append(question_of(pair))
         of_prompt, of_answers = gram_sets(pair)
-        self.band.frombytes(grams.bands(np.concatenate([of_prompt, ~of_answers])).tobytes())
+        both = np.concatenate([of_prompt, ~of_answers])  # ~: the same words in both are two things; of both together,
+        self.band.frombytes(grams.bands(both).tobytes())  # since many prompts have one answer, and the reverse
         self.is_dropped.append(False)
 
     def pair(self, i):

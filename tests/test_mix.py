@@ -182,7 +182,7 @@ def hand_made(folder):
             line("code-preference-pairs", 5, "Hi you there", "x", "y")]
     sky = [talk(1, "magpie_ultra", [p[3], "x"], [p[3], "y"]),
            talk(2, "helpsteer2", [p[4], "x"], [p[4], "y"]),
-           talk(3, "helpsteer2", [p[5], "a", "more", "x"], [p[5], "a", "more", "y"]),
+           talk(3, "helpsteer2", [p[5], p[18], "more", "x"], [p[5], p[18], "more", "y"]),               # a model
            talk(4, "offset_bias", [p[6], "x", "more", "z"], [p[6], "y", "more", "z"])]
     own = {"prompt": [{"role": "user", "content": p[7]}], "answer_a": "u", "answer_b": "v", "source": "s",
            "domain": "d"}
@@ -209,6 +209,11 @@ def test_every_reason_by_hand(tmp_path, capsys):
     assert kept["skywork-80k/2"].source == "helpsteer2" and kept["skywork-80k/2"].domain == "chat"
 
     rows = {row["source"]: row for row in record["table"]}
+    shown = Counter((pair.source, pair.winner) for pair in distilled + rl)
+    for row in record["table"][:-1]:
+        for side in "ab":
+            n_side = sum(sides[side] for sides in row["chosen_is"].values())
+            assert n_side == shown[row["source"].removeprefix("skywork-80k/"), side]
     assert [row["read"] for row in record["table"]] == [5, 5, 1, 2, 1, 3, 17]
     for row in record["table"]:
         assert row["read"] == row["kept"] + sum(row["dropped"].values())
@@ -401,6 +406,7 @@ def test_nothing_but_the_label_tells_the_two_orders_apart(tmp_path):
         assert shown[:-1] == other[:-1] and shown[-1]["content"] == exchanged
         n_checked[len(pair.prompt) > 1, pair.winner] += 1
     assert sum(n_checked.values()) == 360 and min(n_checked.values()) >= 40
+    assert len({pair.source for pair in rl[:20]}) >= 3   # shuffled
     for part in (distilled, rl):                # neither the place in the file nor the id tells the label
         labels = "".join(pair.winner for pair in part)
         assert "aa" in labels and "bb" in labels
