@@ -102,8 +102,8 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path):
     def run():
         return Run(Options(out=str(tmp_path), resume=True), ALONE)
     newest = tmp_path / "checkpoints/step-10"
-    with pytest.raises(ValueError, match=f"^{newest}/state.json: is damaged .*; with {newest} moved away, --resume goes "
-                                         f"on from {tmp_path}/checkpoints/step-9$"):
+    with pytest.raises(ValueError, match=f"^{newest}/state.json: is damaged .*; with {newest} moved away, --resume "
+                                         f"goes on from {tmp_path}/checkpoints/step-9$"):
         run().weights()
     newest.rename(tmp_path / "checkpoints/step-10.bad")
     assert run().weights() == run().checkpoint == tmp_path / "checkpoints/step-9"
