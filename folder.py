@@ -100,20 +100,21 @@ def weight_files(path):
 ONE_MODEL = "take config.json and weights of one model"
 
 
-def load_weights(model, path, device, dtype):
-    """Fills a meta-device model, tensor after tensor; missing, unexpected or mis-shaped ones by name."""
+def load_weights(model, path, device, dtype, wanted, part_of):
+    """Fills a meta-device model, tensor after tensor; missing, unexpected or mis-shaped ones by name. wanted: {name:
+    the whole tensor, on meta}; of each, the slices part_of(name, shape) are read."""
     files = weight_files(path)
-    wanted = dict(model.named_parameters())
     seen = set()
     head = None  # some tied checkpoints carry the head as well, as a copy of the embedding
     for file in files:
         with opened(path / file) as shard:
             for name in shard.keys():
-                tensor = shard.get_tensor(name)
+                whole = shard.get_slice(name)
+                tensor = whole[part_of(name, whole.get_shape())]
                 if name == "lm_head.weight" and model.config.tie_word_embeddings:
                     head = tensor
                     continue
-                check_tensor(f"{path / file}", name, tensor, wanted, seen)
+                check_tensor(f"{path / file}", name, whole.get_shape(), tensor.dtype, wanted, seen)
                 owner, leaf = name.rsplit(".", 1)
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
                 seen.add(name)
@@ -124,14 +125,14 @@ def load_weights(model, path, device, dtype):
         raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
 
 
-def check_tensor(where, name, tensor, wanted, seen):
+def check_tensor(where, name, shape, dtype, wanted, seen):
     """ValueError unless the tensor is wanted, new, and of the shape that the config gives it."""
     if name in seen:
         raise ValueError(f"{where}: second copy of tensor {name}")
     if name not in wanted:
         raise ValueError(f"{where}: unexpected tensor {name}; {ONE_MODEL}")
-    if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
-        raise ValueError(f"{where}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the config needs floating "
+    if list(shape) != list(wanted[name].shape) or not dtype.is_floating_point:
+        raise ValueError(f"{where}: tensor {name} is {dtype} {tuple(shape)}, the config needs floating "
                          f"point {tuple(wanted[name].shape)}; {ONE_MODEL}")
 
 

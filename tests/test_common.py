@@ -233,10 +233,11 @@ def test_only_rank_0_saves(tmp_path):
 RANKS = """
 import json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
-from common import (Ranks, Tally, copy_weights, full, init_ranks, make_optimizers, optimizer_step, restore,
+from common import (Ranks, Tally, full, init_ranks, make_optimizers, optimizer_step, restore,
                     save_checkpoint, shard)
 from model import Model, ModelConfig, pack
 from pathlib import Path
+from sample import filled_copy
 ranks, folder, raw = init_ranks(1), Path(sys.argv[2]), json.loads(sys.argv[3])
 assert (ranks.rank, ranks.world, ranks.main) == (int(os.environ["RANK"]), 2, os.environ["RANK"] == "0")
 assert ranks.gather({"rank": ranks.rank}) == [{"rank": 0}, {"rank": 1}]
@@ -255,8 +256,7 @@ rows = [[1, 2, 3, 4, 5], [7, 8, 9], [30, 1]]
 whole = Model.random(ModelConfig.from_dict(raw))
 want = gradients(whole, rows)
 model = shard(Model.random(ModelConfig.from_dict(raw)), ranks, torch.float32)
-copy = Model.random(ModelConfig.from_dict(raw), seed=5)
-copy_weights(model, copy)
+copy = filled_copy(model, torch.float32)
 assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), copy.parameters()))
 gradients(model, rows[:1] if ranks.main else rows[1:2])     # gradients are added up over ranks and micro-batches
 got = gradients(model, rows[2:] if ranks.main else [rows[2][:1]])

@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "reward": "",
     "prompt": "",
     "kernels": "",
+    "split": "",
     "options": "files",
     "tracking": "files",
     "tokenizer": "files",
@@ -20,17 +21,17 @@ MAY_IMPORT = {
     "data": "files",
     "common": "files options",
     "run": "common files options tracking",
-    "model": "files folder kernels",
+    "model": "files folder kernels split",
     "draw": "",
     "pages": "kernels",
     "batch": "draw kernels model pages",
-    "sample": "batch common draw files folder kernels model options pages tokenizer",
-    "judge": "common data draw files folder options prompt reward sample tokenizer",
+    "sample": "batch common draw files folder kernels model options pages split tokenizer",
+    "judge": "common data draw files folder options prompt reward sample split tokenizer",
     "distill": "common data files folder judge model options prompt run sample tokenizer",
     # distill: stage 1 of the generated task
     "grpo": "batch common data distill draw files folder judge model options prompt reward run sample tokenizer",
     "benchmarks": "data reward",
-    "evaluate": "benchmarks common data files folder judge options",
+    "evaluate": "benchmarks common data files folder judge options sample",
     "report": "benchmarks data files options reward",
     "demo": "data distill draw evaluate files grpo judge options prompt sample",
 }
@@ -84,7 +85,7 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
     while more := {other for room in closure for other in graph[room]} - closure:
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "batch", "draw", "pages", "model", "kernels", "tokenizer",
-                       "reward", "data", "common", "run", "options", "tracking", "prompt", "folder", "files"}
+                       "reward", "data", "common", "run", "options", "tracking", "prompt", "folder", "files", "split"}
 
 
 def test_readme_counts_the_lines_as_they_are():
