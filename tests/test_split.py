@@ -2,9 +2,12 @@
 one rank; every rank of a group against the others."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +16,23 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import batch  # noqa: E402
 import distill  # noqa: E402
 import evaluate  # noqa: E402
 import grpo  # noqa: E402
-from common import Ranks, init_ranks  # noqa: E402
+import pages  # noqa: E402
+import sample  # noqa: E402
+from common import Ranks, init_ranks, leave_ranks, shard  # noqa: E402
 from data import toy  # noqa: E402
+from draw import Sampling  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
-from sample import make_split  # noqa: E402
+from pages import affordable, page_bytes  # noqa: E402
+from sample import Sampler, filled_copy, make_split  # noqa: E402
 from split import Split  # noqa: E402
-from test_distill import flags, metrics, write_rows  # noqa: E402
-from test_sample import QWEN2, make_folder  # noqa: E402
+from test_distill import flags, write_rows  # noqa: E402
+from test_evaluate import folder, judged, without_time  # noqa: E402, F401
+from test_grpo import metrics  # noqa: E402
+from test_sample import PROMPTS, QWEN2, QWEN3, tiny  # noqa: E402
 
 # ---- which part is whose
 
@@ -101,106 +111,200 @@ def test_shares_of_ranks_that_sample_as_one():
     assert results == ["of 0", "of 2", "of 4"]
 
 
-# ---- rollouts
+# ---- rollouts, on ranks that are forks of this process
 
-ROLLOUTS = """
-import sys
-import torch
-import batch, pages, sample
-from common import init_ranks, shard
-from draw import Sampling
-from pages import affordable, page_bytes
-from sample import Sampler, filled_copy, make_split
-from test_sample import PROMPTS, QWEN2, QWEN3, tiny
+HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
+MODELS = {"biases": QWEN2 | HEADS, "norms, all biases, its own head": QWEN3 | HEADS | dict(attention_bias=True)}
+PLAIN = Sampling(3, 8, stop=frozenset({17, 18}), seed=4)
+GREEDY = Sampling(1, 8, 0.0, stop=frozenset({17}))
+CUT = Sampling(2, 8, 0.7, 0.9, seed=5)
+FEW_PAGES = dict(n_slots=12, page_size=4, prefill_tokens=30, n_pages=18)
 
-ranks = init_ranks(1, int(sys.argv[1]))
-split = make_split(ranks)
-n, cpu = split.n, torch.device("cpu")
-heads = dict(num_attention_heads=8, num_key_value_heads=4)
-raws = {"biases": QWEN2 | heads, "norms, all biases, a head of its own": QWEN3 | heads | dict(attention_bias=True)}
-HOWS = [(Sampling(1, 20, 0.0, stop={17}), {}),
-        (Sampling(3, 30, stop={17, 18}, seed=4), {}),
-        (Sampling(2, 40, 0.7, 0.9, seed=5), dict(n_slots=12, page_size=4, prefill_tokens=30, n_pages=28))]
 
-def rollouts(model, how, n_pages=0, page_size=64, **options):
+def on_ranks(n_ranks, n, check, timeout=60):
+    """Runs check(ranks, split) on n_ranks ranks, n together. Forked: importing PyTorch four times takes ten seconds."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+
+    def run(rank):
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_ranks,
+                "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in told.items()})
+        ranks = init_ranks(1, n)
+        check(ranks, make_split(ranks))
+        ranks.barrier()
+        leave_ranks()
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(n_ranks)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout
+    while any(p.is_alive() for p in processes) and all(p.exitcode in (0, None) for p in processes):
+        time.sleep(0.02)
+        if time.monotonic() > end:
+            break
+    for process in processes:  # those that wait for one that failed, or for each other
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * n_ranks
+
+
+def rollouts(model, ranks, how, n_pages=0, page_size=64, **options):
+    """(tokens, log-probabilities, reason) of this rank's share of PROMPTS, and how many had to be put back."""
     kv_gb = n_pages * page_bytes(model.config, page_size, model.head_vd.dtype) / 1e9
     sampler = Sampler(model, kv_gb=kv_gb, page_size=page_size, **options)
     groups = sampler.generate(ranks.share(PROMPTS), how)
     return [[(r.ids, r.logps, r.reason) for r in group] for group in groups], sampler.n_put_back
 
-def agreed(x):
-    for_all = ranks.gather(x)
-    mine = ranks.rank // n * n
-    assert all(other == for_all[mine] for other in for_all[mine:mine + n])
+
+def agreed(ranks, x):
+    """x, which is equal on all ranks of the group."""
+    of_all, first = ranks.gather(x), ranks.rank // ranks.together * ranks.together
+    assert all(other == of_all[first] for other in of_all[first:first + ranks.together])
     return x
 
-for name, raw in raws.items():
-    whole = tiny(raw)
-    part = filled_copy(whole, torch.float32, split)
-    assert part.config.num_key_value_heads * n == part.config.num_attention_heads // 2 * n == 4, part.config
-    for how, options in HOWS:
-        expected, put_back = rollouts(whole, how, **options)
-        got, again = agreed(rollouts(part, how, **options))
-        assert again == put_back and (put_back > 1) == bool(options), (put_back, name)
+
+def check_rollouts(ranks, split):
+    """Equal tokens, log-probabilities to 1e-5; with few pages the same ones are put back."""
+    for raw, how, options in ((MODELS["biases"], GREEDY, {}), (MODELS["biases"], CUT, FEW_PAGES),
+                              (MODELS["norms, all biases, its own head"], PLAIN, {})):
+        whole = tiny(raw)
+        part = filled_copy(whole, torch.float32, split)
+        assert (part.config.num_attention_heads, part.config.num_key_value_heads) == (8 // split.n, 4 // split.n)
+        expected, n_put_back = rollouts(whole, ranks, how, **options)
+        got, again = agreed(ranks, rollouts(part, ranks, how, **options))
+        assert again == n_put_back and (n_put_back > 1) == bool(options), n_put_back
         for group, others in zip(expected, got, strict=True):
             for (ids, logps, reason), (other, other_logps, other_reason) in zip(group, others, strict=True):
-                assert ids == other and reason == other_reason, (name, how)
+                assert ids == other and reason == other_reason
                 torch.testing.assert_close(torch.tensor(other_logps), torch.tensor(logps), rtol=0, atol=1e-5)
-
-# the same memory holds n times as many tokens
-room = [affordable(model.config, split, torch.float32, cpu, 1.0, 10, 10, 64) for model in (whole, part)]
-assert 0 <= room[1] - n * room[0] < n
-
-# the copy of a sharded model has the whole one's bits, and what is gathered has the copy's dtype
-gathered, full = [], sample.full
-sample.full = lambda x: gathered.append(x.dtype) or full(x)
-sharded = shard(tiny(raw), ranks, torch.float32)
-copy = filled_copy(sharded, torch.bfloat16, split)
-for name, x in whole.to(torch.bfloat16).named_parameters():
-    assert torch.equal(copy.get_parameter(name), x[split.part(name, x.shape)]), name
-assert set(gathered) == {torch.bfloat16} and copy.model.layers[0].mlp.fused.dtype == torch.bfloat16
-agreed(rollouts(copy, HOWS[1][0]))
-
-# the first rank's draw counts, whatever the others would have drawn, and the least memory of all bounds the pool
-choose, sizes = batch.choose, []
-def other_draw(*args):
-    ids, logps = choose(*args)
-    return (ids if split.rank == 0 else ids * 0), logps - split.rank
-def other_bytes(device):
-    return 1e6 * (10 - split.rank)
-batch.choose, pages.free_bytes = other_draw, other_bytes
-batch.Batch.work_bytes = lambda self, dtype: 0
-inner = batch.Batch.admit
-batch.Batch.admit = lambda self: sizes.append(len(self.pool.free_x)) or inner(self)
-long = Sampling(3, 30_000, stop=frozenset(range(10, 61)), seed=4)
-got = agreed(rollouts(part, long)[0])
-assert set(agreed(sizes)) == {int(1e6 * (11 - n) / page_bytes(part.config, 64, torch.float32))}
-batch.choose = choose
-assert got == agreed(rollouts(part, long)[0]), "the first rank's draws are those of an undisturbed run"
-
-# one rank's damage is told by all
-part.model.layers[1].mlp.down_proj.weight.fill_(float("nan") if split.rank == n - 1 else 0.0)
-try:
-    rollouts(part, long)
-except ValueError as e:
-    assert "not finite" in str(e)
-    ranks.barrier()
-    print("fine", flush=True)
-"""
-
-
-def torchrun(n_ranks, *command):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_ranks),
-               *map(str, command)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize("n_ranks, n", [(4, 2), (4, 4)])
-def test_split_rollouts_are_those_of_one_rank(n_ranks, n, tmp_path):
-    """Equal tokens, log-probabilities to 1e-5 in float32, put back or not; two groups of two have two shares."""
-    (tmp_path / "rollouts.py").write_text(ROLLOUTS)
-    assert torchrun(n_ranks, tmp_path / "rollouts.py", n).count("fine") == n_ranks
+def test_split_rollouts_are_those_of_one_rank(n_ranks, n):
+    """Oracle: the whole model's, on each rank. Two groups of two have a share of the prompts each."""
+    on_ranks(n_ranks, n, check_rollouts)
+
+
+def check_agreement(ranks, split):
+    whole = tiny(MODELS["biases"])
+    part = filled_copy(whole, torch.float32, split)
+    undisturbed = rollouts(part, ranks, PLAIN)[0]
+    choose, sizes = batch.choose, []
+
+    def other_draw(*args):
+        ids, logps = choose(*args)
+        return (ids if split.rank == 0 else ids * 0), logps - split.rank
+    batch.choose = other_draw
+    pages.free_bytes = lambda device: 1e6 * (10 - split.rank)  # the last rank has least
+    batch.Batch.work_bytes = lambda self, dtype: 0
+    inner = batch.Batch.admit
+    batch.Batch.admit = lambda self: sizes.append(len(self.pool.free_x)) or inner(self)
+    got = rollouts(part, ranks, replace(PLAIN, max_new_tokens=30_000, stop=frozenset(range(6, 61))))[0]
+    assert set(sizes) == {int(1e6 * (11 - split.n) / page_bytes(part.config, 64, torch.float32))}
+    assert all(ids == other[:len(ids)] for group, others in zip(got, undisturbed)
+               for (ids, _, _), (other, _, _) in zip(group, others))
+
+    # the same bound holds n times as many tokens
+    room = [affordable(model.config, model.split, torch.float32, torch.device("cpu"), 1.0, 10, 10, 64)
+            for model in (whole, part)]
+    assert 0 <= room[1] - split.n * room[0] < split.n
+    # one rank's damage is told by all
+    part.model.layers[1].mlp.down_proj.weight.fill_(float("nan") if split.rank == split.n - 1 else 0.0)
+    with pytest.raises(ValueError, match="not finite"):
+        rollouts(part, ranks, PLAIN)
+
+    # a sharded model's copy has the whole one's bits, and is cast before it is gathered; in bfloat16 all agree, too
+    gathered, full = [], sample.full
+    sample.full = lambda x: gathered.append(x.dtype) or full(x)
+    copy = filled_copy(shard(tiny(MODELS["biases"]), ranks, torch.float32), torch.bfloat16, split)
+    for name, x in whole.to(torch.bfloat16).named_parameters():
+        assert torch.equal(copy.get_parameter(name), x[split.part(name, x.shape)]), name
+    assert set(gathered) == {torch.bfloat16} and copy.model.layers[0].mlp.fused.dtype == torch.bfloat16
+    pages.free_bytes = lambda device: 1e9
+    agreed(ranks, rollouts(copy, ranks, PLAIN))
+
+
+def test_the_ranks_of_a_group_agree():
+    """Where they could differ, the first rank's draw and the least free memory hold, by construction: the others are
+    made to draw other tokens, and to have less memory."""
+    on_ranks(2, 2, check_agreement)
+
+
+# ---- whole runs
+
+RUNS = """
+import gc, json, runpy, sys
+from torch.multiprocessing.reductions import StorageWeakRef
+import distill, grpo
+from common import Ranks
+from options import parse_config
+
+copies, lent = [], []  # the memory of every copy, by weak references; how many were seen while they were sampled from
+
+def noted(*args, inner=grpo.filled_copy):
+    copy = inner(*args)
+    fused = [x for block in copy.model.layers for x in (*block.self_attn.fused, block.mlp.fused) if x is not None]
+    copies.append([StorageWeakRef(x.untyped_storage()) for x in [*copy.parameters(), *fused]])
+    assert copy is not args[0] and len(fused) == 2 * len(copy.model.layers) and copy.config.num_key_value_heads == 1
+    return copy
+
+def sampling(self, x, inner=Ranks.gather_shares):
+    assert not any(memory.expired() for memory in copies[-1])
+    lent.append(len(copies))
+    return inner(self, x)
+
+def training(*args, inner=grpo.optimizer_step):
+    assert all(memory.expired() for copy in copies for memory in copy)
+    return inner(*args)
+
+Ranks.gather_shares = sampling
+for script in distill, grpo:
+    script.filled_copy, script.optimizer_step = noted, training
+distill_argv, grpo_argv, evaluate_argv = json.loads(sys.argv[1])
+gc.disable()  # it is let go of, not found later
+distill.main(parse_config(distill.Config, argv=distill_argv))
+assert len(copies) == 2 == len(lent)
+grpo.main(parse_config(grpo.Config, argv=grpo_argv))
+assert len(copies) == 2 + 4 and lent == [1, 2, 3, 4, 5, 6]
+gc.enable()
+del Ranks.gather_shares
+sys.argv = ["evaluate.py", *evaluate_argv]
+runpy.run_path("evaluate.py", run_name="__main__")
+"""
+
+
+def test_runs_with_a_split_sampler_are_those_of_one_rank(folder, tmp_path):  # noqa: F811
+    """distill.py and evaluate.py with equal judgements, grpo.py with equal rollouts; each copy's memory is free before
+    the next optimizer step. Oracle: the same on one rank, where the copy is the model itself."""
+    write_rows(tmp_path / "chains.jsonl", toy.make("distill", 8, seed=3))
+    pairs = str(write_rows(tmp_path / "pairs.jsonl", toy.make("rl", 8, seed=5)))
+    both = dict(model=str(folder), eval_data=pairs, eval_every=1, dtype="float32", gradient_checkpointing=False,
+                save_every=0, threads=1)
+    cases = {"distill": (distill, distill.Config(data=str(tmp_path / "chains.jsonl"), prompt="toy", batch_size=4,
+                                                 eval_tokens=2, lr=1e-3, **both)),
+             "grpo": (grpo, grpo.Config(data=pairs, n_prompts=4, mini_prompts=2, group_size=4, steps=2, lr=1e-4,
+                                        max_new_tokens=2, kl_coef=0.1, n_samples=4, n_slots=6, **both)),
+             "evaluate": (evaluate, evaluate.Config(model=(str(folder),), data=pairs, max_new_tokens=2, threads=1))}
+    argvs = []
+    for name, (script, cfg) in cases.items():
+        script.main(replace(cfg, out=str(tmp_path / name / "1")))
+        argvs.append(flags(replace(cfg, out=str(tmp_path / name / "2"), sampler_ranks=2)))
+    argvs[-1] = ["--model", str(folder), "--data", pairs, "--max-new-tokens", "2", "--threads", "1", "--out",
+                 str(tmp_path / "evaluate/2"), "--sampler-ranks", "2"]
+    (tmp_path / "runs.py").write_text(RUNS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(tmp_path / "runs.py"), json.dumps(argvs)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("distill", "grpo"):
+        one, two = metrics(tmp_path / name / "1"), metrics(tmp_path / name / "2")
+        for row, other in zip(one, two, strict=True):
+            assert other == pytest.approx(row, rel=1e-4, abs=1e-5), name
+        assert 0 < sum(row["eval_accuracy"] for row in one) < 2, "the case has lost its variety"
+    assert [row["n_updates"] for row in one] == [2, 2] and max(row["mismatch_max"] for row in two) < 1e-5
+    texts = [[json.loads(line)["judgement"] for line in (tmp_path / "grpo" / n / "samples.jsonl").open()] for n in "12"]
+    assert texts[0] == texts[1] and len(texts[0]) == 8
+    assert without_time(judged(tmp_path / "evaluate/1")) == without_time(judged(tmp_path / "evaluate/2"))
+    assert sorted(os.listdir(tmp_path / "evaluate/1")) == sorted(os.listdir(tmp_path / "evaluate/2"))
