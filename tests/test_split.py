@@ -117,8 +117,8 @@ HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
 MODELS = {"biases": QWEN2 | HEADS, "norms, all biases, its own head": QWEN3 | HEADS | dict(attention_bias=True)}
 PLAIN = Sampling(3, 8, stop=frozenset({17, 18}), seed=4)
 GREEDY = Sampling(1, 8, 0.0, stop=frozenset({17}))
-CUT = Sampling(2, 8, 0.7, 0.9, seed=5)
-FEW_PAGES = dict(n_slots=12, page_size=4, prefill_tokens=30, n_pages=18)
+CUT = Sampling(3, 8, 0.7, 0.9, seed=5)
+FEW_PAGES = dict(n_slots=12, page_size=2, prefill_tokens=30, n_pages=28)
 
 
 def on_ranks(n_ranks, n, check, timeout=60):
