@@ -100,10 +100,11 @@ def weight_files(path):
 ONE_MODEL = "take config.json and weights of one model"
 
 
-def load_weights(model, path, device, dtype, wanted, part_of):
-    """Fills a meta-device model, tensor after tensor; missing, unexpected or mis-shaped ones by name. wanted: {name:
-    the whole tensor, on meta}; of each, the slices part_of(name, shape) are read."""
+def load_weights(model, path, device, dtype, part_of, whole_model):
+    """Fills a meta-device model, tensor after tensor; missing, unexpected or mis-shaped ones by name. Of each tensor
+    the slices part_of(name, shape) are read; whole_model, on meta, has the shapes that the files must have."""
     files = weight_files(path)
+    wanted = dict(whole_model.named_parameters())
     seen = set()
     head = None  # some tied checkpoints carry the head as well, as a copy of the embedding
     for file in files:

@@ -302,7 +302,7 @@ class Model(nn.Module):
         with torch.device("meta"):  # shapes without memory: each weight is allocated when its tensor has been read
             whole_model, model = Model(config), Model(config, split)
         model.name, model.n_vocab = str(path), n_tokens(path, config.vocab_size)
-        load_weights(model, path, device, dtype, dict(whole_model.named_parameters()), split.part)
+        load_weights(model, path, device, dtype, split.part, whole_model)
         return model
 
     def save_pretrained(self, path, state=None):

@@ -135,6 +135,7 @@ def on_ranks(n_ranks, n, check, timeout=60):
         check(ranks, make_split(ranks))
         ranks.barrier()
         leave_ranks()
+    leave_ranks()  # of another test's run
     processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(n_ranks)]
     for process in processes:
         process.start()
