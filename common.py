@@ -30,10 +30,16 @@ class Ranks:
     world: int
     device: torch.device
     group: dist.ProcessGroup | None = None  # whose collectives these are; None = the one of all
+    together: int = 1  # so many consecutive ranks sample as one (--sampler-ranks): theirs is one share of the work
 
     @property
     def main(self):
         return self.rank == 0
+
+    @property
+    def first(self):
+        """Of those that sample as one: the rank whose results count."""
+        return self.rank % self.together == 0
 
     def sum(self, x):
         """Sum of a tensor over the ranks."""
@@ -49,6 +55,14 @@ class Ranks:
         out = [None] * self.world
         dist.all_gather_object(out, x, group=self.group)
         return out
+
+    def share(self, items):
+        """This rank's share of a list. Example, 4 ranks, two together: ranks 0 and 1 have items 0, 2, 4, ..."""
+        return items[self.rank // self.together::self.world // self.together]
+
+    def gather_shares(self, x):
+        """List of every share's Python object, in the shares' order."""
+        return self.gather(x if self.first else None)[::self.together]
 
     def barrier(self):
         if self.world > 1:
@@ -72,11 +86,16 @@ class Ranks:
         return [result for result, _ in answers]
 
 
-def init_ranks(threads=0):
-    """Joins torchrun's process group: nccl on GPUs, gloo on CPUs. threads: CPU threads, 0 = PyTorch's choice."""
+def init_ranks(threads=0, together=1):
+    """Joins torchrun's process group: nccl on GPUs, gloo on CPUs. threads: CPU threads, 0 = PyTorch's choice. together:
+    --sampler-ranks; ValueError where the ranks do not divide into so many."""
     if threads:
         torch.set_num_threads(threads)
     rank, world = rank_and_world()
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if on_node % together:  # then it divides the world, too: torchrun has as many on every node
+        raise ValueError(f"--sampler-ranks {together} does not divide the {on_node} ranks of a node: give torchrun a "
+                         "--nproc_per_node that is a multiple of it, or take another number")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda and device.index >= torch.cuda.device_count():
@@ -89,7 +108,7 @@ def init_ranks(threads=0):
                                 timeout=timedelta(hours=4))
         watch()
     atexit.register(leave_ranks)
-    return Ranks(rank, world, device)
+    return Ranks(rank, world, device, together)
 
 
 def leave_ranks():
@@ -124,13 +143,6 @@ def shard(model, ranks, compute_dtype):
 def full(x):
     """The whole tensor on every rank, whether x is sharded or not."""
     return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-@torch.no_grad()
-def copy_weights(source, target):
-    """Copies a (sharded) model's weights into a whole one, tensor after tensor."""
-    for x, y in zip(source.parameters(), target.parameters(), strict=True):
-        y.copy_(full(x))
 
 
 def micro_batches(sizes, max_size, world):

@@ -40,10 +40,10 @@ from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut, note_verdicts
 from model import Model, ModelConfig, pack
-from options import check_at_least, check_between, check_choice, check_training, parse_config
+from options import check_at_least, check_between, check_choice, check_sampler_ranks, check_training, parse_config
 from prompt import load_prompt, prompt_path, prompt_to_keep, render
 from run import MAX_SKIPPED, NO_MATTER, Run
-from sample import Sampler, check_room, refresh, whole_model
+from sample import Sampler, check_room, filled_copy, make_split
 from tokenizer import Tokenizer
 
 
@@ -78,6 +78,7 @@ class Config:
     n_slots: int = 256  # judgements that one rank writes at once there, as far as their keys and values fit kv_gb
     kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
     eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
+    sampler_ranks: int = 1  # so many GPUs of a node write together, a part of the model on each: 1, 2, 4 or 8
     n_samples: int = 4  # judgements of an evaluation that samples.jsonl keeps
     save_every: int = 20  # steps between checkpoints, 0 = none
     keep: int = 2  # of the checkpoints, so many of the newest stay; 0 = all
@@ -90,6 +91,7 @@ class Config:
 
     def __post_init__(self):
         check_training(self)
+        check_sampler_ranks(self)
         check_at_least(self, 2, "max_length")  # a token of the prompt, one of the judgement
         check_at_least(self, 1, "batch_size", "epochs", "eval_tokens", "n_slots")
         check_at_least(self, 0, "max_steps", "kv_gb")
@@ -108,8 +110,8 @@ RECIPES = {  # what differs from the defaults
                 eval_data="runs/toy/data/heldout.jsonl", eval_tokens=128, save_every=200, seed=0),
 }
 SCHEDULE = "its learning rates are those of a run of the new length"
-MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "n_slots": "", "kv_gb": "", "eager": "", "epochs": SCHEDULE,
-                          "max_steps": SCHEDULE}  # on --resume, and what then
+MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "n_slots": "", "kv_gb": "", "eager": "", "sampler_ranks": "",
+                          "epochs": SCHEDULE, "max_steps": SCHEDULE}  # on --resume, and what then
 
 
 @dataclass(frozen=True)
@@ -177,13 +179,14 @@ def make_embedded_default(folder, seed=0):
 
 
 def main(cfg):
-    ranks = init_ranks(cfg.threads)
+    ranks = init_ranks(cfg.threads, cfg.sampler_ranks)
     run = Run(cfg, ranks, MAY_CHANGE)
     if ranks.main:
         if cfg.model == RECIPES["toy"]["model"] and not Path(cfg.model, "prompt.txt").exists():  # it is written last
             make_embedded_default(Path(cfg.model).parent)
     ranks.barrier()
     check_folder(cfg.model)
+    split = make_split(ranks, cfg.model)
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     examples, pairs = read_examples(cfg, tokenizer, ranks.main)
     kept_prompt = prompt_to_keep(cfg.prompt, pairs, ranks.main)
@@ -201,7 +204,7 @@ def main(cfg):
     check_context(model, [len(e.ids) for e in examples], "chains (see --max-length)", ranks.main)
     if held_out:
         held_out.check(model, pairs)
-        check_room(model, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.eval_tokens)
+        check_room(model.config, split, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.eval_tokens)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay,
                                  cfg.offload)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
@@ -209,7 +212,7 @@ def main(cfg):
     if not is_finite(model, probe):
         raise ValueError(f"{run.checkpoint or cfg.model}: its log-probabilities are not finite: take other weights")
     run.begin(first_step, n_steps)
-    sampler = None  # from the first evaluation on
+    sampler = Sampler(None, cfg.n_slots, cfg.kv_gb, cfg.micro_tokens, graphs=not cfg.eager)
 
     def add_files(folder):
         tokenizer.save(folder)
@@ -246,10 +249,9 @@ def main(cfg):
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)
         if evaluates and not dead:
-            sampler = sampler or Sampler(whole_model(model, dtype), cfg.n_slots, cfg.kv_gb, cfg.micro_tokens,
-                                         graphs=not cfg.eager)
-            refresh(sampler.model, model)
+            sampler.model = filled_copy(model, dtype, split)
             scores, records = held_out.judge(sampler, bar)
+            sampler.model = None  # the copy is let go: the training needs its memory
             row |= scores
             for record in records[:cfg.n_samples]:
                 run.row("samples.jsonl", {"step": done, **record})

@@ -110,15 +110,17 @@ def whole(name, shape):
 
 
 @torch.no_grad()
-def load_weights(model, path, device, dtype, part_of=whole):
+def load_weights(model, path, device, dtype, part_of=whole, shapes=None):
     """Fills a model that has no memory, or the shards of one that has, tensor after tensor, cast as they come; missing,
     unexpected or mis-shaped ones by name.
 
-    part_of(name, shape): the slices of a tensor's axes that this process keeps, and nothing else of it is read. Files
-    are mapped: their pages count as the process's, but the system may drop them at any time.
+    part_of(name, shape): the slices of a tensor's axes that this process keeps, and nothing else of it is read; shapes:
+    the whole tensors', if the model does not know them. Files are mapped: their pages count as the process's, but the
+    system may drop them at any time.
     """
     files = weight_files(path)
     wanted = dict(model.named_parameters())
+    shapes = shapes or {name: x.shape for name, x in wanted.items()}
     seen = set()
     head = None  # some tied checkpoints carry the head as well, as a copy of the embedding
     for file in files:
@@ -128,7 +130,7 @@ def load_weights(model, path, device, dtype, part_of=whole):
                 if name == "lm_head.weight" and model.config.tie_word_embeddings:
                     head = tensor
                     continue
-                check_tensor(f"{path / file}", name, tensor, wanted, seen)
+                check_tensor(f"{path / file}", name, tensor, shapes, seen)
                 part = tensor[part_of(name, tensor.get_shape())]
                 if wanted[name].is_meta:
                     owner, leaf = name.rsplit(".", 1)
@@ -150,13 +152,13 @@ def is_embedding(head, embedding, part_of):
     return part.shape == own.shape and torch.equal(part.to(own.device, own.dtype), own)
 
 
-def check_tensor(where, name, tensor, wanted, seen):
+def check_tensor(where, name, tensor, shapes, seen):
     """ValueError unless the tensor is wanted, new, and of the shape that the config gives it."""
     if name in seen:
         raise ValueError(f"{where}: second copy of tensor {name}")
-    if name not in wanted:
+    if name not in shapes:
         raise ValueError(f"{where}: unexpected tensor {name}; {ONE_MODEL}")
-    dtype, shape, config_shape = tensor.get_dtype(), tuple(tensor.get_shape()), tuple(wanted[name].shape)
+    dtype, shape, config_shape = tensor.get_dtype(), tuple(tensor.get_shape()), tuple(shapes[name])
     if shape != config_shape or "F" not in dtype:
         raise ValueError(f"{where}: tensor {name} is {dtype} {shape}, the config needs floating point {config_shape}; "
                          f"{ONE_MODEL}")

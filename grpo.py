@@ -58,11 +58,11 @@ from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
 from model import Forest, pack
-from options import check_at_least, check_between, check_training, parse_config, saved_options
+from options import check_at_least, check_between, check_sampler_ranks, check_training, parse_config, saved_options
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
 from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run
-from sample import Sampler, check_room, model_impl, refresh, whole_model
+from sample import Sampler, check_room, filled_copy, make_split, model_impl
 from tokenizer import Tokenizer
 
 
@@ -98,6 +98,7 @@ class Config:
     n_slots: int = 256  # judgements that one rank writes at once, as far as their keys and values fit kv_gb
     kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
     eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
+    sampler_ranks: int = 1  # so many GPUs of a node write together, a part of the model on each: 1, 2, 4 or 8
     eval_data: str | None = None  # pairs to judge every eval_every steps
     eval_pairs: int = 200  # how many of them
     eval_every: int = 10  # steps between evaluations; the last step always evaluates; 0 = only then
@@ -113,6 +114,7 @@ class Config:
 
     def __post_init__(self):
         check_training(self)
+        check_sampler_ranks(self, self.batch_invariant)
         check_between(self, 1e-3, 100, "temperature")
         check_between(self, 2, 1024, "group_size")  # a judgement is measured against its siblings
         check_at_least(self, 1, "n_prompts", "mini_prompts", "max_new_tokens", "max_prompt_tokens", "n_slots")
@@ -134,7 +136,7 @@ RECIPES = {  # what differs from the defaults
 }
 MAY_CHANGE = NO_MATTER | {  # on --resume, and what then
     "steps": "with a --final-lr-frac below 1, its learning rates are those of a run of the new length",
-    **dict.fromkeys(("n_slots", "kv_gb", "eager"), f"without --batch-invariant {ROUNDING}"),
+    **dict.fromkeys(("n_slots", "kv_gb", "eager", "sampler_ranks"), f"without --batch-invariant {ROUNDING}"),
 }
 
 
@@ -215,16 +217,17 @@ def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks, bar=None):
     # the seed counts the steps: a pair that comes again in a later pass must not get the same random numbers
     sampling = Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature, stop=tokenizer.stop_ids,
                         seed=1_000_003 * cfg.seed + step)
-    mine = list(range(ranks.rank, len(pairs), ranks.world))
+    mine = ranks.share(range(len(pairs)))
+    # ranks that sample as one wait for each other in every step: none may leave alone
+    look = leave_if_asked if ranks.together == 1 else None
     try:
-        written = sampler.generate([prompts[pairs[i].id] for i in mine], sampling, leave_if_asked, bar)
+        written = sampler.generate([prompts[pairs[i].id] for i in mine], sampling, look, bar)
     except Interrupted:
-        written = None
-    shares = ranks.gather(written and list(zip(mine, written)))
-    if None in shares:
+        written = []
+    if any(ranks.gather(asked_to_stop())):
         return None
     rollouts_of = {}
-    for share in shares:
+    for share in ranks.gather_shares(list(zip(mine, written))):
         rollouts_of.update(share)
 
     texts, rewards = [], []
@@ -372,7 +375,7 @@ def sample_row(step, group, g, tokenizer):
 
 
 def main(cfg):
-    ranks, dtype = init_ranks(cfg.threads), getattr(torch, cfg.dtype)
+    ranks, dtype = init_ranks(cfg.threads, cfg.sampler_ranks), getattr(torch, cfg.dtype)
     impl = model_impl(cfg.batch_invariant, ranks.device, dtype)
     run = Run(cfg, ranks, MAY_CHANGE)
     if cfg.model == RECIPES["toy"]["model"] and not Path(cfg.model).exists():  # the task begins with its first stage
@@ -382,6 +385,7 @@ def main(cfg):
             options = saved_options(distill.Config, options["out"]) | {"resume": True}
         distill.main(distill.Config(**options))
     check_folder(cfg.model)
+    split = make_split(ranks, cfg.model)
     tokenizer = Tokenizer(cfg.model)
     prompt_name = prompt_of(cfg.model, cfg.prompt)
     prompt = load_prompt(prompt_name) if prompt_name else None
@@ -409,11 +413,10 @@ def main(cfg):
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, cfg.offload)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
     run.begin(first_step, n_steps)
-    sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.kv_gb, cfg.micro_tokens, graphs=not cfg.eager)
+    sampler = Sampler(None, cfg.n_slots, cfg.kv_gb, cfg.micro_tokens, graphs=not cfg.eager)
 
-    check_room(model, dtype, ranks.device, cfg.kv_gb, prompts.values(), cfg.max_new_tokens)
-    if held_out:
-        check_room(model, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.max_new_tokens)
+    to_read = [*prompts.values(), *(held_out.prompts if held_out else [])]
+    check_room(model.config, split, dtype, ranks.device, cfg.kv_gb, to_read, cfg.max_new_tokens)
 
     def add_files(folder):
         tokenizer.save(folder)
@@ -425,10 +428,11 @@ def main(cfg):
     for step in bar:
         # 1. rollouts: the current policy writes G judgements of each pair, and their verdicts are paid
         began = time.perf_counter()
-        refresh(sampler.model, model)
+        sampler.model = filled_copy(model, dtype, split)
         sampler.reset_stats()
         step_pairs = steps_pairs(pairs, step, cfg.n_prompts, cfg.seed)
         groups = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks, bar)
+        sampler.model = None  # the copy is let go: the updates need its memory
         if groups is None:  # the weights are the last step's: this one is made again on --resume
             run.checkpoints.save(step, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
             run.leave(step)
@@ -483,8 +487,9 @@ def main(cfg):
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)
         if evaluates and not dead:
-            refresh(sampler.model, model)
+            sampler.model = filled_copy(model, dtype, split)
             scores, _ = held_out.judge(sampler, bar)
+            sampler.model = None
             row |= scores
         run.row("metrics.jsonl", row)
         for group in groups[:cfg.n_samples]:

@@ -5,6 +5,7 @@
     model(forest, scored_m)                    log-probability and entropy of chosen tokens: training; see Forest
     model(forest)                              hidden_nd, the states behind them
     model.run(tokens_n, positions_n, attend)   the same blocks with the caller's attention: prefill and decoding
+    Model(config, Split(rank, n, group))       one of n ranks' part of it, for sampling
     model.save_pretrained(path)                config.json and safetensors, which transformers loads
 
 Parameter names are Hugging Face's, so loading is a strict match of names and shapes. Every config field that changes
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from files import whole, write_whole
 from folder import check_config, load_weights, n_tokens, read_json, show, split_files, write_tensors
 from kernels import add_rms_norm, attention, linear, linear_logp, logits, rms_norm, rope, swiglu, wide
+from split import Split
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -212,17 +214,19 @@ def pack(trees, device="cpu"):
 
 
 class Model(nn.Module):
-    def __init__(self, config):
-        """PyTorch's own initial weights, which are no Qwen's: use from_pretrained or random."""
+    def __init__(self, config, split=Split()):
+        """PyTorch's own initial weights, which are no Qwen's: use from_pretrained or random. config: the whole model's;
+        with a split, its part's is kept."""
         super().__init__()
-        self.config = config
+        config = split.config(config)
+        self.config, self.split = config, split
         self.n_vocab = config.vocab_size  # rows of the head from here on are padding, see from_pretrained
         self.name = "the model"  # for errors: the folder it comes from
         self.impl = None  # which kernels compute it: see kernels/; "invariant" makes the sampler's bits the trainer's
         self.gradient_checkpointing = False  # recompute blocks in the backward pass: activations of one at a time
         self.model = nn.ModuleDict({  # named as in the checkpoints: model.layers.0.self_attn.q_proj.weight
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList(Block(config, split) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
@@ -294,19 +298,20 @@ class Model(nn.Module):
         return model.to(device, dtype)
 
     @staticmethod
-    def from_pretrained(path, device="cpu", dtype=torch.float32):
-        """Loads a Hugging Face folder. Tensor after tensor, so the peak is the model and its largest tensor."""
-        model = Model.on_meta(path)
-        load_weights(model, Path(path), device, dtype)
+    def from_pretrained(path, device="cpu", dtype=torch.float32, split=Split()):
+        """Loads a Hugging Face folder, or this rank's part. Tensor after tensor, so the peak is the model and its
+        largest tensor."""
+        model, whole = Model.on_meta(path, split), Model.on_meta(path)
+        load_weights(model, Path(path), device, dtype, split.part, {n: x.shape for n, x in whole.named_parameters()})
         return model
 
     @staticmethod
-    def on_meta(path):
+    def on_meta(path, split=Split()):
         """The model of a Hugging Face folder: shapes without memory, to be filled by folder.load_weights."""
         path = Path(path)
         config = ModelConfig.from_dict(read_json(path / "config.json"), path / "config.json")
         with torch.device("meta"):
-            model = Model(config)
+            model = Model(config, split)
         model.name, model.n_vocab = str(path), n_tokens(path, config.vocab_size)
         return model
 
@@ -340,12 +345,12 @@ class Model(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, split):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, split)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, split)
 
     def forward(self, x_nd, cos_nc, sin_nc, attend, layer, impl):
         # pre-norm: what a layer computes is added to x, which itself is never normed. The sum and the next norm are one
@@ -357,10 +362,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, split):
         super().__init__()
         D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.H, self.K, self.C = H, K, C
+        self.H, self.K, self.C, self.split = H, K, C, split
         # biases on q, k and v are Qwen2's own; Qwen3 norms q and k instead, and has none unless attention_bias is set
         self.q_proj = nn.Linear(D, H * C, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, K * C, bias=config.qkv_bias)
@@ -393,7 +398,8 @@ class Attention(nn.Module):
             q_nhc = self.rotated(q_nhc, self.q_norm, cos_nc, sin_nc, impl)
             k_nkc = self.rotated(k_nkc, self.k_norm, cos_nc, sin_nc, impl)
         out_nhc = attend(layer, q_nhc, k_nkc, v_nkc)
-        return linear(out_nhc.flatten(1), self.o_proj.weight, self.o_proj.bias, impl)
+        bias_d = self.o_proj.bias if self.split.rank == 0 else None  # of the sum, once
+        return self.split.sum(linear(out_nhc.flatten(1), self.o_proj.weight, bias_d, impl))
 
     def rotated(self, x_nhc, norm, cos_nc, sin_nc, impl):
         """Qwen3 norms each head's channels first; Qwen2 has no such norm."""
@@ -403,8 +409,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, split):
         super().__init__()
+        self.split = split
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -419,7 +426,7 @@ class MLP(nn.Module):
         else:
             gate_nf = linear(x_nd, self.gate_proj.weight, None, impl)
             up_nf = linear(x_nd, self.up_proj.weight, None, impl)
-        return linear(swiglu(gate_nf, up_nf, impl), self.down_proj.weight, None, impl)
+        return self.split.sum(linear(swiglu(gate_nf, up_nf, impl), self.down_proj.weight, None, impl))
 
 
 def _join(parameters):

@@ -159,6 +159,14 @@ def check_training(cfg):
         raise ValueError("--keep-best compares evaluations: it needs --eval-data and an --eval-every above 0")
 
 
+def check_sampler_ranks(cfg, batch_invariant=False):
+    if cfg.sampler_ranks not in (1, 2, 4, 8):
+        raise ValueError(f"--sampler-ranks is 1, 2, 4 or 8, got {cfg.sampler_ranks}")
+    if cfg.sampler_ranks > 1 and batch_invariant:
+        raise ValueError("--batch-invariant and --sampler-ranks above 1 do not go together: ranks that sample as one "
+                         "sum a layer in parts, the trainer in one, so their bits differ")
+
+
 def rank_and_world():
     """This process's number among those of torchrun, and how many they are; ValueError if only some of it is told: a
     rank 1 of 1 would train for hours and write nothing."""

@@ -21,7 +21,7 @@ class Judgement:
     solution: str | None
     evaluation: str | None
     verdict: str | None       # "a" or "b", by training_verdict
-    fault: str | None         # the first that keeps it from being a whole chain of rubrics; without a verdict never None
+    fault: str | None         # the first that keeps it from being a whole chain of rubrics; never None without verdict
 
     @property
     def well_formed(self):

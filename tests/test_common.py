@@ -196,8 +196,9 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_is_left_out(gradient, loss)
 RANKS = """
 import json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
-from common import Ranks, Tally, copy_weights, full, init_ranks, shard
+from common import Ranks, Tally, full, init_ranks, shard
 from model import Model, ModelConfig, pack
+from sample import filled_copy
 ranks, raw = init_ranks(1), json.loads(sys.argv[2])
 assert (ranks.rank, ranks.world, ranks.main) == (int(os.environ["RANK"]), 2, os.environ["RANK"] == "0")
 assert ranks.gather({"rank": ranks.rank}) == [{"rank": 0}, {"rank": 1}]
@@ -216,8 +217,7 @@ rows = [[1, 2, 3, 4, 5], [7, 8, 9], [30, 1]]
 whole = Model.random(ModelConfig.from_dict(raw))
 want = gradients(whole, rows)
 model = shard(Model.random(ModelConfig.from_dict(raw)), ranks, torch.float32)
-copy = Model.random(ModelConfig.from_dict(raw), seed=5)
-copy_weights(model, copy)
+copy = filled_copy(model, torch.float32)
 assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), copy.parameters()))
 gradients(model, rows[:1] if ranks.main else rows[1:2])     # gradients are added up over ranks and micro-batches
 got = gradients(model, rows[2:] if ranks.main else [rows[2][:1]])

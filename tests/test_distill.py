@@ -546,17 +546,17 @@ def test_keep_best_keeps_the_model_with_the_best_held_out_accuracy(made, tmp_pat
         steps.append(len(metrics(steps_of)) + 1)
         return {"eval_accuracy": accuracies[steps[-1]]}, []
     monkeypatch.setattr(distill.HeldOut, "judge", judge)
-    whole_model = distill.whole_model
+    filled_copy = distill.filled_copy
 
-    def counted(model, dtype):
+    def counted(*args):
         copies.append(1)
-        return whole_model(model, dtype)
-    monkeypatch.setattr(distill, "whole_model", counted)
+        return filled_copy(*args)
+    monkeypatch.setattr(distill, "filled_copy", counted)
     cfg = config(made, tmp_path / "whole", save_every=2, eval_data=str(made / "heldout.jsonl"), eval_every=2,
                  keep_best=True)
     steps_of = tmp_path / "whole"
     distill.main(cfg)
-    assert steps == [2, 4, 6, 8] and len(metrics(steps_of)) == 8 and len(copies) == 1
+    assert steps == [2, 4, 6, 8] and len(metrics(steps_of)) == 8 and len(copies) == 4
     best = load_file(tmp_path / "whole/best/model.safetensors")
     wanted = load_file(tmp_path / "whole/checkpoints/step-4/model.safetensors")
     assert all(torch.equal(best[name], wanted[name]) for name in wanted)

@@ -26,7 +26,7 @@ from grpo import (Config, Group, MiniBatch, accumulate_gradients, advantages, ma
                   steps_pairs, token_losses, trees)
 from model import Model, ModelConfig
 from batch import Rollout
-from sample import Sampling, whole_model
+from sample import Sampling, filled_copy
 from test_distill import flags
 from tokenizer import Tokenizer
 
@@ -736,7 +736,7 @@ def test_batch_invariant_copy_and_refusal(made, tmp_path):
     model = Model.from_pretrained(made / "distilled/model")
     model.impl = "invariant"
     try:
-        assert whole_model(shard(model, ALONE, torch.float16), torch.float16).impl == "invariant"
+        assert filled_copy(shard(model, ALONE, torch.float16), torch.float16).impl == "invariant"
     finally:
         leave_ranks()
     with pytest.raises(ValueError, match="kernels are Triton's, which do not run bfloat16 on cpu"):

@@ -13,26 +13,28 @@ MAY_IMPORT = {
     "reward": "",
     "prompt": "",
     "kernels": "",
+    "split": "",
     "options": "files",
     "tracking": "files",
     "tokenizer": "files",
     "folder": "files",
     "data": "files options prompt reward tokenizer",
-    "common": "files options",
-    "model": "files folder kernels",
+    "ending": "files",
+    "common": "ending files options",
+    "model": "files folder kernels split",
     "checkpoint": "common files folder model",
     "run": "checkpoint files options tracking",
     "draw": "",
     "pages": "kernels",
     "batch": "draw kernels model pages",
-    "sample": "batch common draw files folder kernels model options pages tokenizer",
-    "judge": "common data draw files folder options prompt reward sample tokenizer",
-    "distill": "checkpoint common data files folder judge model options prompt run sample tokenizer",
+    "sample": "batch common draw files folder kernels model options pages split tokenizer",
+    "judge": "common data draw files folder options prompt reward sample split tokenizer",
+    "distill": "checkpoint common data ending files folder judge model options prompt run sample tokenizer",
     # distill: stage 1 of the generated task
-    "grpo": "batch checkpoint common data distill draw files folder judge model options prompt reward run sample "
-            "tokenizer",
+    "grpo": "batch checkpoint common data distill draw ending files folder judge model options prompt reward run "
+            "sample tokenizer",
     "benchmarks": "data reward",
-    "evaluate": "benchmarks common data files folder judge options",
+    "evaluate": "benchmarks common data ending files folder judge options sample",
     "report": "benchmarks data files options reward",
     "demo": "data distill draw evaluate files grpo judge options prompt sample",
 }
@@ -86,7 +88,8 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
     while more := {other for room in closure for other in graph[room]} - closure:
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "batch", "draw", "pages", "model", "kernels", "tokenizer",
-                       "reward", "data", "common", "checkpoint", "run", "options", "tracking", "prompt", "folder", "files"}
+                       "reward", "data", "common", "checkpoint", "ending", "run", "options", "tracking", "prompt",
+                       "folder", "files", "split"}
 
 
 def test_readme_counts_the_lines_as_they_are():
