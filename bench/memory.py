@@ -1,157 +1,226 @@
-"""draft"""
-import sys, time, json, contextlib, weakref
+"""The plan's numbers (plan.py) against live tensors: of real steps on this CPU, and of a simulation at full size.
+
+    python -m bench.memory                                three sizes, 1 and 2 ranks: rollout, score, update, optimizer
+    python -m bench.memory --simulate 32b --gpus 8        the real code on fake tensors, rank 0 of 8: no memory, no values
+
+What counts is the sum of all tensors' storages, operation by operation, not the process's memory. In the simulation the
+process group is PyTorch's "fake" one, every Triton launch is left out, and a value that the host would read is made up;
+the tensors that the kernels' autograd functions allocate and save are the real ones. What no simulation sees: the
+allocator's gaps, other streams' buffers, CUDA and NCCL. Keys and values are what is left, so they are left out here.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import weakref
 from unittest import mock
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import batch
 import common
 import grpo
+import model as model_py
+import sample
 from bench.fake import no_kernels
-from common import Ranks, Tally, make_optimizers, optimizer_step, shard
-from model import Forest, Model, ModelConfig, pack
+from bench.twins import SHAPES, geometry
+from common import Ranks, Tally, init_ranks, make_optimizers, optimizer_step, shard
+from draw import Sampling
+from kernels.attention import _key_tiles, _query_tiles
+from model import Model, ModelConfig, pack
+from plan import Work, make_plan, sizes_of
+from sample import Sampler, filled_copy
+from split import Split
 
-SHAPES = {"7b": (28, 3584, 28, 4, 18944), "14b": (48, 5120, 40, 8, 13824), "32b": (64, 5120, 40, 8, 27648)}
+QWEN = {"7b": (28, 3584, 28, 4, 18944), "14b": (48, 5120, 40, 8, 13824), "32b": (64, 5120, 40, 8, 27648)}
+HOST_MEMORY = common.host_memory
+N_TOKENIZER = 151665  # ids of Qwen2.5's tokenizer; the head has 152,064 rows
 
 
 class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that were made within it and are still there, but for those of `host`."""
+
     def __init__(self):
         super().__init__()
-        self.sizes, self.host, self.live, self.peak = {}, set(), 0, 0
-        self.paused = False
+        self.size_of, self.host, self.now, self.peak, self.paused = {}, set(), 0, 0, False
+        self.patches = contextlib.ExitStack()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented
-        if function is torch.ops.aten._local_scalar_dense.default and types:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again, with what lies here of it
+        if function is torch.ops.aten._local_scalar_dense.default and types:  # a value of a fake tensor
             return {torch.bool: False, torch.int64: 1}.get(args[0].dtype, 0.5)
         out = function(*args, **kwargs or {})
-        if self.paused:
-            return out
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.device.type == 'cpu':
-                self.see(x.untyped_storage(), str(function))
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu" and not self.paused:
+                self.see(x.untyped_storage())
         return out
 
-    def see(self, storage, what=""):
+    def see(self, storage):
         key = storage._cdata
         if key in self.host:
             return
-        n = storage.nbytes()
-        if key not in self.sizes:
-            weakref.finalize(storage, self.gone, key)
-        self.count(n - self.sizes.get(key, 0), what)
-        self.sizes[key] = n
+        if key not in self.size_of:
+            weakref.finalize(storage, self.forget, key)
+        self.count(storage.nbytes() - self.size_of.get(key, 0))
+        self.size_of[key] = storage.nbytes()
 
-    def gone(self, key):
-        self.count(-self.sizes.pop(key), "free")
+    def forget(self, key):
+        self.count(-self.size_of.pop(key))
 
-    def count(self, n, what):
-        self.live += n
-        if self.live > self.peak:
-            self.peak = self.live
-            self.at = what
+    def count(self, n_bytes):
+        self.now += n_bytes
+        self.peak = max(self.peak, self.now)
 
-    def __enter__(self):
-        resize, see = torch.UntypedStorage.resize_, self.see
-
-        def resize_(storage, size):
-            out = resize(storage, size)
-            if storage._cdata in self.sizes: see(storage, "resize")
-            return out
-        self.patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_)
-        self.patch.start()
-        from torch.distributed.tensor._sharding_prop import ShardingPropagator
-        plain = ShardingPropagator._propagate_tensor_meta_non_cached
-        def propagate(this, *a):
+    def aside(self, function):
+        """The function, what it makes not being counted: the host's memory, which is this machine's device, too."""
+        def call(*args, **kwargs):
             self.paused = True
             try:
-                return plain(this, *a)
+                return function(*args, **kwargs)
             finally:
                 self.paused = False
-        self.patch2 = mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate)
-        self.patch2.start()
+        return call
+
+    def host_memory(self, x):
+        """common.host_memory, not counted."""
+        memory = self.aside(HOST_MEMORY)(x)
+        key = memory.untyped_storage()._cdata
+        self.host.add(key)
+        weakref.finalize(memory.untyped_storage(), self.host.discard, key)
+        return memory
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage, size):  # FSDP2 frees what was whole by it
+            out = resize(storage, size)
+            if storage._cdata in self.size_of:
+                self.see(storage)
+            return out
+        patch = mock.patch.object
+        self.patches.enter_context(patch(common, "host_memory", self.host_memory))
+        self.patches.enter_context(patch(torch.UntypedStorage, "resize_", resize_))
+        # DTensor asks for shapes by making fake tensors of the whole
+        name = "_propagate_tensor_meta_non_cached"
+        self.patches.enter_context(patch(ShardingPropagator, name, self.aside(getattr(ShardingPropagator, name))))
         return super().__enter__()
 
     def __exit__(self, *args):
-        self.patch.stop()
-        self.patch2.stop()
+        self.patches.close()
         return super().__exit__(*args)
 
 
-def config_of(size, layers=None):
-    L, D, H, K, F = SHAPES[size]
-    return ModelConfig.from_dict({
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": layers or L, "hidden_size": D,
-        "num_attention_heads": H, "num_key_value_heads": K, "intermediate_size": F, "vocab_size": 152064,
-        "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False})
+def rollouts_of(n_prompts, work, n_vocab):
+    """Groups of the longest prompts and judgements, as if they had been written."""
+    rng, groups = np.random.default_rng(0), []
+    for _ in range(n_prompts):
+        rollouts = [batch.Rollout(rng.integers(n_vocab, size=work.new_tokens).tolist(), [-1.0] * work.new_tokens)
+                    for _ in range(work.group_size)]
+        reward_g = torch.tensor([1.0, -1.0] * work.group_size)[:work.group_size]
+        prompt_ids = rng.integers(n_vocab, size=work.prompt_tokens).tolist()
+        groups.append(grpo.Group(None, prompt_ids, rollouts, [], reward_g, grpo.advantages(reward_g[None])[0]))
+    return groups
 
 
-def meta(config, dtype, ranks):
-    with torch.device("meta"):
-        model = Model(config).to(dtype)
-    model.n_vocab, model.impl, model.gradient_checkpointing = 151665, "triton", True
-    return shard(model, ranks, torch.bfloat16)
+def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
+    """Bytes of each phase of a GRPO step, the second (in the first AdamW has no moments yet); with what begins it."""
+    def made(dtype):
+        with torch.device("meta"):
+            model = Model(config).to(dtype)
+        model.n_vocab, model.impl, model.gradient_checkpointing = n_vocab, impl, work.checkpointing
+        return shard(model, ranks, work.dtype)
+    policy, reference = made(torch.float32), made(work.dtype).requires_grad_(False)
+    cfg, tally, bytes_of = grpo.Config(model="-", data="-", kl_coef=1e-3), Tally(), {}
+    live = Live()
+    with mode, live, torch.random.fork_rng():
+        for model in (policy, reference):
+            model.to_empty(device="cpu")
+            for x in model.parameters():
+                common.local(x.detach()).normal_(std=0.02)
+        optimizers = make_optimizers(policy, "adamw", 1e-6, (0.9, 0.999), 0.01, work.offload)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups] if work.triton else []:
+            group["fused"] = True  # as on a GPU
+
+        def phase(name, function, *args):
+            live.peak = live.now
+            out = function(*args)
+            bytes_of[name] = live.peak
+            return out
+        phase("load", lambda: None)
+        for _ in range(2):
+            copy = phase("rollout", filled_copy, policy, work.dtype, Split(0, work.sampler_ranks))
+            bytes_of["sampler's copy"] = live.now - bytes_of["load"]
+            filling = bytes_of["rollout"]
+            phase("rollout", write, copy)
+            bytes_of["rollout"] = max(bytes_of["rollout"], filling)
+            del copy
+            phase("score", grpo.score, reference, [mini_batch], 1.0, ranks.device)
+            phase("update", grpo.accumulate_gradients, cfg, ranks, policy, mini_batch, tally, True)
+            phase("optimizer", optimizer_step, policy, optimizers, 1e-6, 1.0, 0.5)
+    return bytes_of
 
 
-def main():
-    size, world, layers, offload = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1"
+# ------------------------------------------------------------------------------------------------------------ simulated
+
+
+@contextlib.contextmanager
+def fake_world(world):
+    """Rank 0 of so many, whose others do not exist; fake tensors in it, and kernels that are not launched."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    ranks = Ranks(0, world, torch.device("cpu"))
-    config = config_of(size, layers)
-    policy, reference = meta(config, torch.float32, ranks), meta(config, torch.bfloat16, ranks).requires_grad_(False)
-    forest = pack([([1] * 512, [[1] * 1682] * 7)])
-    scored = torch.arange(512, 512 + 7 * 1682)
-    M = len(scored)
-    fakes, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
-    cfg = grpo.Config(model="x", data="x")
-    began = time.time()
-    def say(what):
-        print(f"{what:30} live {live.live/1e9:8.3f} peak {live.peak/1e9:8.3f} host {sum(live.sizes[k] for k in live.host if k in live.sizes)/1e9:8.3f} {live.at} {time.time()-began:.0f}s", flush=True)
-        live.peak = live.live
-    fake_forest = Forest(*(fakes.from_tensor(x) for x in (forest.tokens_n, forest.positions_n, forest.previous_n)), forest.segments_s3)
-    f = lambda x: fakes.from_tensor(x)
-    micro = grpo.Micro(fake_forest, f(scored), f(torch.zeros(M)), f(torch.zeros(M)), 1.0)
-    mini = grpo.MiniBatch([micro], M, 12288)
-    numpy = torch.Tensor.numpy
-    def real_numpy(x, *a, **k):
-        with unset_fake_temporarily():
-            return numpy(x, *a, **k)
-    plain_host = common.host_memory
-    def host_memory(x):
-        live.paused = True
-        out = plain_host(x)
-        live.paused = False
-        live.host.add(out.untyped_storage()._cdata)
-        weakref.finalize(out.untyped_storage(), live.host.discard, out.untyped_storage()._cdata)
-        return out
-    with mock.patch.object(common, "host_memory", host_memory), no_kernels(), fakes, live, mock.patch.object(torch.Tensor, "numpy", real_numpy):
-        policy.to_empty(device="cpu")
-        say("policy")
-        reference.to_empty(device="cpu")
-        say("reference")
-        grpo.score(reference, [mini], 1.0, ranks.device)
-        say("score")
-        tally = Tally()
-        grpo.accumulate_gradients(cfg, ranks, policy, mini, tally, True)
-        say("update 1")
-        grpo.accumulate_gradients(cfg, ranks, policy, mini, tally, False)
-        say("update 2")
-        optimizers = make_optimizers(policy, "adamw", 1e-6, (0.9, 0.999), 0.01, offload)
-        for o in optimizers:
-            for g in o.param_groups: g["fused"] = True
-        with mock.patch("torch._utils._get_fused_kernels_supported_devices" if hasattr(torch._utils, "_x") else "math.pi", 3.14):
-            optimizer_step(policy, optimizers, 1e-6, 1.0, 0.5)
-        say("step 1")
-        grpo.accumulate_gradients(cfg, ranks, policy, mini, tally, False)
-        say("update 3")
-        optimizer_step(policy, optimizers, 1e-6, 1.0, 0.5)
-        say("step 2")
-    import os; os._exit(0)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    caches = (model_py._on_device, _query_tiles, _key_tiles)
 
-if __name__ == "__main__":
-    main()
+    def real(function):
+        def call(*args, **kwargs):
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        return call
+    patch = mock.patch.object
+    try:
+        with no_kernels(), patch(torch.Tensor, "numpy", real(torch.Tensor.numpy)), patch(batch, "pack", real(pack)), \
+                patch(sample, "Model", real(Model)), patch(torch.nn.Module, "to", real(torch.nn.Module.to)):
+            yield fakes
+    finally:
+        for cached in caches:  # fake tensors, which nobody else may meet
+            cached.cache_clear()
+        dist.destroy_process_group()
+
+
+def simulate(config, work, world):
+    """Bytes of each phase on rank 0 of `world`."""
+    ranks = Ranks(0, world, torch.device("cpu"), together=work.sampler_ranks)
+    mini_batch = grpo.make_mini_batch(grpo.Config(model="-", data="-", micro_tokens=work.n), ranks,
+                                      rollouts_of(2 * world, work, 1000))
+    mini_batch.micros[:] = mini_batch.micros[:1] * 2  # a later one finds gradients there
+    with fake_world(world) as fakes:
+        def write(copy):
+            n_prompts = -(-work.n_slots // work.group_size)
+            with unset_fake_temporarily():
+                prompts = [[1 + i] * work.prompt_tokens for i in range(n_prompts)]
+                sampling = Sampling(n=work.group_size, max_new_tokens=work.new_tokens)
+                made = batch.Batch(copy, prompts, sampling, work.n_slots, work.kv_gb, work.n, graphs=False)
+            for memory in (made.pool.k, made.pool.v):
+                memory[:] = [fakes.from_tensor(x) for x in memory]
+            made.inputs.device = {name: fakes.from_tensor(x) for name, x in made.inputs.device.items()}
+            made.out_2b = fakes.from_tensor(made.out_2b)
+            with torch.no_grad():
+                made.admit()
+                made.inputs.fill(made.slots, made.pages, {i: work.prompt_tokens for i in made.pages})
+                made.compute_step(work.n_slots, whole=True)
+        return grpo_step(fakes, config, min(N_TOKENIZER, config.vocab_size), work, ranks, "triton", write, mini_batch)
+
+
+# ------------------------------------------------------------------------------------------------------------- measured
