@@ -95,6 +95,11 @@ def widths(config):
             config.num_key_value_heads * C)
 
 
+def logit_block(config, work):
+    """Elements of linear_logp's blocks of logits (PyTorch's path), and of their gradients (both)."""
+    return min(GRADIENT_CHUNK if work.triton else LOGIT_CHUNK, work.n * config.vocab_size)
+
+
 # -------------------------------------------------------------------------------------------------------------- phases
 
 
@@ -123,7 +128,7 @@ def forward_moments(config, work, sizes, world, kept=0):
     D, F, _, _ = widths(config)
     block, root, block_arrives, root_arrives = whole_weights(work, sizes, world)
     stream = work.n * D * work.e
-    logits = 12 * -(-config.vocab_size // LOGP_COLUMNS) * work.n if work.triton else 8 * LOGIT_CHUNK
+    logits = 12 * work.n * -(-config.vocab_size // LOGP_COLUMNS) if work.triton else 8 * logit_block(config, work)
     return [{"whole weights": root + root_arrives + block + block_arrives, "activations": stream},
             {"whole weights": root + block + block_arrives, "activations": kept + work.n * work.e * (3 * D + 3 * F)},
             {"whole weights": root + block_arrives, "activations": kept + 2 * stream, "logits": logits}]
@@ -149,7 +154,7 @@ def update_moments(config, work, sizes, world):
     kept = config.num_hidden_layers * (stream if work.checkpointing else block_saved(config, work))
     reduced = 4 if root else 0  # bytes a parameter of whole gradients, in the masters' dtype, and of their sums
     leaves = max(work.e + reduced, reduced + reduced / world)
-    logits = work.e * GRADIENT_CHUNK if work.triton else 4 * LOGIT_CHUNK
+    logits = (work.e if work.triton else 4) * logit_block(config, work)
     backward = [
         {"whole weights": root + block_arrives, "activations": kept + stream,
          "logits": max(2 * head, head + logits + work.n * D * (4 + work.e))},
@@ -169,12 +174,18 @@ def optimizer_moments(config, work, sizes, world):
     return [parts | {"moments": 8 * largest} if work.offload else parts]
 
 
+def n_prompts(work, world):
+    """That a sampler gets at once."""
+    return min(work.n_slots, work.sequences * work.sampler_ranks / world)
+
+
 def sampler_parts(config, work, sizes, world):
     """The copy, and what filling it, a prefill or a draw takes besides. One process in float32 needs no copy."""
     D, F, _, _ = widths(config)
     whole = world == 1 and work.e == 4
     filling = 0 if whole else 2 * work.e * sizes.embedding
-    prefill = work.n * work.e * (3 * F // work.sampler_ranks + 6 * D)
+    n = min(work.n, n_prompts(work, world) * work.prompt_tokens)
+    prefill = n * work.e * (3 * F // work.sampler_ranks + 6 * D)
     draw = 12 * work.n_slots * config.vocab_size
     return {"sampler's copy": 0 if whole else work.e * sizes.part, "sampler's work": max(filling, prefill + draw)}
 
@@ -199,12 +210,12 @@ def phases_of(config, work, sizes, world):
     return {phase: max(moments, key=lambda parts: sum(parts.values())) for phase, moments in found.items()}
 
 
-def keys_and_values(config, work, free):
+def keys_and_values(config, work, world, free):
     """(bytes for keys and values, tokens that they hold, bytes that one group of the longest judgements needs), of a
     card with so many bytes left in the rollout; like the sampler it takes nine tenths of them, or --kv-gb."""
     one = page_bytes(Split(0, work.sampler_ranks).config(config), 1, work.dtype)
     needed = one * (work.prompt_tokens + work.group_size * work.new_tokens)
-    most = one * work.n_slots * (work.prompt_tokens + work.new_tokens)  # each with a prompt of its own
+    most = one * (work.n_slots * work.new_tokens + n_prompts(work, world) * work.prompt_tokens)
     room = int(min(most, 1e9 * work.kv_gb or 0.9 * max(free, 0)))
     return room, room // one, needed
 
@@ -291,7 +302,7 @@ def make_plan(config, work, world, gpu_gb, rates=(400, 2.5, 300, 40)):
     phases, n_kept = phases_of(config, work, sizes, world), 0
     if work.prompt_tokens:
         free = 1e9 * gpu_gb - CONTEXT - sum(phases["rollout"].values())
-        room, n_kept, needed = keys_and_values(config, work, free)
+        room, n_kept, needed = keys_and_values(config, work, world, free)
         phases["rollout"]["keys and values"] = max(room, needed)
     seconds = seconds_of(config, work, sizes, world, max(n_kept, work.new_tokens), rates)
     peaks = {phase: CONTEXT * work.triton + sum(parts.values()) for phase, parts in phases.items()}

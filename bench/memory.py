@@ -13,10 +13,10 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -40,7 +40,7 @@ from common import Ranks, Tally, init_ranks, make_optimizers, optimizer_step, sh
 from draw import Sampling
 from kernels.attention import _key_tiles, _query_tiles
 from model import Model, ModelConfig, pack
-from plan import Work, make_plan, sizes_of
+from plan import Work, make_plan
 from sample import Sampler, filled_copy
 from split import Split
 
@@ -161,8 +161,9 @@ def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
             return out
         phase("load", lambda: None)
         for _ in range(2):
+            before = live.now
             copy = phase("rollout", filled_copy, policy, work.dtype, Split(0, work.sampler_ranks))
-            bytes_of["sampler's copy"] = live.now - bytes_of["load"]
+            bytes_of["sampler's copy"] = live.now - before
             filling = bytes_of["rollout"]
             phase("rollout", write, copy)
             bytes_of["rollout"] = max(bytes_of["rollout"], filling)
@@ -174,6 +175,19 @@ def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
 
 
 # ------------------------------------------------------------------------------------------------------------ simulated
+
+
+# A recipe's step, but for shorter prompts: a micro-batch of whole groups, nearly all of whose tokens are scored
+FULL = Work(micro_tokens=12288, longest=12288, dtype=torch.bfloat16, checkpointing=True, offload=False, reference=True,
+            sequences=1024, updates=8, group_size=7, prompt_tokens=512, new_tokens=1682, n_slots=252, kv_gb=8.0,
+            sampler_ranks=1)
+
+
+def qwen(size, n_layers=None):
+    """The published geometry of Qwen2.5."""
+    L, D, H, K, F = QWEN[size]
+    raw = geometry(n_layers or L, D, H, K, F, 152064).raw
+    return ModelConfig.from_dict(raw | {"tie_word_embeddings": False})
 
 
 @contextlib.contextmanager
@@ -224,3 +238,77 @@ def simulate(config, work, world):
 
 
 # ------------------------------------------------------------------------------------------------------------- measured
+
+N_GROUPS = 4  # of each rank: two micro-batches
+WORK = Work(micro_tokens=1024, longest=152, dtype=torch.float32, checkpointing=True, offload=False, reference=True,
+            sequences=N_GROUPS, updates=1, group_size=4, prompt_tokens=32, new_tokens=120, n_slots=16, kv_gb=4.0,
+            sampler_ranks=1, triton=False)
+
+
+def measure(config, work, ranks):
+    """Bytes of each phase of a real step on this rank: small models only."""
+    def write(copy):
+        prompts = [[1 + i] * work.prompt_tokens for i in range(N_GROUPS)]
+        sampling = Sampling(n=work.group_size, max_new_tokens=work.new_tokens)
+        Sampler(copy, work.n_slots, work.kv_gb, work.n).generate(prompts, sampling)
+    cfg = grpo.Config(model="-", data="-", micro_tokens=work.n)
+    mini_batch = grpo.make_mini_batch(cfg, ranks, rollouts_of(N_GROUPS * ranks.world, work, config.vocab_size))
+    return grpo_step(contextlib.nullcontext(), config, config.vocab_size, work, ranks, None, write, mini_batch)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def compared(config, work, world, bytes_of):
+    """Rows (part, plan, found, ratio), GB."""
+    plan = make_plan(config, work, world, 1e6)
+    planned = {phase: plan.peak(phase) for phase in plan.phases} | {
+        "sampler's copy": plan.phases["rollout"]["sampler's copy"]}
+    if work.triton:
+        planned["rollout"] -= plan.phases["rollout"]["keys and values"]
+    return [(part, planned[part] / 1e9, found / 1e9, planned[part] / found if found else 1.0)
+            for part, found in bytes_of.items()]
+
+
+def show(what, rows):
+    print(f"{what:32} {'plan':>9} {'found':>9}  ratio   (GB)")
+    for part, planned, found, ratio in rows:
+        print(f"    {part:28} {planned:9.4f} {found:9.4f}  {ratio:.3f}")
+    print(json.dumps({"bench": "memory", "what": what, "rows": {part: [round(planned, 5), round(found, 5), round(ratio, 4)]
+                                                                for part, planned, found, ratio in rows}}), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--simulate", choices=QWEN)
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--layers", type=int, help="so many of the model's")
+    parser.add_argument("--sampler-ranks", type=int, default=1)
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["tiny", "25m", "100m"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.simulate:
+        work = replace(FULL, offload=args.offload, sampler_ranks=args.sampler_ranks)
+        config = qwen(args.simulate, args.layers)
+        what = f"{args.simulate} on {args.gpus}, simulated" + (f", {args.layers} layers" if args.layers else "")
+        show(what, compared(config, work, args.gpus, simulate(config, work, args.gpus)))
+        return
+    if "RANK" not in os.environ:  # each number of ranks in processes of its own
+        for world in args.ranks:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), "-m",
+                       "bench.memory", "--sizes", *args.sizes] + ["--offload"] * args.offload
+            subprocess.run(command, check=True)
+        return
+    ranks = init_ranks()
+    for size in args.sizes:
+        config, work = geometry(*SHAPES[size]), replace(WORK, offload=args.offload, sequences=N_GROUPS * ranks.world)
+        bytes_of = measure(config, work, ranks)
+        if ranks.main:
+            n = sum(x.numel() for x in Model(config).parameters())
+            show(f"{size} ({n / 1e6:.0f}M), {ranks.world} ranks", compared(config, work, ranks.world, bytes_of))
+
+
+if __name__ == "__main__":
+    main()
