@@ -29,8 +29,8 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    group: dist.ProcessGroup | None = None  # whose collectives these are; None = the one of all
     together: int = 1  # so many consecutive ranks sample as one (--sampler-ranks): theirs is one share of the work
+    group: dist.ProcessGroup | None = None  # whose collectives these are; None = the one of all
 
     @property
     def main(self):
