@@ -28,10 +28,10 @@ from benchmarks import scores
 from benchmarks.records import read_benchmark, read_recorded
 from common import init_ranks
 from data.pairs import SWAPPED, note_one_label, read_pairs, swapped, write_pairs
-from files import one_line_errors, refuse_file, write_records, write_whole
+from files import check_settings, one_line_errors, refuse_file, write_records, write_whole
 from folder import read_json
-from judge import (check_judging, check_settings, encode_all, judge_file, judge_settings, judged, key_of, load_judge,
-                   prompt_for, refuse_others)
+from judge import (check_judging, encode_all, judge_file, judge_settings, judged, key_of, load_judge, prompt_for,
+                   refuse_others)
 from options import check_choice, flag_of, parse_config
 
 
