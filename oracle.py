@@ -29,6 +29,7 @@ import os
 import re
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -98,7 +99,8 @@ class Config:
         check_between(self, 1, 1024, "samples", "concurrency")
         check_between(self, 0, 1024, "attempts", "retries")
         check_at_least(self, 1, "max_new_tokens", "n_slots")
-        check_at_least(self, 0, "limit", "kv_gb", "price_in", "price_out", "backoff")
+        check_at_least(self, 0, "limit", "kv_gb", "backoff")
+        check_at_least(self, 0, *[f"price_{x}" for x in ("in", "out", "in2", "out2") if getattr(self, f"price_{x}")])
         check_at_least(self, 1e-3, "timeout")
         if self.temperature != 0:
             check_between(self, 1e-3, 100, "temperature")
@@ -191,25 +193,20 @@ def fault_of(chain, finished, winner):
 class Answers:
     """What the teachers answered: a JSON line each, on disk as soon as it is known."""
 
-    def __init__(self, path):
-        self.path, self.found = path, {}  # {question's key: Reply or Failure}
-        self.file = open(path, "a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{path}: another oracle.py writes it; wait for it, or choose another --out") from None
-        self.file.seek(0)
-        lines = self.file.read().split(b"\n")
-        self.file.truncate(sum(len(line) + 1 for line in lines[:-1]))  # a killed run may have left half a line
-        self.n_by_pass = Counter()
-        for number, line in enumerate(lines[:-1], 1):
+    def __init__(self, file):
+        """file: open to read and to append."""
+        self.file, self.found, self.n_by_pass = file, {}, Counter()  # found: {question's key: Reply or Failure}
+        file.seek(0)
+        lines = file.read().split(b"\n")[:-1]
+        file.truncate(sum(len(line) + 1 for line in lines))  # a killed run may have left half a line
+        for number, line in enumerate(lines, 1):
             try:
                 record = need_object(parse_json(line))
                 self.n_by_pass[need(record, "pass", int)] += 1
                 self.found.setdefault(need(record, "key", str), answer_in(record))
             except (Bad, NotJson) as e:
-                raise ValueError(f"{path}:{number}: is no answer ({e}); take the line out, or choose another --out "
-                                 "(its question is asked again)") from None
+                raise ValueError(f"{file.name}:{number}: is no answer ({e}); take the line out, and its question is "
+                                 "asked again, or choose another --out") from None
 
     def add(self, question, answer):
         self.found[question.key] = answer
@@ -228,18 +225,24 @@ def answer_in(record):
                  need(record, "seconds", float, int))
 
 
+@contextmanager
 def open_folder(out, settings):
     """The Answers of the run in a folder, begun or gone on with; ValueError if it is another's."""
     refuse_file(out)
-    beside = out / "settings.json"
+    beside, path = out / "settings.json", out / "answers.jsonl"
     if out.exists() and any(out.iterdir()) and not beside.exists():
         raise ValueError(f"{out}: is there and no oracle run's; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    answers = Answers(out / "answers.jsonl")
-    if answers.found:
-        check_settings(beside, beside.read_bytes(), settings)
-    write_whole(beside, json.dumps(settings, indent=2))
-    return answers
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two would pay for everything twice
+        except OSError:
+            raise ValueError(f"{path}: another oracle.py writes it; wait for it, or choose another --out") from None
+        answers = Answers(file)
+        if answers.found:
+            check_settings(beside, beside.read_bytes(), settings)
+        write_whole(beside, json.dumps(settings, indent=2))
+        yield answers
 
 
 # ---- the report
@@ -378,7 +381,7 @@ def ask_round(questions, pairs, teacher, recipe, answers):
     try:
         teacher.ask_all(questions, keep)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{len(answers.found)} answers are kept in {answers.path}; the same command goes "
+        raise KeyboardInterrupt(f"{len(answers.found)} answers are kept in {answers.file.name}; the same command goes "
                                 "on") from None
     finally:
         bar.close()
@@ -398,19 +401,18 @@ def main(cfg):
     for pair in pairs:
         render(recipe.prompt, pair)  # a pair that the prompt cannot show is told before anything is asked
     teachers = {pass_: teacher_of(cfg, pass_) for pass_ in {pass_ for pass_, _ in plan}}
-    answers = open_folder(out, settings_of(cfg, recipe, prompt_path(prompt).read_bytes()))
-    for pass_, teacher in teachers.items():
-        teacher.spoke = answers.n_by_pass[pass_] > 0
-
     unanswered = set()  # in this session
-    while True:
-        standings = [follow(pair, recipe, answers.found) for pair in pairs]
-        waiting = [s.question for s in standings if s.question and s.question.key not in unanswered]
-        if not waiting:
-            break
-        stage = min((question.pass_, question.number) for question in waiting)
-        questions = [question for question in waiting if (question.pass_, question.number) == stage]
-        unanswered |= ask_round(questions, pairs, teachers[stage[0]], recipe, answers)
+    with open_folder(out, settings_of(cfg, recipe, prompt_path(prompt).read_bytes())) as answers:
+        for pass_, teacher in teachers.items():
+            teacher.spoke = answers.n_by_pass[pass_] > 0
+        while True:
+            standings = [follow(pair, recipe, answers.found) for pair in pairs]
+            waiting = [s.question for s in standings if s.question and s.question.key not in unanswered]
+            if not waiting:
+                break
+            stage = min((question.pass_, question.number) for question in waiting)
+            questions = [question for question in waiting if (question.pass_, question.number) == stage]
+            unanswered |= ask_round(questions, pairs, teachers[stage[0]], recipe, answers)
 
     chains = []
     for s in standings:

@@ -74,19 +74,25 @@ class Endpoint:
         failed = []  # since the last reply
 
         def ask(question):
-            result = self.ask(question)
-            with self.lock:
-                if isinstance(result, Failure):
+            if self.stop.is_set():
+                return
+            try:
+                result = self.ask(question)
+                with self.lock:
+                    if isinstance(result, Reply):
+                        for before in failed:
+                            keep(*before)
+                        failed.clear()
+                        keep(question, result)
+                        return
                     failed.append((question, result))
                     limit = OUTAGE if self.spoke else min(STRANGERS, len(questions))
                     if len(failed) >= limit and not self.stop.is_set():
                         raise ValueError(f"{self.url}: {len(failed)} records in a row failed, the last with: "
                                          f"{result.reason}; the same command goes on")
-                else:
-                    for before in failed:
-                        keep(*before)
-                    failed.clear()
-                    keep(question, result)
+            except ValueError:
+                self.stop.set()  # before another thread asks
+                raise
 
         todo = list(questions)
         while todo and not self.spoke:
@@ -96,10 +102,9 @@ class Endpoint:
             try:
                 for future in as_completed(futures):
                     future.result()
-            finally:  # interrupted or stopped: what is under way is paid for, and waited for
+            except BaseException:  # Ctrl-C too: what is under way is paid for, and waited for
                 self.stop.set()
-                pool.shutdown(cancel_futures=True)
-                self.stop.clear()
+                raise
         for before in failed:
             keep(*before)
 

@@ -62,9 +62,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, plan=lambda item, pass_, n: None, stall=1.0):
+    def __init__(self, plan=lambda item, pass_, n: None, stall=1.0, retry_after="0.05"):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.plan, self.stall = plan, stall
+        self.plan, self.stall, self.retry_after = plan, stall, retry_after
         self.asked, self.lock = [], threading.Lock()  # (item, pass, fault, time, body, headers)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -109,9 +109,9 @@ class Handler(BaseHTTPRequestHandler):
             del good["usage"]
         good = json.dumps(good).encode()
         if fault and fault[:3].isdigit():
-            extra = {"429": {"Retry-After": "0.05"}, "429 date": {"Retry-After": formatdate(time.time(), usegmt=True)}}
-            error = json.dumps({"error": {"message": f"trouble; your key is {self.headers['Authorization']}"}}).encode()
-            self.send(int(fault[:3]), error, extra.get(fault, {}))
+            wait = {"429": self.server.retry_after, "429 date": formatdate(time.time(), usegmt=True)}
+            error = {"error": {"message": f"trouble; your key is {self.headers['Authorization']}"}}
+            self.send(int(fault[:3]), json.dumps(error).encode(), {"Retry-After": wait[fault]} if fault in wait else {})
         elif fault == "stall":
             time.sleep(self.server.stall)
         elif fault == "trickle":  # each piece in time, the whole never
