@@ -34,7 +34,7 @@ PATTERNS = {
                             r"judge?ment)\b",
     "an earlier try": rf"\b(my|the|a|this|that) {EARLIER} (\w+ )?(attempt|draft|chain|trace|evaluation|assessment)\b",
     "the draft": r"\b(rejected draft|draft (judge?ment|verdict|evaluation|chain)|the draft (above|missed|overlooked|"
-                 r"misjudged|got|came|concluded|claimed|said|was rejected|wrongly|reached|chose|favou?red|preferred))\b",
+                 r"misjudged|got|came|concluded|claimed|said|wrongly|reached|chose|favou?red|preferred))\b",
     "a corrected judgement": r"\b(corrected|revised|rewritten|amended|new) (verdict|judge?ment|evaluation|chain)\b",
     "the hint": r"\b(the|this|that|your|a) (hint|note)( above| below)? (says?|said|tells?|told|states?|stated|gives?|"
                 r"gave|indicates?|indicated|confirms?|confirmed)\b|\b(per|following|according to) the (hint|note)\b|"

@@ -66,6 +66,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.plan, self.stall, self.retry_after = plan, stall, retry_after
         self.asked, self.lock = [], threading.Lock()  # (item, pass, fault, time, body, headers)
+        self.begun = 0  # plan's n counts from this place in `asked`
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
@@ -95,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         item, pass_ = int(re.search(r"item (\d+)", text)[1]), 1 + (HINT_MARK in text)
         server = self.server
         with server.lock:
-            n = sum(asked[:2] == (item, pass_) for asked in server.asked)
+            n = sum(asked[:2] == (item, pass_) for asked in server.asked[server.begun:])
             fault = server.plan(item, pass_, n)
             server.asked.append((item, pass_, fault, time.monotonic(), body, dict(self.headers)))
         self.answer(fault, item, pass_)
