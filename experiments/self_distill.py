@@ -9,8 +9,9 @@ trained, for equally many steps of equally many chains and with the same learnin
     own         on the model's own chains, which replace the others
     mixed       on both, half and half
 
-Held-out pairs are only judged. The distilled model's faults are habits of its oracle (data/toy.py): it rarely checks, and
-weighs words alike. A judgement that checks is right more often, so it should be more frequent among those that are kept.
+Held-out pairs are only judged. The distilled model's faults are habits of its oracle (data/toy.py): it rarely checks,
+and weighs words alike. A judgement that checks is right more often, so it should be more frequent among those that are
+kept.
 
     python -m experiments.self_distill --out runs/self-0 --seed 0              four minutes on two CPU cores
     python -m experiments.self_distill --out runs/self-0 --base runs/demo      with the demo's data and distilled model
@@ -87,10 +88,10 @@ def main(cfg):
     folders = {"distilled": model}
     for name, chains in arms.items():
         write_pairs(out / f"{name}.jsonl", chains)
-        epochs = -(-cfg.steps * 32 // len(chains)) + 1  # enough; max_steps ends it
-        distill.main(replace(distill.Config(**distill.RECIPES["toy"]), model=str(model), data=str(out / f"{name}.jsonl"),
-                             out=str(out / name), eval_data=None, save_every=0, epochs=epochs, max_steps=cfg.steps,
-                             lr=cfg.lr, seed=cfg.seed))
+        epochs = 1 + cfg.steps * 32 // len(chains)  # enough: max_steps ends it
+        distill.main(replace(distill.Config(**distill.RECIPES["toy"]), model=str(model),
+                             data=str(out / f"{name}.jsonl"), out=str(out / name), eval_data=None, save_every=0,
+                             epochs=epochs, max_steps=cfg.steps, lr=cfg.lr, seed=cfg.seed))
         folders[name] = out / name / "model"
 
     lines, summary = [], {"seed": cfg.seed}
@@ -98,15 +99,17 @@ def main(cfg):
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             scores, solves, checks = judge_all(folder, pairs, temperature, cfg.seed, out / f"judgements/{name}-{how}")
             row = scores["all"]
-            lines.append(f"{name:10}{how:8}{percent(row):>19}{row['tokens']:8.1f}{100 * solves:9.1f}{100 * checks:9.1f}")
+            lines.append(f"{name:10}{how:8}{percent(row):>19}{row['tokens']:8.1f}{100 * solves:9.1f}"
+                         f"{100 * checks:9.1f}")
             summary[f"{name}_{how}"] = round(100 * row["score"], 1)
     print(f"\n{'':18}{'all':>19}{'tokens':>8}{'solves':>9}{'checks':>9}")
     print("\n".join(lines))
-    print(f"\nAccuracy in % (95% interval) on {len(pairs)} held-out pairs; solves, checks: as in the demo's table.\nOf the "
-          "chains themselves, % that check and % that solve: " +
-          ", ".join(f"{name} {100 * habits(c)[0]:.1f} and {100 * habits(c)[1]:.1f}" for name, c in arms.items()))
-    summary |= {"kept": len(own), "own_checks": round(100 * habits(own)[0], 1), "steps": cfg.steps, "lr": cfg.lr,
-                "seconds": round(time.perf_counter() - began, 1)}
+    print(f"\nAccuracy in % (95% interval) on {len(pairs)} held-out pairs; solves, checks: as in the demo's table.\n")
+    for name, chains in arms.items():
+        checks, solves = habits(chains)
+        print(f"the chains {name}: {len(chains)}, of which {100 * checks:.1f} % check and {100 * solves:.1f} % solve")
+        summary[f"{name}_checks"] = round(100 * checks, 1)
+    summary |= {"kept": len(own), "steps": cfg.steps, "lr": cfg.lr, "seconds": round(time.perf_counter() - began, 1)}
     print(json.dumps(summary))
 
 
