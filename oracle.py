@@ -360,6 +360,8 @@ def teacher_of(cfg, pass_):
     if pass_ == 2 and (cfg.key_env2 or endpoint != cfg.endpoint):  # a key is for one host
         variable = cfg.key_env2
     key = check_key(os.environ.get(variable), variable) if variable else None
+    if key and endpoint.startswith("http://") and not re.match(r"http://(localhost|127\.|\[::1\])", endpoint):
+        print(f"note: {check_url(endpoint)} is sent the key without encryption")
     return Endpoint(endpoint, key, fields, cfg.concurrency, cfg.timeout, cfg.retries, cfg.backoff, cfg.seed)
 
 

@@ -69,6 +69,7 @@ class Endpoint:
         self.spoke = False
         self.open_at = 0.0  # no request before, on the monotonic clock
         self.n_retries, self.stop, self.lock = 0, threading.Event(), threading.Lock()
+        self.context = ssl.create_default_context()  # certificates are checked, against $SSL_CERT_FILE if it is set
 
     def ask_all(self, questions, keep):
         failed = []  # since the last reply
@@ -167,7 +168,7 @@ class Endpoint:
         url = urlsplit(self.url)
         if url.scheme == "https":
             connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=self.timeout,
-                                                     context=ssl.create_default_context())
+                                                     context=self.context)
         else:
             connection = http.client.HTTPConnection(url.hostname, url.port, timeout=self.timeout)
         headers = {"Content-Type": "application/json", "Connection": "close", "User-Agent": "nano-rm-r1"}

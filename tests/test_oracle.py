@@ -289,13 +289,20 @@ def test_traces_are_found_and_honest_text_is_not_one():
 
 
 def test_recorded_honest_judgements_have_no_trace():
-    """RM-R1's recorded outputs, whose writers had no hint: 96 here."""
+    """RM-R1's and JudgeBench's recorded outputs, whose writers had no hint: 96 and 200 here."""
     if not SHARED.exists():
         pytest.skip(f"no {SHARED}")
     files = [*SHARED.glob("rm_r1_outputs/*/RMB/*/log_result/*logs.json"), *SHARED.glob("reward_bench/*.sample40.json")]
     chains = [c for file in files if "group" not in file.name for c in read_chains(file)]
-    found = [trace_of(c.judgement, HINT, json.dumps([c.pair.prompt, c.pair.answer_a, c.pair.answer_b])) for c in chains]
-    assert len(chains) == 96 and found == [None] * 96
+    texts = [(c.judgement, json.dumps([c.pair.prompt, c.pair.answer_a, c.pair.answer_b])) for c in chains]
+    pairs, games = {}, []
+    for file in SHARED.glob("judgebench/*.jsonl"):
+        pairs |= {row["pair_id"]: json.dumps(row) for row in map(json.loads, file.read_text().splitlines())}
+    for file in SHARED.glob("judgebench/judgements/*arena_hard*.jsonl"):
+        for row in map(json.loads, file.read_text().splitlines()):
+            games += [(game["judgment"].get("response"), pairs[row["pair_id"]]) for game in row["judgments"] if game]
+    texts += [(text, shown) for text, shown in games if text]
+    assert len(texts) == 296 and [trace_of(text, HINT, shown) for text, shown in texts] == [None] * 296
 
 
 # ---- on disk
@@ -535,3 +542,50 @@ def test_a_local_teacher_writes_what_the_sampler_writes(tmp_path):
             assert results[str(i)] == wanted
         texts.append([results[str(i)].text for i in range(3)])
     assert texts[0] != texts[1]
+
+
+# ---- the experiment
+
+
+def test_self_distillation_compares_like_with_like(tmp_path, monkeypatch):
+    """The teacher is scripted, and training and judging are only looked at. Of the rl pairs the first right judgement
+    is taken; the three trainings begin with one model, have equally many steps, and see no held-out pair."""
+    from data import toy
+    from experiments import self_distill
+    toy.write_data(tmp_path / "base/data", n_distill=50, n_rl=12, n_heldout=20)
+    oracles = {row["id"]: row for row in toy.make("rl", 12, 0)}
+
+    def write(teacher, questions, keep):
+        """Pair i's judgement number i % 4 is its oracle's, those before say the other side."""
+        for question in questions:
+            row = oracles[question.id]
+            text = row["judgement"]
+            if question.number < int(question.id.removeprefix("rl/")) % 4:
+                text = text[:-len("<answer>[[A]]</answer>")] + f"<answer>[[{RIGHT[row['winner']].upper()}]]</answer>"
+            keep(question, Reply(text, True, 30, 40, 0.1))
+
+    trained, judged = {}, {}
+    monkeypatch.setattr(Local, "__init__", lambda self, *options: None)
+    monkeypatch.setattr(Local, "ask_all", write)
+    monkeypatch.setattr(oracle, "settings_of", lambda *options: {})
+    monkeypatch.setattr(self_distill.distill, "main", lambda cfg: trained.update({Path(cfg.out).name: cfg}))
+
+    def judge_all(folder, pairs, temperature, seed, out):
+        judged[out.name] = (folder, pairs)
+        return {"all": {"score": 0.5, "low": 0.4, "high": 0.6, "tokens": 9.0}}, 0.5, 0.5
+    monkeypatch.setattr(self_distill, "judge_all", judge_all)
+    (tmp_path / "base/distilled/model").mkdir(parents=True)
+    shutil.copyfile(ROOT / "data/prompts/toy.txt", tmp_path / "base/distilled/model/prompt.txt")
+    self_distill.main(self_distill.Config(out=str(tmp_path / "out"), base=str(tmp_path / "base"), samples=3, steps=5,
+                                          pairs=20))
+    own = [(name, row["judgement"]) for name, row in oracles.items() if int(name.removeprefix("rl/")) % 4 < 3]
+    given = {name: [(c.pair.id, c.judgement) for c in read_chains(cfg.data)] for name, cfg in trained.items()}
+    original = [(row["id"], row["judgement"]) for row in toy.make("distill", 50, 0)]
+    assert len(own) == 9 and given == {"original": original, "own": own, "mixed": own + original[:9]}
+    starts = {(cfg.model, cfg.max_steps, cfg.lr, cfg.batch_size, cfg.seed) for cfg in trained.values()}
+    assert starts == {(str(tmp_path / "base/distilled/model"), 5, 1e-3, 32, 0)}
+    for name, cfg in trained.items():
+        assert cfg.epochs * -(-len(given[name]) // 32) >= 5  # so max_steps ends it
+        assert judged[f"{name}-greedy"][0] == tmp_path / "out" / name / "model"
+    heldout = read_pairs(tmp_path / "base/data/heldout.jsonl")
+    assert len(judged) == 8 and all(pairs == heldout for _, pairs in judged.values())
