@@ -106,8 +106,7 @@ def init_ranks(threads=0, together=1):
         # ranks wait for each other's longest rollouts, and for rank 0 to write a checkpoint
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=4))
-        watch()
-    atexit.register(leave_ranks)
+        atexit.register(watch())
     return Ranks(rank, world, device, together)
 
 
