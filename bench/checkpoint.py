@@ -1,7 +1,7 @@
 """Checkpoints of this repository against torch.distributed.checkpoint: seconds and memory of saving and loading.
 
     torchrun --nproc_per_node 2 -m bench.checkpoint --millions 100
-    torchrun --nproc_per_node 2 -m bench.checkpoint --millions 100 --only ours      its memory, undisturbed by the others
+    torchrun --nproc_per_node 2 -m bench.checkpoint --millions 100 --only ours   # its memory, undisturbed
 
 A random model of so many parameters in float32, sharded over the ranks, with AdamW's two moments: 12 bytes a parameter.
 Each way saves it and loads it into a model and an optimizer of zeros, which must then be equal bit for bit. *wait* is
