@@ -102,6 +102,7 @@ def init_ranks(threads=0, together=1):
         fail(f"process {device.index} has no GPU of its own; --nproc_per_node is at most {torch.cuda.device_count()}")
     if cuda:
         torch.cuda.set_device(device)
+    atexit.register(leave_ranks)
     if world > 1 and not dist.is_initialized():
         # ranks wait for each other's longest rollouts, and for rank 0 to write a checkpoint
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
