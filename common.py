@@ -61,6 +61,27 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def agree(self, action):
+        """List of every rank's action(). A mistake (ValueError, OSError) of one is raised on all: none waits for it."""
+        if self.world == 1:
+            return [action()]
+        result, error = None, None
+        try:
+            result = action()
+        except (ValueError, OSError) as e:
+            error = e
+        answers = self.gather((result, error))
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return [result for result, _ in answers]
+
+
+def interleave(shares):
+    """What the ranks made of their shares of a list, in the list's order: of [a, b, c] rank 0 of 2 had [a, c]."""
+    n = len(shares)
+    return [shares[i % n][i // n] for i in range(sum(map(len, shares)))]
+
 
 def init_ranks(threads=0):
     """Joins torchrun's process group: nccl on GPUs, gloo on CPUs. threads: CPU threads, 0 = PyTorch's choice."""

@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -183,28 +184,28 @@ class Forest:
 
 
 def pack(trees, device="cpu"):
-    """trees: a list of (prompt ids, list of response ids). Returns their Forest; segments appear in that order."""
-    tokens, segments = [], []
+    """trees: a list of (prompt ids, list of response ids), ids being lists or arrays. Returns their Forest; segments
+    appear in that order."""
+    parts, segments, n_tokens = [np.empty(0, np.int64)], [], 0
     for prompt, responses in trees:
         parent = len(segments)
-        segments.append((len(tokens), len(prompt), -1))
-        tokens.extend(prompt)
-        for ids in responses:
-            segments.append((len(tokens), len(ids), parent))
-            tokens.extend(ids)
+        for ids in (prompt, *responses):
+            segments.append((n_tokens, len(ids), parent if len(segments) > parent else -1))
+            parts.append(np.asarray(ids, np.int64))
+            n_tokens += len(ids)
+    tokens_n = torch.from_numpy(np.concatenate(parts))
     segments_s3 = torch.tensor(segments, dtype=torch.int64).view(-1, 3)
     start_s, length_s, parent_s = segments_s3.unbind(1)
     has_parent_s = parent_s >= 0
     prefix_s = torch.where(has_parent_s, length_s[parent_s], 0)
     # A token's place in memory, less where its segment starts, plus what its sequence has before it
-    positions_n = torch.arange(len(tokens)) + (prefix_s - start_s).repeat_interleave(length_s)
+    positions_n = torch.arange(n_tokens) + (prefix_s - start_s).repeat_interleave(length_s)
     # The token before it in memory predicts a token; but a response's first token is predicted by its prompt's last
     # (none, if the prompt is empty), and a sequence's first token by none
-    previous_n = torch.arange(-1, len(tokens) - 1)
+    previous_n = torch.arange(-1, n_tokens - 1)
     before_first_s = torch.where(prefix_s > 0, start_s[parent_s] + length_s[parent_s] - 1, -1)
     nonempty_s = length_s > 0
     previous_n[start_s[nonempty_s]] = before_first_s[nonempty_s]
-    tokens_n = torch.tensor(tokens, dtype=torch.int64)
     return Forest(tokens_n, positions_n, previous_n, segments_s3).to(device)
 
 
@@ -251,7 +252,8 @@ class Model(nn.Module):
         cos_nc, sin_nc = rope_table(self.config.rope, positions_n, wide(x_nd.dtype))
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_nd = checkpoint(block, x_nd, cos_nc, sin_nc, attend, i, self.impl, use_reentrant=False)
+                x_nd = checkpoint(block, x_nd, cos_nc, sin_nc, attend, i, self.impl, use_reentrant=False,
+                                  preserve_rng_state=False)  # nothing here is random
             else:
                 x_nd = block(x_nd, cos_nc, sin_nc, attend, i, self.impl)
         return self.model.norm(x_nd, self.impl)

@@ -258,13 +258,26 @@ def test_only_rank_0_saves(tmp_path):
 RANKS = """
 import json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
-from common import (Ranks, Tally, copy_weights, full, init_ranks, make_optimizers, optimizer_step, restore,
+from common import (Ranks, Tally, copy_weights, full, init_ranks, interleave, make_optimizers, optimizer_step, restore,
                     save_checkpoint, shard)
 from model import Model, ModelConfig, pack
 from pathlib import Path
 ranks, folder, raw = init_ranks(1), Path(sys.argv[2]), json.loads(sys.argv[3])
 assert (ranks.rank, ranks.world, ranks.main) == (int(os.environ["RANK"]), 2, os.environ["RANK"] == "0")
 assert ranks.gather({"rank": ranks.rank}) == [{"rank": 0}, {"rank": 1}]
+assert interleave(ranks.gather("abc"[ranks.rank::2])) == ["a", "b", "c"]
+
+def read():
+    if ranks.rank == 1:
+        raise ValueError("line 7")
+    return "lines"
+try:
+    ranks.agree(read)
+except ValueError as e:
+    assert str(e) == "line 7"
+else:
+    assert False, "a mistake of rank 1 was kept from rank 0"
+assert ranks.agree(lambda: ranks.rank) == [0, 1]
 x = torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
 assert ranks.sum(x).tolist() == [3.0, 30.0] and x.tolist() == [ranks.rank + 1.0, 10 * (ranks.rank + 1.0)]
 tally = Tally()
