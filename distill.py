@@ -31,14 +31,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (Tally, init_ranks, interleave, is_finite, learning_rate, make_optimizers, micro_batches,
-                    optimizer_step, restore, save_checkpoint, save_model, shard)
+from common import (Tally, flops_utilization, init_ranks, interleave, is_finite, learning_rate, make_optimizers,
+                    micro_batches, optimizer_step, restore, save_checkpoint, save_model, shard)
 from data import toy
 from data.pairs import read_chains, without_equal_answers
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut, note_verdicts
-from model import Model, ModelConfig, pack
+from model import Model, ModelConfig, forward_flops, pack, tokens_seen
 from options import check_at_least, check_between, check_choice, check_training, parse_config
 from prompt import load_prompt, prompt_path, prompt_to_keep, render
 from run import MAX_SKIPPED, NO_MATTER, Run
@@ -245,8 +245,12 @@ def main(cfg):
         n_in_a_row = 0 if math.isfinite(norm) else n_in_a_row + 1  # skipped
 
         done, seconds = step + 1, time.perf_counter() - began
+        sizes = [len(e.ids) for e in batch]
+        n_seen = tokens_seen(torch.tensor([(0, n, -1) for n in sizes]))
+        flops = 3 * forward_flops(model.config, sum(sizes), n_tokens, n_seen)  # forward and backward
         row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_skipped": int(n_in_a_row > 0),
-               "n_tokens": n_tokens, "step_s": seconds, "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
+               "n_tokens": n_tokens, "step_s": seconds, "train_tok_s": sum(sizes) / seconds,
+               "train_mfu": flops_utilization(flops, seconds, ranks)}
         evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)

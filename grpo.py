@@ -49,14 +49,14 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from batch import Rollout
-from common import (Tally, init_ranks, interleave, is_finite, learning_rate, make_optimizers, micro_batches,
-                    optimizer_step, restore, save_checkpoint, save_model, shard)
+from common import (Tally, flops_utilization, init_ranks, interleave, is_finite, learning_rate, make_optimizers,
+                    micro_batches, optimizer_step, restore, save_checkpoint, save_model, shard)
 from data.pairs import Pair, note_one_label, read_pairs, without_equal_answers
 from draw import Sampling
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
-from model import Forest, Model, pack
+from model import Forest, Model, forward_flops, pack, tokens_seen
 from options import check_at_least, check_between, check_training, parse_config, saved_options
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
@@ -309,6 +309,13 @@ def make_mini_batch(cfg, ranks, groups):
     return MiniBatch(micros, n_tokens, sum(sizes))
 
 
+def training_flops(config, micros):
+    """Floating-point operations of these micro-batches' forward and backward passes; what is computed a second time, or
+    at weight 0, does not count."""
+    return sum(micro.weight * 3 * forward_flops(config, len(micro.forest.tokens_n), len(micro.scored_m),
+                                                tokens_seen(micro.forest.segments_s3)) for micro in micros)
+
+
 def score(reference, mini_batches, temperature, device):
     """Fills in what the frozen reference thinks of every rollout; once a step, since neither changes within it."""
     for mini_batch in mini_batches:
@@ -448,7 +455,7 @@ def main(cfg):
         for name in ("loss", "entropy", "kl", "clip_frac", "mismatch"):
             tally.add(name, 0.0, 0)  # null in the log if no group is trained on
         norms, mismatches = [], []  # of each optimizer step; of each micro-batch before the first of them
-        n_trained, n_skipped = 0, 0
+        n_trained, n_skipped, flops = 0, 0, 0.0
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
         for mini_batch in mini_batches:
             # the count of the loss, once; its sum follows from every micro-batch
@@ -457,6 +464,7 @@ def main(cfg):
                 continue
             loss, mini_mismatches = accumulate_gradients(cfg, ranks, model, mini_batch, tally, fresh=not norms)
             n_trained += mini_batch.n_packed
+            flops += training_flops(model.config, mini_batch.micros)
             mismatches += mini_mismatches
             norm = optimizer_step(model, optimizers, lr, cfg.max_norm, loss)
             if math.isfinite(norm):
@@ -468,6 +476,7 @@ def main(cfg):
             if n_in_a_row == MAX_SKIPPED:
                 break
         update_s = time.perf_counter() - began
+        flops = float(ranks.sum(torch.tensor(flops, dtype=torch.float64, device=ranks.device)))
 
         # 4. log, evaluate, save
         done = step + 1
@@ -475,7 +484,8 @@ def main(cfg):
                "mismatch_max": max(ranks.gather(max(mismatches, default=0.0))),
                "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "n_skipped": n_skipped,
                "lr": lr, "rollout_s": rollout_s, "score_s": score_s, "update_s": update_s,
-               "update_tok_s": n_trained / update_s, **sampler.stats()}
+               "update_tok_s": n_trained / update_s, "update_mfu": flops_utilization(flops, update_s, ranks),
+               **sampler.stats()}
         evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)

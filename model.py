@@ -209,6 +209,24 @@ def pack(trees, device="cpu"):
     return Forest(tokens_n, positions_n, previous_n, segments_s3).to(device)
 
 
+def tokens_seen(segments_s3):
+    """How many (token, token that it sees) there are in a forest, itself included: those of its own segment up to
+    itself, and its parent's. Segments (0, 3, -1) and (3, 2, 0): 1 + 2 + 3 and 4 + 5."""
+    _, length_s, parent_s = segments_s3.unbind(1)
+    prefix_s = torch.where(parent_s >= 0, length_s[parent_s], 0)
+    return int((length_s * prefix_s + length_s * (length_s + 1) // 2).sum())
+
+
+def forward_flops(config, n_tokens, n_scored, n_seen=0):
+    """Floating-point operations of a forward pass; a backward pass takes twice as many. Counted are a multiplication
+    and an addition for each weight of a layer and token, and for each weight of the head and scored token; twice that
+    (q k^T, and the weights times v) for each channel of the query heads and token seen."""
+    D, C, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    layer = 2 * D * (H + K) * C + 3 * D * config.intermediate_size  # q and o, k and v; gate, up and down
+    in_layers = config.num_hidden_layers * (2 * n_tokens * layer + 4 * n_seen * H * C)
+    return in_layers + 2 * n_scored * D * config.vocab_size
+
+
 # ---------------------------------------------------------------------------------------------------------------- model
 
 

@@ -3,6 +3,7 @@ memory, against ones that went through a checkpoint; a naive search for what a m
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import common
-from common import (Ranks, Tally, learning_rate, make_optimizers, micro_batches,
+from common import (Ranks, Tally, flops_utilization, init_ranks, learning_rate, make_optimizers, micro_batches,
                     optimizer_step, restore, save_checkpoint, save_model)
 from files import one_line_errors
 from model import Model, ModelConfig
@@ -329,3 +330,27 @@ def torchrun(*command):
                *map(str, command)]
     return subprocess.run(command, cwd=ROOT, env={**common.os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
                           text=True, timeout=120)
+
+
+def test_flops_utilization_worked_by_hand(monkeypatch):
+    """Two H100 could have done 2 x 3 x 989e12 operations in 3 seconds. An unknown card, or a CPU, has no peak."""
+    names = iter(["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    two = Ranks(0, 2, torch.device("cuda", 0))
+    assert flops_utilization(2 * 989e12, 3.0, two) == pytest.approx(1 / 3)
+    assert flops_utilization(312e12, 2.0, Ranks(0, 1, torch.device("cuda", 0))) == 0.5
+    assert flops_utilization(1e12, 1.0, two) is None
+    assert flops_utilization(1e12, 1.0, Ranks(0, 1, torch.device("cpu"))) is None
+
+
+@pytest.mark.parametrize("given, left", [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x:1"}, "x:1"),
+                                         ({"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, None)])
+def test_what_a_user_says_of_the_allocator_stands(given, left, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    init_ranks()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == left
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
