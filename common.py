@@ -29,8 +29,8 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    group: dist.ProcessGroup | None = None  # whose collectives these are; None = the one of all
     together: int = 1  # so many consecutive ranks sample as one (--sampler-ranks): theirs is one share of the work
+    group: dist.ProcessGroup | None = None  # whose collectives these are; None = the one of all
 
     @property
     def main(self):
@@ -86,11 +86,23 @@ class Ranks:
         return [result for result, _ in answers]
 
 
+def interleave(shares):
+    """What the ranks made of their shares of a list, in the list's order: of [a, b, c] rank 0 of 2 had [a, c]."""
+    n = len(shares)
+    return [shares[i % n][i // n] for i in range(sum(map(len, shares)))]
+
+
 def init_ranks(threads=0, together=1):
     """Joins torchrun's process group: nccl on GPUs, gloo on CPUs. threads: CPU threads, 0 = PyTorch's choice. together:
     --sampler-ranks; ValueError where the ranks do not divide into so many."""
     if threads:
         torch.set_num_threads(threads)
+    # Before CUDA starts. Segments that grow: rollouts and updates ask for blocks of sizes that come once, and of what
+    # was freed in other sizes nothing would fit
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # split sums are added in float32: a decode step's products, of few rows, are split where the trainer's are not
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     rank, world = rank_and_world()
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if on_node % together:  # then it divides the world, too: torchrun has as many on every node
@@ -102,12 +114,12 @@ def init_ranks(threads=0, together=1):
         fail(f"process {device.index} has no GPU of its own; --nproc_per_node is at most {torch.cuda.device_count()}")
     if cuda:
         torch.cuda.set_device(device)
+    atexit.register(leave_ranks)
     if world > 1 and not dist.is_initialized():
         # ranks wait for each other's longest rollouts, and for rank 0 to write a checkpoint
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=4))
-        watch()
-    atexit.register(leave_ranks)
+        atexit.register(watch())
     return Ranks(rank, world, device, together)
 
 
@@ -166,6 +178,18 @@ def micro_batches(sizes, max_size, world):
         if all(load[b] <= max_size or len(bins[b]) == 1 for b in range(len(bins))):
             break
     return [bins[m * world:(m + 1) * world] for m in range(n_steps)]
+
+
+# Dense bfloat16 operations a second, by a word of the GPU's name
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def flops_utilization(flops, seconds, ranks):
+    """Model FLOPs utilization: the share of what all ranks' GPUs could do at their peak. None on a CPU, or a GPU that
+    PEAK_FLOPS has not."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+    peak = next((peak for word, peak in PEAK_FLOPS.items() if word in name.replace("-", " ").split()), None)
+    return peak and flops / (seconds * ranks.world * peak)
 
 
 class Tally:

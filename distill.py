@@ -32,14 +32,15 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_sharded, restore, save_model
-from common import Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step
+from common import (Tally, flops_utilization, init_ranks, interleave, is_finite, learning_rate, make_optimizers,
+                    micro_batches, optimizer_step)
 from data import toy
 from data.pairs import read_chains, without_equal_answers
 from ending import asked_to_stop, together
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut, note_verdicts
-from model import Model, ModelConfig, pack
+from model import Model, ModelConfig, forward_flops, pack, tokens_seen
 from options import (check_at_least, check_between, check_choice, check_sampler_ranks, check_training, parse_config,
                      rates_of)
 from plan import Work, check_fits, report
@@ -125,7 +126,7 @@ MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "n_slots": "", "kv_gb": "", "eager"
 @dataclass(frozen=True)
 class Example:
     """Prompt and judgement as one sequence; tokens from n_prompt on are trained on."""
-    ids: list[int]
+    ids: np.ndarray  # int32: every rank has all examples
     n_prompt: int
 
     @property
@@ -137,24 +138,30 @@ def encode_chain(chain, prompt, tokenizer, answer_only):
     """prompt ids (with the assistant header), then the judgement's, then end of turn."""
     text = f"<answer>[[{chain.pair.winner.upper()}]]</answer>" if answer_only else chain.judgement
     prompt_ids = tokenizer.chat(render(prompt, chain.pair))
-    return Example(prompt_ids + tokenizer.encode_reply(text) + [tokenizer.end_of_turn], len(prompt_ids))
+    ids = prompt_ids + tokenizer.encode_reply(text) + [tokenizer.end_of_turn]
+    return Example(np.array(ids, np.int32), len(prompt_ids))
 
 
-def read_examples(cfg, tokenizer, say):
-    """The chains of cfg.data as Examples, without those that are too long; and their pairs."""
-    chains = without_equal_answers(read_chains(cfg.data, cfg.skip_bad), cfg.data, cfg.skip_bad, say)
+def read_examples(cfg, tokenizer, ranks):
+    """The chains of cfg.data as Examples, without those that are too long; and their pairs. Every rank tokenizes its
+    share of them."""
+    chains = without_equal_answers(read_chains(cfg.data, cfg.skip_bad), cfg.data, cfg.skip_bad, ranks.main)
     if cfg.answer_only and any(chain.pair.winner is None for chain in chains):
         raise ValueError(f"{cfg.data}: --answer-only needs a winner in every row; add it")
-    if say:
+    if ranks.main:
         note_verdicts(chains, cfg.data, cfg.answer_only)
     prompt = load_prompt(cfg.prompt) if cfg.prompt else None
-    with tqdm(chains, "tokenize", leave=False, disable=not say) as bar:  # closed before an error is printed
-        examples = [encode_chain(chain, prompt, tokenizer, cfg.answer_only) for chain in bar]
+
+    def tokenize():
+        mine = chains[ranks.rank::ranks.world]
+        with tqdm(mine, "tokenize", leave=False, disable=not ranks.main) as bar:  # closed before an error is printed
+            return [encode_chain(chain, prompt, tokenizer, cfg.answer_only) for chain in bar]
+    examples = interleave(ranks.agree(tokenize))
     kept = [e for e in examples if len(e.ids) <= cfg.max_length]
     if not kept:
         raise ValueError(f"{cfg.data}: all {len(examples)} chains are longer than --max-length {cfg.max_length}: raise "
                          "it")
-    if say and len(kept) < len(examples):
+    if ranks.main and len(kept) < len(examples):
         print(f"dropped {len(examples) - len(kept)} of {len(examples)} chains longer than {cfg.max_length} tokens")
     return kept, [chain.pair for chain in chains]
 
@@ -209,7 +216,7 @@ def main(cfg):
     split = make_split(ranks, cfg.model)
     check_fits(cfg.model, work_of(cfg), ranks, cfg.gpu_gb)
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
-    examples, pairs = read_examples(cfg, tokenizer, ranks.main)
+    examples, pairs = read_examples(cfg, tokenizer, ranks)
     kept_prompt = prompt_to_keep(cfg.prompt, pairs, ranks.main)
     prompt_text = prompt_path(kept_prompt).read_bytes() if kept_prompt else b""  # now: the file may change meanwhile
     n_steps = cfg.epochs * -(-len(examples) // cfg.batch_size)
@@ -264,8 +271,12 @@ def main(cfg):
         n_in_a_row = 0 if math.isfinite(norm) else n_in_a_row + 1  # skipped
 
         done, seconds = step + 1, time.perf_counter() - began
+        sizes = [len(e.ids) for e in batch]
+        n_seen = tokens_seen(torch.tensor([(0, n, -1) for n in sizes]))
+        flops = 3 * forward_flops(model.config, sum(sizes), n_tokens, n_seen)  # forward and backward
         row = {"step": done, **means, "lr": lr, "grad_norm": norm, "n_skipped": int(n_in_a_row > 0),
-               "n_tokens": n_tokens, "step_s": seconds, "train_tok_s": sum(len(e.ids) for e in batch) / seconds}
+               "n_tokens": n_tokens, "step_s": seconds, "train_tok_s": sum(sizes) / seconds,
+               "train_mfu": flops_utilization(flops, seconds, ranks)}
         evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)

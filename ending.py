@@ -68,12 +68,13 @@ def end_all(error):
 
 
 def watch():
-    """Ends this process within seconds after another rank has failed, wherever its main thread waits."""
+    """Ends this process within seconds after another rank has failed, wherever its main thread waits. Returns what
+    ends the watch: the interpreter must not end before it, or the thread's last look at the store aborts it."""
     store = dist.distributed_c10d._get_default_store().clone()  # of its own: the main thread's may be waiting
+    over = threading.Event()
 
     def look():
-        while True:
-            time.sleep(1)
+        while not over.wait(1):
             try:
                 failed = store.check([FAILED])
             except RuntimeError:  # the store has gone, and with it whoever kept it
@@ -81,4 +82,10 @@ def watch():
             if failed:
                 time.sleep(1)  # whoever fails of the same mistake by itself shall do so
                 os._exit(1)
-    threading.Thread(target=look, daemon=True).start()
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+
+    def end():
+        over.set()
+        thread.join()
+    return end

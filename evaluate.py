@@ -30,10 +30,10 @@ from benchmarks.records import read_benchmark, read_recorded
 from common import init_ranks
 from data.pairs import SWAPPED, note_one_label, read_pairs, swapped, write_pairs
 from ending import together
-from files import one_line_errors, refuse_file, write_records, write_whole
+from files import check_settings, one_line_errors, refuse_file, write_records, write_whole
 from folder import read_json
-from judge import (check_judging, check_settings, encode_all, judge_file, judge_settings, judged, key_of, load_judge,
-                   prompt_for, refuse_others)
+from judge import (check_judging, encode_all, judge_file, judge_settings, judged, key_of, load_judge, prompt_for,
+                   refuse_others)
 from options import check_choice, check_sampler_ranks, flag_of, parse_config
 from sample import make_split
 

@@ -40,7 +40,7 @@ under runs/toy. Then the same on eight GPUs with data of one's own, and a run th
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +50,15 @@ from tqdm import tqdm
 
 from batch import Rollout
 from checkpoint import load_sharded, restore, save_model
-from common import Tally, init_ranks, is_finite, learning_rate, make_optimizers, micro_batches, optimizer_step
+from common import (Tally, flops_utilization, init_ranks, interleave, is_finite, learning_rate, make_optimizers,
+                    micro_batches, optimizer_step)
 from data.pairs import Pair, note_one_label, read_pairs, without_equal_answers
 from draw import Sampling
 from ending import Interrupted, asked_to_stop, leave_if_asked, together
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
-from model import Forest, pack
+from model import Forest, forward_flops, pack, tokens_seen
 from options import (check_at_least, check_between, check_sampler_ranks, check_training, parse_config, rates_of,
                      saved_options)
 from plan import Work, check_fits, report
@@ -149,11 +150,12 @@ MAY_CHANGE = NO_MATTER | {  # on --resume, and what then
 
 @dataclass(frozen=True)
 class Group:
-    """A pair's prompt, its G rollouts as tokens and as texts, and what they earned."""
+    """A pair's prompt, its G rollouts, and what they earned. Every rank has all of a step's: so ids are int32 arrays,
+    logps float32, 8 bytes a token in place of 68, and texts are not kept."""
     pair: Pair
-    prompt_ids: list[int]
+    prompt_ids: np.ndarray
     rollouts: list[Rollout]
-    texts: list[str]
+    verdicts: list[str | None]  # "a" or "b"
     reward_g: torch.Tensor
     advantage_g: torch.Tensor
 
@@ -191,12 +193,17 @@ def token_losses(logp_m, old_logp_m, ref_logp_m, advantage_m, clip, kl_coef):
 
 
 def read_prompts(cfg, tokenizer, prompt, ranks):
-    """The labelled pairs of cfg.data whose prompts are short enough, and {pair id: prompt ids}."""
+    """The labelled pairs of cfg.data whose prompts are short enough, and {pair id: prompt ids}. Every rank tokenizes
+    its share of them."""
     read = read_pairs(cfg.data, skip_bad=cfg.skip_bad)
     labelled = [pair for pair in read if pair.winner is not None]
     labelled = without_equal_answers(labelled, cfg.data, cfg.skip_bad, ranks.main)
-    with tqdm(labelled, "tokenize", leave=False, disable=not ranks.main) as bar:  # closed before an error is printed
-        prompts = {pair.id: tokenizer.chat(render(prompt, pair)) for pair in bar}
+
+    def tokenize():
+        mine = labelled[ranks.rank::ranks.world]
+        with tqdm(mine, "tokenize", leave=False, disable=not ranks.main) as bar:  # closed before an error is printed
+            return [np.array(tokenizer.chat(render(prompt, pair)), np.int32) for pair in bar]
+    prompts = {pair.id: ids for pair, ids in zip(labelled, interleave(ranks.agree(tokenize)))}
     pairs = [pair for pair in labelled if len(prompts[pair.id]) <= cfg.max_prompt_tokens]
     if ranks.main and len(pairs) < len(labelled):
         print(f"dropped {len(labelled) - len(pairs)} of {len(labelled)} pairs with over {cfg.max_prompt_tokens} "
@@ -219,31 +226,32 @@ def steps_pairs(pairs, step, n_prompts, seed):
 
 
 def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks, bar=None):
-    """The step's groups in the pairs' order. Every rank samples its share of the pairs; all get all groups. None if one
-    of them was asked to stop meanwhile."""
+    """The step's groups in the pairs' order. Every rank samples its share of the pairs, reads what it has written and
+    pays for it; all get all groups. None if a rank was asked to stop meanwhile."""
     # the seed counts the steps: a pair that comes again in a later pass must not get the same random numbers
     sampling = Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature, stop=tokenizer.stop_ids,
                         seed=1_000_003 * cfg.seed + step)
-    mine = ranks.share(range(len(pairs)))
+    mine = ranks.share(pairs)
     # ranks that sample as one wait for each other in every step: none may leave alone
     look = leave_if_asked if ranks.together == 1 else None
     try:
-        written = sampler.generate([prompts[pairs[i].id] for i in mine], sampling, look, bar)
+        written = sampler.generate([prompts[pair.id].tolist() for pair in mine], sampling, look, bar)
     except Interrupted:
         written = []
     if any(ranks.gather(asked_to_stop())):
         return None
-    rollouts_of = {}
-    for share in ranks.gather_shares(list(zip(mine, written))):
-        rollouts_of.update(share)
+    share = []
+    for pair, rollouts in zip(mine, written):
+        texts = [tokenizer.decode(r.ids) for r in rollouts]
+        verdicts = [training_verdict(text) for text in texts]
+        rewards = [reward(text, pair.winner, r.finished) for text, r in zip(texts, rollouts)]
+        arrays = [replace(r, ids=np.array(r.ids, np.int32), logps=np.array(r.logps, np.float32)) for r in rollouts]
+        share.append((arrays, verdicts, rewards))
 
-    texts, rewards = [], []
-    for i, pair in enumerate(pairs):
-        texts.append([tokenizer.decode(r.ids) for r in rollouts_of[i]])
-        rewards.append([reward(text, pair.winner, r.finished) for text, r in zip(texts[i], rollouts_of[i])])
+    rollouts, verdicts, rewards = zip(*interleave(ranks.gather_shares(share)))
     reward_pg = torch.tensor(rewards)
     advantage_pg = advantages(reward_pg)
-    return [Group(pair, prompts[pair.id], rollouts_of[i], texts[i], reward_pg[i], advantage_pg[i])
+    return [Group(pair, prompts[pair.id], rollouts[i], verdicts[i], reward_pg[i], advantage_pg[i])
             for i, pair in enumerate(pairs)]
 
 
@@ -301,9 +309,9 @@ def make_micro(trees, weight):
     old_logps, advantage_parts = [], []  # in the same order: tree by tree, rollout by rollout
     for group, part in trees:
         for g in part:
-            old_logps += group.rollouts[g].logps
+            old_logps.append(torch.from_numpy(group.rollouts[g].logps))
             advantage_parts.append(group.advantage_g[g].expand(len(group.rollouts[g].ids)))
-    return Micro(forest, scored_m, torch.tensor(old_logps), torch.cat(advantage_parts), weight)
+    return Micro(forest, scored_m, torch.cat(old_logps), torch.cat(advantage_parts), weight)
 
 
 def make_mini_batch(cfg, ranks, groups):
@@ -318,6 +326,13 @@ def make_mini_batch(cfg, ranks, groups):
         mine = [items[i] for i in shares[ranks.rank]]
         micros.append(make_micro(mine or items[:1], 1.0 if mine else 0.0))
     return MiniBatch(micros, n_tokens, sum(sizes))
+
+
+def training_flops(config, micros):
+    """Floating-point operations of these micro-batches' forward and backward passes; what is computed a second time, or
+    at weight 0, does not count."""
+    return sum(micro.weight * 3 * forward_flops(config, len(micro.forest.tokens_n), len(micro.scored_m),
+                                                tokens_seen(micro.forest.segments_s3)) for micro in micros)
 
 
 def score(reference, mini_batches, temperature, device):
@@ -364,10 +379,10 @@ def rollout_metrics(groups):
     """What the step's judgements earned, and their kind."""
     rewards = torch.stack([group.reward_g for group in groups])
     rollouts = [r for group in groups for r in group.rollouts]
-    texts = [text for group in groups for text in group.texts]
+    verdicts = [verdict for group in groups for verdict in group.verdicts]
     return {
         "reward": rewards.mean().item(), "accuracy": (rewards > 0).float().mean().item(),
-        "frac_no_verdict": sum(training_verdict(text) is None for text in texts) / len(texts),
+        "frac_no_verdict": verdicts.count(None) / len(verdicts),
         "frac_unfinished": sum(not r.finished for r in rollouts) / len(rollouts),
         "frac_zero_spread": sum(not group.has_spread for group in groups) / len(groups),
         "judgement_tok": sum(len(r.ids) for r in rollouts) / len(rollouts),
@@ -377,7 +392,8 @@ def rollout_metrics(groups):
 def sample_row(step, group, g, tokenizer):
     """Rollout g of a group as samples.jsonl keeps it."""
     return {"step": step, "id": group.pair.id, "prompt": tokenizer.decode(group.prompt_ids, skip_control=False),
-            "judgement": group.texts[g], "winner": group.pair.winner, "verdict": training_verdict(group.texts[g]),
+            "judgement": tokenizer.decode(group.rollouts[g].ids), "winner": group.pair.winner,
+            "verdict": group.verdicts[g],
             "reward": group.reward_g[g].item(), "advantage": group.advantage_g[g].item()}
 
 
@@ -477,7 +493,7 @@ def main(cfg):
         for name in ("loss", "entropy", "kl", "clip_frac", "mismatch"):
             tally.add(name, 0.0, 0)  # null in the log if no group is trained on
         norms, mismatches = [], []  # of each optimizer step; of each micro-batch before the first of them
-        n_tried, n_trained, n_skipped = 0, 0, 0
+        n_tried, n_trained, n_skipped, flops = 0, 0, 0, 0.0
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
         for mini_batch in mini_batches:
             n_tried += cfg.mini_prompts
@@ -487,6 +503,7 @@ def main(cfg):
                 continue
             loss, mini_mismatches = accumulate_gradients(cfg, ranks, model, mini_batch, tally, fresh=not norms)
             n_trained += mini_batch.n_packed
+            flops += training_flops(model.config, mini_batch.micros)
             mismatches += mini_mismatches
             norm = optimizer_step(model, optimizers, lr, cfg.max_norm, loss)
             if math.isfinite(norm):
@@ -498,6 +515,7 @@ def main(cfg):
             if n_in_a_row == MAX_SKIPPED:
                 break
         update_s = time.perf_counter() - began
+        flops = float(ranks.sum(torch.tensor(flops, dtype=torch.float64, device=ranks.device)))
 
         # 4. log, evaluate, save
         done = step + 1
@@ -505,7 +523,8 @@ def main(cfg):
                "mismatch_max": max(ranks.gather(max(mismatches, default=0.0))),
                "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "n_skipped": n_skipped,
                "lr": lr, "rollout_s": rollout_s, "score_s": score_s, "update_s": update_s,
-               "update_tok_s": n_trained / update_s, **sampler.stats()}
+               "update_tok_s": n_trained / update_s, "update_mfu": flops_utilization(flops, update_s, ranks),
+               **sampler.stats()}
         evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)

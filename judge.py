@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common import Ranks
 from data.pairs import SWAPPED, Pair, note_one_label, read_pairs
 from draw import Sampling, prompt_key
-from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
+from files import append, check_settings, fail, one_line_errors, refuse_existing, write_records, write_whole
 from folder import check_context, check_folder
 from options import check_at_least, check_between, flag_of, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
@@ -180,18 +180,6 @@ class JudgementFile:
         """Writes these records under the final name."""
         write_records(self.out, records)
         self.partial.unlink()
-
-
-def check_settings(file, text, settings):
-    """ValueError if the JSON text of a file's settings is of others than these."""
-    try:
-        before = dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise ValueError(f"{file}: does not begin with a judging run's settings; choose another --out") from None
-    for name in settings | before:
-        if settings.get(name) != before.get(name):
-            raise ValueError(f"{file}: was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}; go on "
-                             "with the same settings, or choose another --out")
 
 
 def judged(file, lines, first=1):
@@ -367,13 +355,18 @@ def prompt_for(folder, given):
 
 def judge_settings(cfg, judge):
     """What a judgements file depends on: it may only be continued with the same."""
-    files = sorted(Path(cfg.model).glob("*.safetensors"))
-    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    settings = {"model": str(Path(cfg.model).resolve()), "weights": weights, "prompt": asdict(judge.prompt),
+    settings = {"model": str(Path(cfg.model).resolve()), "weights": weights_in(cfg.model),
+                "prompt": asdict(judge.prompt),
                 "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
     for name in ("votes", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "batch_invariant"):
         settings[name] = getattr(cfg, name)
     return settings | {"budgets": list(judge.budgets)} if judge.budgets else settings
+
+
+def weights_in(folder):
+    """What tells that a model's files are still the same: name, bytes and time of each."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def texts_from_options(cfg):

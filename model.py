@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -185,29 +186,47 @@ class Forest:
 
 
 def pack(trees, device="cpu"):
-    """trees: a list of (prompt ids, list of response ids). Returns their Forest; segments appear in that order."""
-    tokens, segments = [], []
+    """trees: a list of (prompt ids, list of response ids), ids being lists or arrays. Returns their Forest; segments
+    appear in that order."""
+    parts, segments, n_tokens = [np.empty(0, np.int64)], [], 0
     for prompt, responses in trees:
         parent = len(segments)
-        segments.append((len(tokens), len(prompt), -1))
-        tokens.extend(prompt)
-        for ids in responses:
-            segments.append((len(tokens), len(ids), parent))
-            tokens.extend(ids)
+        for ids in (prompt, *responses):
+            segments.append((n_tokens, len(ids), parent if len(segments) > parent else -1))
+            parts.append(np.asarray(ids, np.int64))
+            n_tokens += len(ids)
+    tokens_n = torch.from_numpy(np.concatenate(parts))
     segments_s3 = torch.tensor(segments, dtype=torch.int64).view(-1, 3)
     start_s, length_s, parent_s = segments_s3.unbind(1)
     has_parent_s = parent_s >= 0
     prefix_s = torch.where(has_parent_s, length_s[parent_s], 0)
     # A token's place in memory, less where its segment starts, plus what its sequence has before it
-    positions_n = torch.arange(len(tokens)) + (prefix_s - start_s).repeat_interleave(length_s)
+    positions_n = torch.arange(n_tokens) + (prefix_s - start_s).repeat_interleave(length_s)
     # The token before it in memory predicts a token; but a response's first token is predicted by its prompt's last
     # (none, if the prompt is empty), and a sequence's first token by none
-    previous_n = torch.arange(-1, len(tokens) - 1)
+    previous_n = torch.arange(-1, n_tokens - 1)
     before_first_s = torch.where(prefix_s > 0, start_s[parent_s] + length_s[parent_s] - 1, -1)
     nonempty_s = length_s > 0
     previous_n[start_s[nonempty_s]] = before_first_s[nonempty_s]
-    tokens_n = torch.tensor(tokens, dtype=torch.int64)
     return Forest(tokens_n, positions_n, previous_n, segments_s3).to(device)
+
+
+def tokens_seen(segments_s3):
+    """How many (token, token that it sees) there are in a forest, itself included: those of its own segment up to
+    itself, and its parent's. Segments (0, 3, -1) and (3, 2, 0): 1 + 2 + 3 and 4 + 5."""
+    _, length_s, parent_s = segments_s3.unbind(1)
+    prefix_s = torch.where(parent_s >= 0, length_s[parent_s], 0)
+    return int((length_s * prefix_s + length_s * (length_s + 1) // 2).sum())
+
+
+def forward_flops(config, n_tokens, n_scored, n_seen=0):
+    """Floating-point operations of a forward pass; a backward pass takes twice as many. Counted are a multiplication
+    and an addition for each weight of a layer and token, and for each weight of the head and scored token; twice that
+    (q k^T, and the weights times v) for each channel of the query heads and token seen."""
+    D, C, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    layer = 2 * D * (H + K) * C + 3 * D * config.intermediate_size  # q and o, k and v; gate, up and down
+    in_layers = config.num_hidden_layers * (2 * n_tokens * layer + 4 * n_seen * H * C)
+    return in_layers + 2 * n_scored * D * config.vocab_size
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -255,7 +274,8 @@ class Model(nn.Module):
         cos_nc, sin_nc = rope_table(self.config.rope, positions_n, wide(x_nd.dtype))
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_nd = checkpoint(block, x_nd, cos_nc, sin_nc, attend, i, self.impl, use_reentrant=False)
+                x_nd = checkpoint(block, x_nd, cos_nc, sin_nc, attend, i, self.impl, use_reentrant=False,
+                                  preserve_rng_state=False)  # nothing here is random
             else:
                 x_nd = block(x_nd, cos_nc, sin_nc, attend, i, self.impl)
         return self.model.norm(x_nd, self.impl)

@@ -13,7 +13,8 @@ its default cache; --uneven-prompts, of half to the whole length, are padded on 
 import torch
 
 import batch
-from bench.twins import SHAPES, compare, geometry, matrix_flops, options
+from bench.twins import SHAPES, compare, geometry, options
+from model import forward_flops
 from sample import Sampler, Sampling
 
 SHORTEST = 16
@@ -81,7 +82,7 @@ def main():
     n_drawn = int(length_pg.sum())
     # the last token of a rollout is never an input, and the first comes from the prompt's states
     n_computed = sum(map(len, prompts)) + n_drawn - length_pg.numel()
-    compare("rollout", args, work, n_drawn, ours, peer, matrix_flops(config, n_computed, n_drawn))
+    compare("rollout", args, work, n_drawn, ours, peer, forward_flops(config, n_computed, n_drawn))
 
 
 if __name__ == "__main__":

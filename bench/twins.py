@@ -92,15 +92,6 @@ def compare(name, args, work, units, ours, peer, flops=None):
     print(json.dumps(row))
 
 
-def matrix_flops(config, n_computed, n_drawn):
-    """Floating-point operations of the matrix products: a multiplication and an addition for each weight and token, the
-    head's for the tokens that are drawn only. Attention's own are left out."""
-    D, C, F = config.hidden_size, config.head_dim, config.intermediate_size
-    heads = config.num_attention_heads + config.num_key_value_heads
-    layers = config.num_hidden_layers * (2 * D * heads * C + 3 * D * F)  # q and o, k and v; gate, up and down
-    return 2 * n_computed * layers + 2 * n_drawn * D * config.vocab_size
-
-
 def matrix_rate(args, n=2048):
     """Floating-point operations a second of one large product in this dtype, with these threads."""
     a = torch.randn(n, n).to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype))

@@ -151,7 +151,8 @@ def _tile_of(pid, n_row_tiles, n_col_tiles, GROUP: tl.constexpr):
     return first + within % n_rows, within // n_rows
 
 
-@jit
+# N is another in every batch: Triton would compile the kernel anew for 1, for multiples of 16, and for the rest
+@jit(do_not_specialize=["N"])
 def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, moment_ptr, logit_ptr, N, V, D, stride_hn,
                      stride_wv, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
                      BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
@@ -176,7 +177,7 @@ def _logp_fwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, sum_ptr, momen
     tl.store(moment_ptr + part_n, tl.sum(weight_nv * below_nv, 1), mask=row_n < N)
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def _logp_merge_kernel(max_ptr, sum_ptr, moment_ptr, logit_ptr, logp_ptr, entropy_ptr, N, n_tiles,
                        BLOCK_N: tl.constexpr):
     """max, sum and moment of a row's tiles, first to last, under their common maximum; then as in LinearLogpChunked
@@ -208,7 +209,7 @@ def _logp_merge_kernel(max_ptr, sum_ptr, moment_ptr, logit_ptr, logp_ptr, entrop
     tl.store(sum_ptr + row_n, log_sum_n, mask=real_n)
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def _logp_bwd_kernel(hidden_ptr, weight_ptr, target_ptr, max_ptr, log_sum_ptr, grad_ptr, grad_logit_ptr, N, V, D,
                      first_col, n_cols, stride_hn, stride_wv, inverse_temperature, BLOCK_N: tl.constexpr,
                      BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
@@ -244,7 +245,8 @@ class LinearLogpTriton(torch.autograd.Function):
         (N, D), V = hidden_nd.shape, len(weight_vd)
         blocks, options = product_tiling("linear_invariant" if invariant else "logp", hidden_nd)
         n_col_tiles = triton.cdiv(V, blocks["BLOCK_V"])
-        max_tn, sum_tn, moment_tn = hidden_nd.new_empty(3, n_col_tiles, N, dtype=torch.float32)
+        # three tensors, not parts of one: where these begin would depend on N, and Triton compiles for that, too
+        max_tn, sum_tn, moment_tn = (hidden_nd.new_empty(n_col_tiles, N, dtype=torch.float32) for _ in range(3))
         logit_n, logp_n, entropy_n = (torch.empty_like(max_tn[0]) for _ in range(3))
         if N:
             _logp_fwd_kernel[triton.cdiv(N, blocks["BLOCK_N"]) * n_col_tiles,](
@@ -286,7 +288,7 @@ class LinearLogpTriton(torch.autograd.Function):
         return grad_hidden_nd, grad_weight_vd, None, None, None
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def _linear_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, N, V, D, stride_xn, stride_wv, BLOCK_N: tl.constexpr,
                    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr):
     """out = x weight^T + bias, one tile."""

@@ -33,7 +33,7 @@ def _rms_norm_fwd_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, rstd_pt
     tl.store(rstd_ptr + row, rstd)  # 4 bytes a row spare the backward pass a sum
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def _rms_norm_bwd_kernel(x_ptr, weight_ptr, rstd_ptr, grad_ptr, grad_sum_ptr, grad_x_ptr, part_ptr, N, D,
                          ADD: tl.constexpr, BLOCK_D: tl.constexpr):
     """With h = x rstd:  grad_x = rstd (weight grad - h mean(weight grad h)) (+ grad_sum);  grad_weight = sum_n grad h.
@@ -138,7 +138,7 @@ def _rope_fwd_kernel(x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, eps, stride_x
     tl.store(out_hc + HALF, (b_hc * cos_c + a_hc * sin_c).to(out_ptr.dtype.element_ty), mask=real_hc)
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def _rope_bwd_kernel(x_ptr, cos_ptr, sin_ptr, weight_ptr, grad_ptr, grad_x_ptr, part_ptr, N, eps, stride_xn, stride_xh,
                      H: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, BLOCK_H: tl.constexpr,
                      BLOCK_C: tl.constexpr):

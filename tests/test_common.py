@@ -3,6 +3,7 @@ may not do; the whole model's gradients."""
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import common
-from common import Ranks, Tally, learning_rate, make_optimizers, micro_batches, optimizer_step
+from common import (Ranks, Tally, flops_utilization, init_ranks, learning_rate, make_optimizers, micro_batches,
+                    optimizer_step)
 from files import one_line_errors
 from model import Model, ModelConfig
 
@@ -196,12 +198,25 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_is_left_out(gradient, loss)
 RANKS = """
 import json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
-from common import Ranks, Tally, full, init_ranks, shard
+from common import Ranks, Tally, full, init_ranks, interleave, shard
 from model import Model, ModelConfig, pack
 from sample import filled_copy
 ranks, raw = init_ranks(1), json.loads(sys.argv[2])
 assert (ranks.rank, ranks.world, ranks.main) == (int(os.environ["RANK"]), 2, os.environ["RANK"] == "0")
 assert ranks.gather({"rank": ranks.rank}) == [{"rank": 0}, {"rank": 1}]
+assert interleave(ranks.gather("abc"[ranks.rank::2])) == ["a", "b", "c"]
+
+def read():
+    if ranks.rank == 1:
+        raise ValueError("line 7")
+    return "lines"
+try:
+    ranks.agree(read)
+except ValueError as e:
+    assert str(e) == "line 7"
+else:
+    assert False, "a mistake of rank 1 was kept from rank 0"
+assert ranks.agree(lambda: ranks.rank) == [0, 1]
 x = torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
 assert ranks.sum(x).tolist() == [3.0, 30.0] and x.tolist() == [ranks.rank + 1.0, 10 * (ranks.rank + 1.0)]
 tally = Tally()
@@ -251,3 +266,27 @@ def torchrun(*command):
                *map(str, command)]
     return subprocess.run(command, cwd=ROOT, env={**common.os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
                           text=True, timeout=120)
+
+
+def test_flops_utilization_worked_by_hand(monkeypatch):
+    """Two H100 could have done 2 x 3 x 989e12 operations in 3 seconds. An unknown card, or a CPU, has no peak."""
+    names = iter(["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    two = Ranks(0, 2, torch.device("cuda", 0))
+    assert flops_utilization(2 * 989e12, 3.0, two) == pytest.approx(1 / 3)
+    assert flops_utilization(312e12, 2.0, Ranks(0, 1, torch.device("cuda", 0))) == 0.5
+    assert flops_utilization(1e12, 1.0, two) is None
+    assert flops_utilization(1e12, 1.0, Ranks(0, 1, torch.device("cpu"))) is None
+
+
+@pytest.mark.parametrize("given, left", [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x:1"}, "x:1"),
+                                         ({"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, None)])
+def test_what_a_user_says_of_the_allocator_stands(given, left, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    init_ranks()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == left
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

@@ -114,3 +114,43 @@ def test_a_loop_is_read_as_it_stands():
     assert loop.skipped == 2 and not loop.waits_for_own_copies
     [loop] = loops(text.replace("SB0, 0x1", "SB0, 0x0"))
     assert loop.waits_for_own_copies
+
+
+def test_a_batch_of_another_size_compiles_nothing_anew(tmp_path):
+    """Each kernel of the training step is compiled once for its geometry, whatever N is: on a GPU a step that compiles
+    holds up all ranks for seconds. Oracle: Triton's own keys, with a compiler that makes nothing. The logits'
+    gradients come in blocks of columns, of which the last one of an odd vocabulary is another kernel."""
+    out = run("""
+from collections import defaultdict
+from unittest import mock
+import torch
+from triton.runtime.jit import JITFunction
+import kernels
+from bench.fake import fake_gpu
+from kernels import logp
+keys = defaultdict(set)
+
+def note(self, key, *args):
+    keys[self.__name__].add(key)
+logp.GRADIENT_CHUNK = 2**13
+with fake_gpu(), mock.patch.object(JITFunction, "_do_compile", note):
+    for n in (1, 2, 7, 16, 33, 48, 100):
+        x, delta = (torch.zeros(n, 64, requires_grad=True) for _ in range(2))
+        weight, matrix = torch.zeros(64, requires_grad=True), torch.zeros(999, 64, requires_grad=True)
+        target, table = torch.zeros(n, dtype=torch.int64), torch.zeros(n, 8)
+        norm = torch.zeros(16, requires_grad=True)
+        x = kernels.rope(x.view(n, 4, 16), table, table, norm, 1e-6, "triton").view(n, 64)
+        total, normed = kernels.add_rms_norm(x, delta, weight, 1e-6, "triton")
+        x = kernels.swiglu(total, normed, "triton")
+        x = kernels.attention(*x.view(n, 4, 16).unbind(1)[0][:, None].expand(3, n, 1, 16).contiguous(),
+                              torch.tensor([(0, n, -1)]), "triton").flatten(1).repeat(1, 4)
+        for impl in ("triton", "invariant"):
+            kernels.linear_logp(x, matrix, target, 1.0, impl)[0].sum().backward(retain_graph=True)
+        kernels.linear(x, matrix, None, "invariant").sum().backward()
+print(sorted((name, len(found)) for name, found in keys.items()))
+""", tmp_path)
+    counts = dict(eval(out))
+    twice = {"_logp_fwd_kernel", "_logp_bwd_kernel"}  # for "triton" and "invariant"; whole and last blocks
+    assert counts == {name: 2 if name in twice else 1 for name in counts}
+    assert set(counts) >= twice | {"_logp_merge_kernel", "_linear_kernel", "_rms_norm_bwd_kernel", "_rope_bwd_kernel",
+                                   "_swiglu_bwd_kernel", "_attention_bwd_kv_kernel"}

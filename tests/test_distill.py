@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import distill
-from common import micro_batches
+from common import Ranks, micro_batches
 from data import toy
 from data.pairs import Chain, Pair, read_chains, read_pairs, write_pairs
 from distill import Config, Example, batch_of_step, encode_chain, read_examples, sft_loss
@@ -28,6 +28,7 @@ from sample import Sampler, Sampling
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+ALONE = Ranks(0, 1, torch.device("cpu"))
 SHARED = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared"))
 TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
                     "num_key_value_heads": 1, "head_dim": 16}
@@ -129,24 +130,24 @@ def test_answer_only_trains_on_the_bare_verdict(made):
         example = encode_chain(Chain(pair, JUDGEMENT), load_prompt("toy"), tokenizer, True)
         assert tokenizer.decode(example.ids[example.n_prompt:],
                                 skip_control=False) == f"<answer>[[{winner.upper()}]]</answer><|im_end|>"
-        assert example.ids[:example.n_prompt] == encode_chain(Chain(pair, JUDGEMENT), load_prompt("toy"), tokenizer,
-                                                              False).ids[:example.n_prompt]
+        whole = encode_chain(Chain(pair, JUDGEMENT), load_prompt("toy"), tokenizer, False)
+        assert example.ids[:example.n_prompt].tolist() == whole.ids[:example.n_prompt].tolist()
 
 
 def test_chains_that_are_too_long_are_dropped_and_counted(made, tmp_path, capsys):
     tokenizer = Tokenizer(made / "model")
-    lengths = [len(e.ids) for e in read_examples(config(made, tmp_path), tokenizer, True)[0]]
+    lengths = [len(e.ids) for e in read_examples(config(made, tmp_path), tokenizer, ALONE)[0]]
     assert len(lengths) == 14 and "dropped" not in capsys.readouterr().out
     limit = sorted(lengths)[9]
-    kept, _ = read_examples(config(made, tmp_path, max_length=limit), tokenizer, True)
+    kept, _ = read_examples(config(made, tmp_path, max_length=limit), tokenizer, ALONE)
     assert [len(e.ids) for e in kept] == [n for n in lengths if n <= limit] and 10 <= len(kept) < 14
     assert f"dropped {14 - len(kept)} of 14 chains longer than {limit} tokens" in capsys.readouterr().out
     with pytest.raises(ValueError, match="chains.jsonl: all 14 chains are longer than --max-length 20"):
-        read_examples(config(made, tmp_path, max_length=20), tokenizer, False)
+        read_examples(config(made, tmp_path, max_length=20), tokenizer, ALONE)
     rows = [json.loads(line) | {"winner": None} for line in (made / "chains.jsonl").read_text().splitlines()]
     with pytest.raises(ValueError, match="--answer-only needs a winner"):
         read_examples(config(made, tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", rows)), answer_only=True),
-                      tokenizer, False)
+                      tokenizer, ALONE)
 
 
 def test_each_epoch_is_a_permutation_in_batches():
@@ -214,7 +215,7 @@ def test_a_run_learns_and_leaves_a_model_that_transformers_loads(raw, made, tmp_
                  eval_data=str(made / "heldout.jsonl"), eval_every=30)
     start, tokenizer = Model.from_pretrained(cfg.model, dtype=torch.float64), Tokenizer(cfg.model)
     assert start.n_vocab == tokenizer.n_vocab
-    batch = [read_examples(cfg, tokenizer, False)[0][i] for i in batch_of_step(0, 14, 4, cfg.seed)]
+    batch = [read_examples(cfg, tokenizer, ALONE)[0][i] for i in batch_of_step(0, 14, 4, cfg.seed)]
     n_tokens = sum(len(e.ids) - e.n_prompt for e in batch)
     distill.main(cfg)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -530,7 +531,7 @@ def test_equal_answers_are_said_and_dropped(made, tmp_path, capsys):
     data = str(write_rows(tmp_path / "rows.jsonl", rows))
     for skip, n in ((False, 14), (True, 13)):
         cfg = config(made, tmp_path, data=data, skip_bad=skip)
-        examples, pairs = read_examples(cfg, Tokenizer(made / "model"), True)
+        examples, pairs = read_examples(cfg, Tokenizer(made / "model"), ALONE)
         assert len(examples) == len(pairs) == n and "1 of 14 have two equal answers" in capsys.readouterr().out
 
 

@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -149,10 +150,11 @@ PAIR = Pair("p", [], "", "", "a", "", "")
 
 
 def group(prompt, sizes, rewards=None, rng=random.Random(0)):
-    rollouts = [Rollout([rng.randrange(45) for _ in range(n)], [round(-rng.random() * 4, 2) for _ in range(n)], "stop")
-                for n in sizes]
+    rollouts = [Rollout(np.array([rng.randrange(45) for _ in range(n)], np.int32),
+                        np.array([-rng.random() * 4 for _ in range(n)], np.float32), "stop") for n in sizes]
     reward_g = torch.tensor(rewards or [1.0] + [-1.0] * (len(sizes) - 1))
-    return Group(PAIR, prompt, rollouts, [""] * len(sizes), reward_g, advantages(reward_g[None])[0])
+    advantage_g = advantages(reward_g[None])[0]
+    return Group(PAIR, np.array(prompt, np.int32), rollouts, [None] * len(sizes), reward_g, advantage_g)
 
 
 def test_trees_worked_by_hand():
@@ -190,8 +192,8 @@ def naive(model, reference, groups, cfg, skip=()):
         if any(g is s for s in skip):
             continue
         for r, a in zip(g.rollouts, g.advantage_g.tolist()):
-            logp_tv = (logits(model, g.prompt_ids + r.ids)[:, :model.n_vocab] / cfg.temperature).log_softmax(1)
-            ref_tv = (reference.logits(g.prompt_ids + r.ids)[:, :model.n_vocab] / cfg.temperature).log_softmax(1)
+            logp_tv = (logits(model, [*g.prompt_ids, *r.ids])[:, :model.n_vocab] / cfg.temperature).log_softmax(1)
+            ref_tv = (reference.logits([*g.prompt_ids, *r.ids])[:, :model.n_vocab] / cfg.temperature).log_softmax(1)
             for t, (token, old) in enumerate(zip(r.ids, r.logps)):
                 row = len(g.prompt_ids) + t - 1
                 ratio = (logp_tv[row, token] - torch.tensor(old)).exp()
@@ -224,9 +226,9 @@ def test_loss_and_gradient_are_those_of_each_judgement_alone(temperature, made):
               group([7, 8, 9], [2, 5, 1], [-1.0] * 3)]
     for g in groups:  # old log-probabilities on both sides of the clip, exact in float32
         for r in g.rollouts:
-            rows_tv = (model.logits(g.prompt_ids + r.ids)[len(g.prompt_ids) - 1:, :47] / temperature).log_softmax(1)
+            rows_tv = (model.logits([*g.prompt_ids, *r.ids])[len(g.prompt_ids) - 1:, :47] / temperature).log_softmax(1)
             shift_t = [0.2 * ((7 * t + len(r.ids)) % 5 - 2) for t in range(len(r.ids))]
-            r.logps[:] = torch.tensor([float(rows_tv[t, r.ids[t]]) + shift_t[t] for t in range(len(r.ids))]).tolist()
+            r.logps[:] = [float(rows_tv[t, r.ids[t]]) + shift_t[t] for t in range(len(r.ids))]
     n_tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
 
     for skip in (groups[2:], []):
@@ -300,10 +302,15 @@ def test_rewards_of_right_wrong_missing_and_unfinished_judgements(made):
     sampler = Scripted([written(a, "stop"), written(b, "stop"), written("no idea", "stop"), written(a, "length"),
                         written(a + b, "stop")])
     pairs = [replace(PAIR, id="x"), replace(PAIR, id="y", winner="b")]
-    groups = grpo.rollout(cfg, sampler, tokenizer, pairs, {"x": [1, 2], "y": [3]}, 6, ALONE)
+    groups = grpo.rollout(cfg, sampler, tokenizer, pairs, {"x": np.array([1, 2]), "y": np.array([3])}, 6, ALONE)
     # what was cut off earns -1
     assert [g.reward_g.tolist() for g in groups] == [[1, -1, -1, -1, -1], [-1, 1, -1, -1, -1]]
-    assert groups[0].texts == [a, b, "no idea", a, a + b] and [g.prompt_ids for g in groups] == [[1, 2], [3]]
+    assert groups[0].verdicts == ["a", "b", None, "a", None]
+    assert [g.prompt_ids.tolist() for g in groups] == [[1, 2], [3]]
+    for g in groups:
+        assert [tokenizer.decode(r.ids) for r in g.rollouts] == [a, b, "no idea", a, a + b]
+        assert {r.ids.dtype.name for r in g.rollouts} == {"int32"}
+        assert {r.logps.dtype.name for r in g.rollouts} == {"float32"}
     assert sampler.asked == ([[1, 2], [3]], Sampling(n=5, max_new_tokens=8, temperature=1.0, stop=tokenizer.stop_ids,
                                                      seed=3_000_015))
     torch.testing.assert_close(groups[0].advantage_g, advantages(groups[0].reward_g[None])[0])
@@ -463,7 +470,7 @@ original, steps = grpo.rollout, []
 
 def rollout(*args):
     groups = original(*args)
-    steps.append([[g.pair.id, [[r.ids, r.reason] for r in g.rollouts], g.reward_g.tolist()] for g in groups])
+    steps.append([[g.pair.id, [[r.ids.tolist(), r.reason] for r in g.rollouts], g.reward_g.tolist()] for g in groups])
     return groups
 grpo.rollout = rollout
 for argv in json.loads(sys.argv[1]):
@@ -490,8 +497,8 @@ def test_two_ranks_train_as_one_does(made, tmp_path, recorded):
     for name, cfg in cases.items():
         recorded.clear()
         grpo.main(replace(cfg, out=str(tmp_path / name / "1")))
-        rollouts[name] = [[[g.pair.id, [[r.ids, r.reason] for r in g.rollouts], g.reward_g.tolist()] for g in groups]
-                          for groups in recorded]
+        rollouts[name] = [[[g.pair.id, [[r.ids.tolist(), r.reason] for r in g.rollouts], g.reward_g.tolist()]
+                           for g in groups] for groups in recorded]
         if name == "resumed":
             shutil.copytree(tmp_path / name / "1", tmp_path / name / "2")
             shutil.rmtree(tmp_path / name / "2/checkpoints/step-3")

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import folder as folder_module
 import model as model_py
-from model import Forest, Model, ModelConfig, pack
+from kernels import linear_logp_ref
+from model import Forest, Model, ModelConfig, forward_flops, pack, tokens_seen
 
 QWEN2 = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=97, hidden_size=48,
              intermediate_size=80,
@@ -667,3 +669,31 @@ def test_loading_needs_the_memory_once(dtype, tmp_path):
     assert weights > 195 and n_samples > 20
     assert allocated < 1.15 * weights and resident < (1.15 if dtype == "bfloat16" else 1.65) * weights, run.stdout
     (tmp_path / "model.safetensors").unlink()  # pytest keeps the last folders
+
+
+# ---- operations
+
+@pytest.mark.parametrize("name", ["Qwen2 head_dim", "Qwen2 tied", "Qwen3 GQA 8"])
+def test_flops_are_those_that_pytorch_counts(name, monkeypatch):
+    """Oracle: its counter of matrix products, forward and backward, with the head's in one piece, made once. Attention
+    is by hand: it computes padding and what a mask hides, too."""
+    model = Model.random(ModelConfig.from_dict(CASES[name]))
+    forest, scored_m = pack([(IDS[:9], [IDS[9:20], IDS[20:24]])]), torch.arange(9, 24)
+    with monkeypatch.context() as m, FlopCounterMode(display=False) as counter:
+        m.setattr(model_py, "attention", lambda q_nhc, *rest: q_nhc)
+        m.setattr(model_py, "linear_logp", lambda *args: linear_logp_ref(*args[:4]))
+        model(forest, scored_m)[0].sum().backward()
+    assert counter.get_total_flops() == 3 * forward_flops(model.config, 24, 15) - unused_kv(model, 24)
+    seen = [(i, j) for start, n, prefix in ((0, 9, 0), (9, 11, 9), (20, 4, 9)) for i in range(n)
+            for j in range(prefix + i + 1)]
+    assert tokens_seen(forest.segments_s3) == len(seen)
+    config = model.config
+    assert forward_flops(config, 24, 15, len(seen)) - forward_flops(config, 24, 15) == \
+        4 * len(seen) * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+
+
+def unused_kv(model, n_tokens):
+    """Backward passes of keys and values: without attention they have none."""
+    config = model.config
+    columns = 2 * config.num_key_value_heads * config.head_dim
+    return 2 * 2 * n_tokens * config.hidden_size * columns * config.num_hidden_layers

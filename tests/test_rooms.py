@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("benchmarks", "data", "kernels", "report")  # packages; inside them imports are free
+ROOMS = ("benchmarks", "data", "experiments", "kernels", "report")  # packages; inside them imports are free
 
 # Each may import what stands in its row, and nothing else of ours.
 MAY_IMPORT = {
@@ -36,6 +36,11 @@ MAY_IMPORT = {
     "benchmarks": "data reward",
     "evaluate": "benchmarks common data ending files folder judge options sample",
     "report": "benchmarks data files options reward",
+    "traces": "",
+    "teachers": "data draw files folder sample",
+    "oracle": "data files judge options prompt reward teachers traces",
+    # demo: how it judges
+    "experiments": "data demo distill files options oracle",
     "demo": "data distill draw evaluate files grpo judge options prompt sample",
 }
 
