@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from folder import read_json
-from model import Model, ModelConfig
+from model import Model, ModelConfig, forward_flops
 from options import rank_and_world
 from pages import page_bytes
 from split import Split
@@ -230,36 +230,31 @@ def host_bytes(work, sizes, world):
         parts["moments, page-locked"] = 8 * sizes.shard * ranks
         if work.reference and world == 1:
             parts["reference"] = work.e * sizes.total
-    parts["token ids, log-probabilities"] = ranks * work.sequences * (  # 8 bytes an id, 32 a log-probability as text
-        8 * work.longest + work.group_size * 40 * work.new_tokens)
+    # every rank has a step's rollouts: an id and a log-probability take 8 bytes
+    parts["rollouts"] = 8 * ranks * work.sequences * (work.prompt_tokens + work.group_size * work.new_tokens)
     return parts
 
 
 def seconds_of(config, work, sizes, world, n_kept, rates):
     """{phase: seconds a step}, from rates that a card attains: TFLOP/s, memory TB/s, NVLink and host link GB/s one way.
 
-    Prompts are taken to be a quarter of the longest, judgements (or chains) an eighth. A token costs 2 FLOP a weight,
-    and 4 Q for each token that it sees and layer; forward and backward three times that, with checkpointing four times.
-    Sharded weights arrive meanwhile: the longer of the two counts. A decode step reads the copy and the keys of what it
-    writes on; with several sampler ranks it waits 10 us for each sum. AdamW moves 28 bytes a parameter, --offload 16
-    over the host link.
+    Prompts are taken to be a quarter of the longest, judgements (or chains) an eighth. Operations are forward_flops';
+    forward and backward cost three times a forward pass, with checkpointing four times. Sharded weights arrive
+    meanwhile: the longer of the two counts. A decode step reads the copy and the keys of what it writes on; with several
+    sampler ranks it waits 10 us for each sum. AdamW moves 28 bytes a parameter, --offload 16 over the host link.
     """
-    D, _, Q, _ = widths(config)
     flops, memory, nvlink, host = (rate * unit for rate, unit in zip(rates, (1e12, 1e12, 1e9, 1e9)))
-    prompt, new = work.prompt_tokens / 4, work.new_tokens / 8
-    if not work.reference and not prompt:
-        prompt, new = work.longest / 16, work.longest / 16
-    written = work.sequences * work.group_size * new
-    packed = written + work.sequences * prompt
-    matrices = sizes.total - sizes.root + sizes.embedding
-    token_flops = 2 * matrices + 4 * Q * config.num_hidden_layers * (prompt + new / 2)
+    writes = work.group_size > 1  # rollouts; an evaluation is no part of a step
+    prompt, new = (work.prompt_tokens / 4, work.new_tokens / 8) if writes else (0, work.longest / 8)
+    written, read = work.sequences * work.group_size * new, work.sequences * prompt
+    packed = written + read
+    forward_s = forward_flops(config, packed, written, packed * (prompt + new / 2)) / world / flops
     micros = packed / world / work.n + work.updates / 2  # the last one of an update is half full on average
 
     def passes(n_forward, bytes_moved):
-        return max(n_forward * token_flops * packed / world / flops,
-                   (world > 1) * micros * bytes_moved * sizes.total / nvlink)
+        return max(n_forward * forward_s, (world > 1) * micros * bytes_moved * sizes.total / nvlink)
     seconds = {}
-    if work.prompt_tokens:
+    if writes:
         groups, held = world / work.sampler_ranks, prompt / work.group_size + new / 2
         slots = max(1, min(work.n_slots, n_kept / held, written / groups))
         one = page_bytes(Split(0, work.sampler_ranks).config(config), 1, work.dtype)
@@ -267,8 +262,8 @@ def seconds_of(config, work, sizes, world, n_kept, rates):
 
         def step(n):
             computed = max((work.e * sizes.part + n * held * one) / memory, 2 * sizes.part * n / flops)
-            return computed + sums * (1e-5 + n * D * work.e / nvlink)
-        prefill = token_flops * work.sequences * prompt / world / flops
+            return computed + sums * (1e-5 + n * config.hidden_size * work.e / nvlink)
+        prefill = forward_flops(config, read, 0, read * prompt / 2) / world / flops
         seconds["rollout"] = prefill + max(written / groups / slots * step(slots), work.new_tokens * step(1))
     if work.reference:
         seconds["score"] = passes(1, work.e)

@@ -127,10 +127,10 @@ def rollouts_of(n_prompts, work, n_vocab):
     """Groups of the longest prompts and judgements, as if they had been written."""
     rng, groups = np.random.default_rng(0), []
     for _ in range(n_prompts):
-        rollouts = [batch.Rollout(rng.integers(n_vocab, size=work.new_tokens).tolist(), [-1.0] * work.new_tokens)
-                    for _ in range(work.group_size)]
+        rollouts = [batch.Rollout(rng.integers(n_vocab, size=work.new_tokens).astype(np.int32),
+                                  np.full(work.new_tokens, -1.0, np.float32)) for _ in range(work.group_size)]
         reward_g = torch.tensor([1.0, -1.0] * work.group_size)[:work.group_size]
-        prompt_ids = rng.integers(n_vocab, size=work.prompt_tokens).tolist()
+        prompt_ids = rng.integers(n_vocab, size=work.prompt_tokens).astype(np.int32)
         groups.append(grpo.Group(None, prompt_ids, rollouts, [], reward_g, grpo.advantages(reward_g[None])[0]))
     return groups
 
