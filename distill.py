@@ -43,7 +43,8 @@ from judge import HeldOut, note_verdicts
 from model import Model, ModelConfig, forward_flops, pack, tokens_seen
 from options import (check_at_least, check_between, check_choice, check_sampler_ranks, check_training, parse_config,
                      rates_of)
-from plan import Work, check_fits, report
+from plan import Work, check_fits
+from plan_table import report
 from prompt import load_prompt, prompt_path, prompt_to_keep, render
 from run import MAX_SKIPPED, NO_MATTER, Run
 from sample import Sampler, check_room, filled_copy, make_split

@@ -61,7 +61,8 @@ from judge import HeldOut
 from model import Forest, forward_flops, pack, tokens_seen
 from options import (check_at_least, check_between, check_sampler_ranks, check_training, parse_config, rates_of,
                      saved_options)
-from plan import Work, check_fits, report
+from plan import Work, check_fits
+from plan_table import report
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
 from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run

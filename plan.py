@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from folder import read_json
-from model import Model, ModelConfig, forward_flops
-from options import rank_and_world
+from model import Model, ModelConfig
 from pages import page_bytes
 from split import Split
 
@@ -151,7 +150,8 @@ def update_moments(config, work, sizes, world):
     D, F, _, _ = widths(config)
     block, root, block_arrives, _ = whole_weights(work, sizes, world)
     stream, head = work.n * D * work.e, work.e * sizes.embedding
-    kept = config.num_hidden_layers * (stream if work.checkpointing else block_saved(config, work))
+    saved = block_saved(config, work)
+    kept = config.num_hidden_layers * stream + saved if work.checkpointing else config.num_hidden_layers * saved
     reduced = 4 if root else 0  # bytes a parameter of whole gradients, in the masters' dtype, and of their sums
     leaves = max(work.e + reduced, reduced + reduced / world)
     logits = (work.e if work.triton else 4) * logit_block(config, work)
@@ -159,7 +159,7 @@ def update_moments(config, work, sizes, world):
         {"whole weights": root + block_arrives, "activations": kept + stream,
          "logits": max(2 * head, head + logits + work.n * D * (4 + work.e))},
         {"whole weights": root + block + block_arrives, "whole gradients": head + reduced * sizes.block + work.e * D * F,
-         "activations": kept + block_saved(config, work) + work.n * work.e * (2 * F + 2 * D)},
+         "activations": kept + work.n * work.e * (2 * F + 2 * D)},
         {"whole weights": root + block_arrives, "whole gradients": head + leaves * sizes.block,
          "activations": kept + 2 * stream},
         {"whole gradients": leaves * sizes.root, "activations": 2 * stream}]
@@ -221,9 +221,8 @@ def keys_and_values(config, work, world, free):
 
 
 def host_bytes(work, sizes, world):
-    """A node's memory, by part. A checkpoint's copy, 12 bytes a parameter, is there while it is written, shared over all
-    ranks. Page-locked memory is rounded up to powers of two by PyTorch, tensor by tensor: up to twice as much, on
-    average 1.4 times, unless PYTORCH_CUDA_ALLOC_CONF says pinned_max_round_threshold_mb:1."""
+    """A node's memory, by part. A checkpoint's copy, 12 bytes a parameter over all ranks, is there while it is written.
+    Page-locked memory is taken as it is asked for (common.init_ranks says so to PyTorch)."""
     ranks = min(world, NODE)
     parts = {"checkpoint's copy": 12 * sizes.total * ranks / world}
     if work.offload:
@@ -235,43 +234,6 @@ def host_bytes(work, sizes, world):
     return parts
 
 
-def seconds_of(config, work, sizes, world, n_kept, rates):
-    """{phase: seconds a step}, from rates that a card attains: TFLOP/s, memory TB/s, NVLink and host link GB/s one way.
-
-    Prompts are taken to be a quarter of the longest, judgements (or chains) an eighth. Operations are forward_flops';
-    forward and backward cost three times a forward pass, with checkpointing four times. Sharded weights arrive
-    meanwhile: the longer of the two counts. A decode step reads the copy and the keys of what it writes on; with several
-    sampler ranks it waits 10 us for each sum. AdamW moves 28 bytes a parameter, --offload 16 over the host link.
-    """
-    flops, memory, nvlink, host = (rate * unit for rate, unit in zip(rates, (1e12, 1e12, 1e9, 1e9)))
-    writes = work.group_size > 1  # rollouts; an evaluation is no part of a step
-    prompt, new = (work.prompt_tokens / 4, work.new_tokens / 8) if writes else (0, work.longest / 8)
-    written, read = work.sequences * work.group_size * new, work.sequences * prompt
-    packed = written + read
-    forward_s = forward_flops(config, packed, written, packed * (prompt + new / 2)) / world / flops
-    micros = packed / world / work.n + work.updates / 2  # the last one of an update is half full on average
-
-    def passes(n_forward, bytes_moved):
-        return max(n_forward * forward_s, (world > 1) * micros * bytes_moved * sizes.total / nvlink)
-    seconds = {}
-    if writes:
-        groups, held = world / work.sampler_ranks, prompt / work.group_size + new / 2
-        slots = max(1, min(work.n_slots, n_kept / held, written / groups))
-        one = page_bytes(Split(0, work.sampler_ranks).config(config), 1, work.dtype)
-        sums = (work.sampler_ranks > 1) * 2 * config.num_hidden_layers
-
-        def step(n):
-            computed = max((work.e * sizes.part + n * held * one) / memory, 2 * sizes.part * n / flops)
-            return computed + sums * (1e-5 + n * config.hidden_size * work.e / nvlink)
-        prefill = forward_flops(config, read, 0, read * prompt / 2) / world / flops
-        seconds["rollout"] = prefill + max(written / groups / slots * step(slots), work.new_tokens * step(1))
-    if work.reference:
-        seconds["score"] = passes(1, work.e)
-    seconds["update"] = passes(3 + work.checkpointing, 2 * work.e + 4)
-    seconds["optimizer"] = work.updates * sizes.shard * (28 / memory + work.offload * 16 / host)
-    return seconds
-
-
 # ---------------------------------------------------------------------------------------------------------- the verdict
 
 
@@ -279,7 +241,6 @@ def seconds_of(config, work, sizes, world, n_kept, rates):
 class Plan:
     phases: dict   # phase -> part -> bytes of a rank
     host: dict     # part -> bytes of a node
-    seconds: dict  # phase -> seconds a step
     n_kept: int    # tokens whose keys and values fit
     fits: bool
     line: str      # the verdict in a line
@@ -288,7 +249,7 @@ class Plan:
         return sum(self.phases[phase].values())
 
 
-def make_plan(config, work, world, gpu_gb, rates=(400, 2.5, 300, 40)):
+def make_plan(config, work, world, gpu_gb):
     """It fits if every phase does beside CONTEXT, the rollout with keys and values for one group of judgements, all of
     the longest length: then no judgement waits for its own group."""
     if min(world, NODE) % work.sampler_ranks:
@@ -299,44 +260,13 @@ def make_plan(config, work, world, gpu_gb, rates=(400, 2.5, 300, 40)):
         free = 1e9 * gpu_gb - CONTEXT - sum(phases["rollout"].values())
         room, n_kept, needed = keys_and_values(config, work, world, free)
         phases["rollout"]["keys and values"] = max(room, needed)
-    seconds = seconds_of(config, work, sizes, world, max(n_kept, work.new_tokens), rates)
     peaks = {phase: CONTEXT * work.triton + sum(parts.values()) for phase, parts in phases.items()}
     worst = max(peaks, key=lambda phase: (peaks[phase] > 1e9 * gpu_gb, phase != "rollout", peaks[phase]))
     fits = max(peaks.values()) <= 1e9 * gpu_gb
     line = (f"{'fits' if fits else 'does not fit'}: {worst} takes {peaks[worst] / 1e9:.3g} GB of a GPU's {gpu_gb:.3g}, "
             f"on {world}")
-    return Plan(phases, host_bytes(work, sizes, world), seconds, n_kept,
+    return Plan(phases, host_bytes(work, sizes, world), n_kept,
                 fits, line)
-
-
-def suggested(config, work, world, gpu_gb):
-    """The first that fits: without --offload before with it, few --sampler-ranks before many; with those the largest
-    --micro-tokens of 1, 2 and 4 times. None if nothing does."""
-    for offload in (False, True):
-        for n in (1, 2, 4, 8):
-            if min(world, NODE) % n or config.num_key_value_heads % n or config.intermediate_size % n:
-                continue
-            choice = replace(work, offload=offload, sampler_ranks=n)
-            if not make_plan(config, choice, world, gpu_gb).fits:
-                continue
-            for times in (4, 2):
-                larger = replace(choice, micro_tokens=times * work.micro_tokens)
-                if make_plan(config, larger, world, gpu_gb).fits:
-                    return larger
-            return choice
-    return None
-
-
-def table(plan):
-    """Lines of Markdown: a row a part, a column a phase, GB of a rank."""
-    names = dict.fromkeys(name for parts in plan.phases.values() for name, size in parts.items() if size)
-    rows = [["GB", *plan.phases], ["---"] + ["--:"] * len(plan.phases)]
-    rows += [[name] + [f"{parts[name] / 1e9:.1f}" if parts.get(name) else "" for parts in plan.phases.values()]
-             for name in names]
-    rows.append(["peak"] + [f"{plan.peak(phase) / 1e9:.1f}" for phase in plan.phases])
-    rows.append(["seconds a step"] + [f"{plan.seconds[phase]:.3g}" if phase in plan.seconds else ""
-                                      for phase in plan.phases])
-    return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def config_in(folder):
@@ -354,23 +284,3 @@ def check_fits(folder, work, ranks, gpu_gb):
         plan = make_plan(config_in(folder), replace(work, triton=cuda), ranks.world, gpu_gb)
         if not plan.fits:
             raise ValueError(f"{folder}: {plan.line}; --plan shows the parts, and what would fit")
-
-
-def report(folder, work, gpus, gpu_gb, rates):
-    """What --plan prints; gpus and gpu_gb as in the options."""
-    config, world, gpu_gb = config_in(folder), gpus or rank_and_world()[1], gpu_gb or 80.0
-    plan = make_plan(config, work, world, gpu_gb, rates)
-    lines = [f"{plan.line}; {CONTEXT / 1e9:.0f} GB of it for CUDA and NCCL", "", *table(plan), ""]
-    if work.prompt_tokens:
-        each = work.new_tokens + work.prompt_tokens / work.group_size
-        lines.append(f"keys and values: {plan.n_kept:,} tokens, {int(plan.n_kept / each)} judgements of the longest "
-                     f"length at once on {work.sampler_ranks} GPU{'s' * (work.sampler_ranks > 1)}")
-    host = ", ".join(f"{name} {size / 1e9:.0f}" for name, size in plan.host.items())
-    lines.append(f"host memory of a node, GB: {sum(plan.host.values()) / 1e9:.0f}: {host}")
-    choice = suggested(config, work, world, gpu_gb)
-    if choice is None:
-        lines.append("no --offload, --sampler-ranks or --micro-tokens makes it fit: take more GPUs")
-    else:
-        lines.append(f"the least that fits: --sampler-ranks {choice.sampler_ranks} --micro-tokens {choice.micro_tokens}"
-                     + " --offload" * choice.offload)
-    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
     python -m bench.memory                                three sizes, 1 and 2 ranks: rollout, score, update, optimizer
     python -m bench.memory --simulate 32b --gpus 8        the real code on fake tensors, rank 0 of 8: no memory, no values
+    python -m bench.memory --tables                       the recipes' plans, as docs/memory.md has them
 
 What counts is the sum of all tensors' storages, operation by operation, not the process's memory. In the simulation the
 process group is PyTorch's "fake" one, every Triton launch is left out, and a value that the host would read is made up;
@@ -31,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 import batch
 import common
+import distill
 import grpo
 import model as model_py
 import sample
@@ -40,12 +42,18 @@ from common import Ranks, Tally, init_ranks, make_optimizers, optimizer_step, sh
 from draw import Sampling
 from kernels.attention import _key_tiles, _query_tiles
 from model import Model, ModelConfig, pack
+from options import rates_of
 from plan import Work, make_plan
+from plan_table import seconds_of, suggested, table
 from sample import Sampler, filled_copy
 from split import Split
 
 QWEN = {"7b": (28, 3584, 28, 4, 18944), "14b": (48, 5120, 40, 8, 13824), "32b": (64, 5120, 40, 8, 27648)}
 HOST_MEMORY = common.host_memory
+GRPO_RECIPES = {"qwen2.5-7b, deepseek-distill-7b": "7b", "qwen2.5-14b, deepseek-distill-14b": "14b",
+                "qwen2.5-32b, deepseek-distill-32b": "32b", "qwen2.5-7b-one-gpu": "7b"}
+DISTILL_RECIPES = {"qwen2.5-7b": "7b", "qwen2.5-14b": "14b", "qwen2.5-32b": "32b", "qwen2.5-7b-one-gpu": "7b"}
+RATES = rates_of(grpo.Config)  # the defaults
 N_TOKENIZER = 151665  # ids of Qwen2.5's tokenizer; the head has 152,064 rows
 
 
@@ -278,9 +286,39 @@ def show(what, rows):
                                                                 for part, planned, found, ratio in rows}}), flush=True)
 
 
+def tables():
+    """The recipes' plans in Markdown, as docs/memory.md has them."""
+    lines = ["| recipe | GPUs | rollout | score | update | fits | least that fits | judgements at once | host, a node | seconds a step |",
+             "|---|---|--:|--:|--:|---|---|--:|--:|--:|"]
+    whole = []
+    for script, names in ((grpo, GRPO_RECIPES), (distill, DISTILL_RECIPES)):
+        for name, size in names.items():
+            recipe = name.split(",")[0]
+            work = script.work_of(script.Config(model="-", data="-", **script.RECIPES[recipe]))
+            boards = ((1, 80),) if "one-gpu" in name else ((8, 80), (16, 80), (8, 141))
+            for world, gpu_gb in boards:
+                plan = make_plan(qwen(size), work, world, gpu_gb)
+                each = work.new_tokens + work.prompt_tokens / work.group_size
+                peaks = [f"{plan.peak(phase) / 1e9:.1f}" if phase in plan.phases else "" for phase in
+                         ("rollout", "score", "update")]
+                at_once = f"{plan.n_kept / each:.0f} on {work.sampler_ranks}" if work.prompt_tokens else ""
+                seconds = seconds_of(qwen(size), work, world, plan.n_kept, RATES)
+                least = suggested(qwen(size), work, world, gpu_gb)
+                row = [f"{script.__name__}.py {name}", f"{world} x {gpu_gb}", *peaks, "yes" if plan.fits else "no",
+                       f"`--sampler-ranks {least.sampler_ranks}{' --offload' * least.offload}`", at_once,
+                       f"{sum(plan.host.values()) / 1e9:.0f}", f"{sum(seconds.values()):.0f}"]
+                lines.append("| " + " | ".join(row) + " |")
+            world, gpu_gb = boards[0]
+            plan = make_plan(qwen(size), work, world, gpu_gb)
+            whole += ["", f"### {script.__name__}.py {name}, {world} x {gpu_gb} GB", "",
+                      *table(plan, seconds_of(qwen(size), work, world, plan.n_kept, RATES))]
+    return "\n".join(lines + whole) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--simulate", choices=QWEN)
+    parser.add_argument("--tables", action="store_true")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--layers", type=int, help="so many of the model's")
     parser.add_argument("--sampler-ranks", type=int, default=1)
@@ -289,6 +327,8 @@ def main():
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.tables:
+        return print(tables(), end="")
     if args.simulate:
         work = replace(FULL, offload=args.offload, sampler_ranks=args.sampler_ranks)
         config = qwen(args.simulate, args.layers)
