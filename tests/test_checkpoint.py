@@ -2,8 +2,6 @@
 optimizers, continued in memory; the files that lie there afterwards."""
 
 import json
-import multiprocessing
-import os
 import resource
 import shutil
 import threading
@@ -11,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import folder as folder_module
 from checkpoint import (Checkpoints, check_whole, load_sharded, local, numbered, own_rows, read_state, restore,
                         save_model)
-from common import Ranks, full, init_ranks, leave_ranks, make_optimizers, optimizer_step
+from common import Ranks, full, make_optimizers, optimizer_step
 from model import Model, ModelConfig
+from ranks import on_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 # sizes that neither two nor three ranks divide; with two rows of its key/value biases, one of three ranks holds none
@@ -239,24 +237,6 @@ def test_every_damage_is_named(tmp_path):
 
 # ---- several ranks
 
-def on_ranks(world, tmp_path, action, *args):
-    """action(ranks, *args) in `world` processes, which are forked: they need not import PyTorch again."""
-    def begin(rank):
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="x",
-                           MASTER_PORT="1")  # the processes meet at a file
-        dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / f"meet-{world}"), world), rank=rank,
-                                world_size=world)
-        action(init_ranks(1), *args)
-        leave_ranks()
-    processes = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(20)
-        process.kill()  # one that still waits for another
-    assert [process.exitcode for process in processes] == [0] * world
-
-
 def state_of(model, optimizers):
     """{name: whole tensor} of all weights and moments."""
     found = {name: full(x.detach()) for name, x in model.named_parameters()}
@@ -333,8 +313,8 @@ def test_any_number_of_ranks_goes_on_from_any_other(tmp_path):
         train(model, optimizers, range(3))
         save(tmp_path / name / "1", 3, model, optimizers, state={"skipped_in_a_row": 2})
         oracles[name] = state_of(model, optimizers)
-    on_ranks(2, tmp_path, load_and_save, tmp_path, 1, oracles)
-    on_ranks(3, tmp_path, load_and_save, tmp_path, 2, oracles)
+    on_ranks(2, lambda ranks: load_and_save(ranks, tmp_path, 1, oracles))
+    on_ranks(3, lambda ranks: load_and_save(ranks, tmp_path, 2, oracles))
     assert not list(tmp_path.rglob("*.tmp"))
     for world in (2, 3):
         for name, oracle in oracles.items():

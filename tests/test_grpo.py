@@ -33,8 +33,8 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
-TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-                    "num_key_value_heads": 1, "head_dim": 16}
+TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")

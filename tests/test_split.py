@@ -2,12 +2,9 @@
 one rank; every rank of a group against the others."""
 
 import json
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +19,12 @@ import evaluate  # noqa: E402
 import grpo  # noqa: E402
 import pages  # noqa: E402
 import sample  # noqa: E402
-from common import Ranks, init_ranks, leave_ranks, shard  # noqa: E402
+from common import Ranks, init_ranks, shard  # noqa: E402
 from data import toy  # noqa: E402
 from draw import Sampling  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from pages import affordable, page_bytes  # noqa: E402
+from ranks import on_ranks  # noqa: E402
 from sample import Sampler, filled_copy, make_split  # noqa: E402
 from split import Split  # noqa: E402
 from test_distill import flags, write_rows  # noqa: E402
@@ -121,35 +119,6 @@ CUT = Sampling(3, 8, 0.7, 0.9, seed=5)
 FEW_PAGES = dict(n_slots=12, page_size=2, prefill_tokens=30, n_pages=28)
 
 
-def on_ranks(n_ranks, n, check, timeout=60):
-    """Runs check(ranks, split) on n_ranks ranks, n together. Forked: importing PyTorch four times takes ten seconds."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-
-    def run(rank):
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_ranks,
-                "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in told.items()})
-        ranks = init_ranks(1, n)
-        check(ranks, make_split(ranks))
-        ranks.barrier()
-        leave_ranks()
-    leave_ranks()  # of another test's run
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(n_ranks)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + timeout
-    while any(p.is_alive() for p in processes) and all(p.exitcode in (0, None) for p in processes):
-        time.sleep(0.02)
-        if time.monotonic() > end:
-            break
-    for process in processes:  # those that wait for one that failed, or for each other
-        process.kill()
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * n_ranks
-
-
 def rollouts(model, ranks, how, n_pages=0, page_size=64, **options):
     """(tokens, log-probabilities, reason) of this rank's share of PROMPTS, and how many had to be put back."""
     kv_gb = n_pages * page_bytes(model.config, page_size, model.head_vd.dtype) / 1e9
@@ -184,7 +153,7 @@ def check_rollouts(ranks, split):
 @pytest.mark.parametrize("n_ranks, n", [(4, 2), (4, 4)])
 def test_split_rollouts_are_those_of_one_rank(n_ranks, n):
     """Oracle: the whole model's, on each rank. Two groups of two have a share of the prompts each."""
-    on_ranks(n_ranks, n, check_rollouts)
+    on_ranks(n_ranks, lambda ranks: check_rollouts(ranks, make_split(ranks)), n)
 
 
 def check_agreement(ranks, split):
@@ -229,7 +198,7 @@ def check_agreement(ranks, split):
 def test_the_ranks_of_a_group_agree():
     """Where they could differ, the first rank's draw and the least free memory hold, by construction: the others are
     made to draw other tokens, and to have less memory."""
-    on_ranks(2, 2, check_agreement)
+    on_ranks(2, lambda ranks: check_agreement(ranks, make_split(ranks)), 2)
 
 
 # ---- whole runs
