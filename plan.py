@@ -183,7 +183,7 @@ def sampler_parts(config, work, sizes, world):
     """The copy, and what filling it, a prefill or a draw takes besides. One process in float32 needs no copy."""
     D, F, _, _ = widths(config)
     whole = world == 1 and work.e == 4
-    filling = 0 if whole else 2 * work.e * sizes.embedding
+    filling = 0 if whole else work.e * sizes.embedding * (2 * (world > 1) + 1 / world)
     n = min(work.n, n_prompts(work, world) * work.prompt_tokens)
     prefill = n * work.e * (3 * F // work.sampler_ranks + 6 * D)
     draw = 12 * work.n_slots * config.vocab_size
@@ -206,7 +206,7 @@ def phases_of(config, work, sizes, world):
         found["score"] = [scoring | moments | parts for parts in score_moments(config, work, sizes, world)]
     found["update"] = [held | moments | parts for parts in update_moments(config, work, sizes, world)]
     found["optimizer"] = [held | moments | parts for parts in optimizer_moments(config, work, sizes, world)]
-    found["save"] = [held | moments | {"whole weights": 4 * sizes.embedding}]  # a tensor at a time
+    found["save"] = [held | moments | {"whole weights": 8 * sizes.embedding * (world > 1)}]  # a tensor, and as it comes
     return {phase: max(moments, key=lambda parts: sum(parts.values())) for phase, moments in found.items()}
 
 

@@ -150,14 +150,19 @@ def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
             model = Model(config).to(dtype)
         model.n_vocab, model.impl, model.gradient_checkpointing = n_vocab, impl, work.checkpointing
         return shard(model, ranks, work.dtype)
-    policy, reference = made(torch.float32), made(work.dtype).requires_grad_(False)
+    waits = work.offload and ranks.world == 1  # as in grpo.main: then the reference waits on the host; here it comes anew
+    policy, references = made(torch.float32), [made(work.dtype).requires_grad_(False) for _ in range(3)]
     cfg, tally, bytes_of = grpo.Config(model="-", data="-", kl_coef=1e-3), Tally(), {}
     live = Live()
+
+    def filled(model):
+        model.to_empty(device="cpu")
+        for x in model.parameters():
+            common.local(x.detach()).normal_(std=0.02)
+        return model
     with mode, live, torch.random.fork_rng():
-        for model in (policy, reference):
-            model.to_empty(device="cpu")
-            for x in model.parameters():
-                common.local(x.detach()).normal_(std=0.02)
+        filled(policy)
+        reference = filled(references.pop())
         optimizers = make_optimizers(policy, "adamw", 1e-6, (0.9, 0.999), 0.01, work.offload)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups] if work.triton else []:
             group["fused"] = True  # as on a GPU
@@ -169,16 +174,21 @@ def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
             return out
         phase("load", lambda: None)
         for _ in range(2):
+            reference = None if waits else reference
             before = live.now
             copy = phase("rollout", filled_copy, policy, work.dtype, Split(0, work.sampler_ranks))
             bytes_of["sampler's copy"] = live.now - before
             filling = bytes_of["rollout"]
-            phase("rollout", write, copy)
+            phase("rollout", write, live, copy)
             bytes_of["rollout"] = max(bytes_of["rollout"], filling)
             del copy
+            reference = filled(references.pop()) if waits else reference
             phase("score", grpo.score, reference, [mini_batch], 1.0, ranks.device)
+            reference = None if waits else reference
             phase("update", grpo.accumulate_gradients, cfg, ranks, policy, mini_batch, tally, True)
             phase("optimizer", optimizer_step, policy, optimizers, 1e-6, 1.0, 0.5)
+            # as checkpoint.own_weights does, but for the copies on the host
+            phase("save", lambda: [common.full(x.to(torch.float32)).nbytes for x in policy.parameters()])
     return bytes_of
 
 
@@ -228,16 +238,17 @@ def simulate(config, work, world):
                                       rollouts_of(2 * world, work, 1000))
     mini_batch.micros[:] = mini_batch.micros[:1] * 2  # a later one finds gradients there
     with fake_world(world) as fakes:
-        def write(copy):
+        def write(live, copy):
             n_prompts = -(-work.n_slots // work.group_size)
             with unset_fake_temporarily():
                 prompts = [[1 + i] * work.prompt_tokens for i in range(n_prompts)]
                 sampling = Sampling(n=work.group_size, max_new_tokens=work.new_tokens)
-                made = batch.Batch(copy, prompts, sampling, work.n_slots, work.kv_gb, work.n, graphs=False)
+                made = live.aside(batch.Batch)(copy, prompts, sampling, work.n_slots, work.kv_gb, work.n, graphs=False)
+            fake = live.aside(fakes.from_tensor)
             for memory in (made.pool.k, made.pool.v):
-                memory[:] = [fakes.from_tensor(x) for x in memory]
-            made.inputs.device = {name: fakes.from_tensor(x) for name, x in made.inputs.device.items()}
-            made.out_2b = fakes.from_tensor(made.out_2b)
+                memory[:] = [fake(x) for x in memory]
+            made.inputs.device = {name: fake(x) for name, x in made.inputs.device.items()}
+            made.out_2b = fake(made.out_2b)
             with torch.no_grad():
                 made.admit()
                 made.inputs.fill(made.slots, made.pages, {i: work.prompt_tokens for i in made.pages})
@@ -255,7 +266,7 @@ WORK = Work(micro_tokens=1024, longest=152, dtype=torch.float32, checkpointing=T
 
 def measure(config, work, ranks):
     """Bytes of each phase of a real step on this rank: small models only."""
-    def write(copy):
+    def write(live, copy):
         prompts = [[1 + i] * work.prompt_tokens for i in range(N_GROUPS)]
         sampling = Sampling(n=work.group_size, max_new_tokens=work.new_tokens)
         Sampler(copy, work.n_slots, work.kv_gb, work.n).generate(prompts, sampling)

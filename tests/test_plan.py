@@ -116,7 +116,8 @@ def test_a_real_step_holds_what_is_planned(no_group):
     for offload in (False, True):
         work = replace(memory.WORK, offload=offload)
         rows = memory.compared(config, work, 1, memory.measure(config, work, Ranks(0, 1, CPU)))
-        assert [part for part, *_ in rows] == ["load", "rollout", "sampler's copy", "score", "update", "optimizer"]
+        assert [part for part, *_ in rows] == ["load", "rollout", "sampler's copy", "score", "update", "optimizer",
+                                               "save"]
         assert all(0.9 < ratio < 1.1 for *_, ratio in rows), rows
 
 
