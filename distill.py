@@ -91,7 +91,7 @@ class Config:
     plan: bool = False  # print what the run takes of memory and time, and end; --model needs a config.json only
     gpus: int = 0  # of the plan; 0 = as many as torchrun has started
     gpu_gb: float = 0.0  # memory of each, in 10^9 bytes; 0 = what is free there, in a plan 80
-    rates: str = "400 2.5 300 40"  # of the plan, as a GPU attains them: TFLOP/s, memory TB/s, GB/s of NVLink and of the host link
+    rates: str = "400 2.5 300 40"  # of the plan's seconds: TFLOP/s, memory TB/s, GB/s of NVLink and of the host link
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
     wandb: str | None = None  # log to this project of Weights & Biases, too (needs the package wandb)
     tensorboard: bool = False  # log for TensorBoard, too (needs the package tensorboard)

@@ -96,7 +96,7 @@ class Config:
     max_norm: float = 1.0  # gradient clipping
     dtype: str = "bfloat16"  # of the computation, float32 or bfloat16; master weights and moments are float32
     gradient_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more time
-    offload: bool = False  # AdamW's moments, 8 bytes a parameter, wait in the host's memory; on one GPU the reference, too
+    offload: bool = False  # AdamW's moments, 8 bytes a parameter, wait on the host; on one GPU so does the reference
     batch_invariant: bool = False  # one order for every sum: mismatch becomes exactly 0; slower, needs a GPU
     micro_tokens: int = 12288  # packed tokens that one rank runs through the model at once
     n_slots: int = 256  # judgements that one rank writes at once, as far as their keys and values fit kv_gb
@@ -114,7 +114,7 @@ class Config:
     plan: bool = False  # print what the run takes of memory and time, and end; --model needs a config.json only
     gpus: int = 0  # of the plan; 0 = as many as torchrun has started
     gpu_gb: float = 0.0  # memory of each, in 10^9 bytes; 0 = what is free there, in a plan 80
-    rates: str = "400 2.5 300 40"  # of the plan, as a GPU attains them: TFLOP/s, memory TB/s, GB/s of NVLink and of the host link
+    rates: str = "400 2.5 300 40"  # of the plan's seconds: TFLOP/s, memory TB/s, GB/s of NVLink and of the host link
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
     wandb: str | None = None  # log to this project of Weights & Biases, too (needs the package wandb)
     tensorboard: bool = False  # log for TensorBoard, too (needs the package tensorboard)

@@ -158,8 +158,8 @@ def update_moments(config, work, sizes, world):
     backward = [
         {"whole weights": root + block_arrives, "activations": kept + stream,
          "logits": max(2 * head, head + logits + work.n * D * (4 + work.e))},
-        {"whole weights": root + block + block_arrives, "whole gradients": head + reduced * sizes.block + work.e * D * F,
-         "activations": kept + work.n * work.e * (2 * F + 2 * D)},
+        {"whole weights": root + block + block_arrives, "activations": kept + work.n * work.e * (2 * F + 2 * D),
+         "whole gradients": head + reduced * sizes.block + work.e * D * F},
         {"whole weights": root + block_arrives, "whole gradients": head + leaves * sizes.block,
          "activations": kept + 2 * stream},
         {"whole gradients": leaves * sizes.root, "activations": 2 * stream}]
@@ -168,7 +168,7 @@ def update_moments(config, work, sizes, world):
 
 
 def optimizer_moments(config, work, sizes, world):
-    """With --offload a block's moments, or the embedding's, are beside the weights; without a GPU AdamW is not fused."""
+    """With --offload a block's moments, or the embedding's, come beside the weights; on a CPU AdamW is not fused."""
     largest = max(sizes.block, sizes.embedding) / world
     parts = {"gradients": 4 * sizes.shard, "temporaries": 0 if work.triton else 8 * sizes.embedding / world}
     return [parts | {"moments": 8 * largest} if work.offload else parts]
@@ -211,12 +211,15 @@ def phases_of(config, work, sizes, world):
 
 
 def keys_and_values(config, work, world, free):
-    """(bytes for keys and values, tokens that they hold, bytes that one group of the longest judgements needs), of a
-    card with so many bytes left in the rollout; like the sampler it takes nine tenths of them, or --kv-gb."""
+    """Of a card with so many bytes left in the rollout: bytes for keys and values, tokens that they hold, and bytes
+    that one group of the longest judgements needs. Like the sampler it takes nine tenths of them, or --kv-gb."""
     one = page_bytes(Split(0, work.sampler_ranks).config(config), 1, work.dtype)
-    needed = one * (work.prompt_tokens + work.group_size * work.new_tokens)
     most = one * (work.n_slots * work.new_tokens + n_prompts(work, world) * work.prompt_tokens)
-    room = int(min(most, 1e9 * work.kv_gb or 0.9 * max(free, 0)))
+    if work.kv_gb:
+        room = needed = int(min(most, 1e9 * work.kv_gb))
+    else:
+        room = int(min(most, 0.9 * max(free, 0)))
+        needed = one * (work.prompt_tokens + min(work.n_slots, work.group_size) * work.new_tokens)
     return room, room // one, needed
 
 
@@ -251,22 +254,21 @@ class Plan:
 
 def make_plan(config, work, world, gpu_gb):
     """It fits if every phase does beside CONTEXT, the rollout with keys and values for one group of judgements, all of
-    the longest length: then no judgement waits for its own group."""
+    the longest length, so that none of them waits for another (or with --kv-gb, where that is given)."""
     if min(world, NODE) % work.sampler_ranks:
         raise ValueError(f"--sampler-ranks {work.sampler_ranks} does not divide the {min(world, NODE)} GPUs of a node")
     sizes = sizes_of(config, world, work.sampler_ranks)
-    phases, n_kept = phases_of(config, work, sizes, world), 0
+    phases, n_kept, context = phases_of(config, work, sizes, world), 0, CONTEXT * work.triton
     if work.prompt_tokens:
-        free = 1e9 * gpu_gb - CONTEXT - sum(phases["rollout"].values())
+        free = 1e9 * gpu_gb - context - sum(phases["rollout"].values())
         room, n_kept, needed = keys_and_values(config, work, world, free)
         phases["rollout"]["keys and values"] = max(room, needed)
-    peaks = {phase: CONTEXT * work.triton + sum(parts.values()) for phase, parts in phases.items()}
+    peaks = {phase: context + sum(parts.values()) for phase, parts in phases.items()}
     worst = max(peaks, key=lambda phase: (peaks[phase] > 1e9 * gpu_gb, phase != "rollout", peaks[phase]))
     fits = max(peaks.values()) <= 1e9 * gpu_gb
-    line = (f"{'fits' if fits else 'does not fit'}: {worst} takes {peaks[worst] / 1e9:.3g} GB of a GPU's {gpu_gb:.3g}, "
-            f"on {world}")
-    return Plan(phases, host_bytes(work, sizes, world), n_kept,
-                fits, line)
+    verdict = "fits" if fits else "does not fit"
+    line = f"{verdict}: {worst} takes {peaks[worst] / 1e9:.3g} of {gpu_gb:.3g} GB on each GPU, {world} in all"
+    return Plan(phases, host_bytes(work, sizes, world), n_kept, fits, line)
 
 
 def config_in(folder):
@@ -275,8 +277,8 @@ def config_in(folder):
 
 
 def check_fits(folder, work, ranks, gpu_gb):
-    """Before anything is loaded: ValueError, on all ranks, if the run would not fit gpu_gb, or, at 0, what is free on the
-    card that has least. A CPU has no such bound."""
+    """Before anything is loaded: ValueError, on all ranks, if the run would not fit gpu_gb, or, at 0, what is free on
+    the card that has least. A CPU has no such bound."""
     cuda = ranks.device.type == "cuda"
     if cuda and not gpu_gb:
         gpu_gb = min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[0])) / 1e9

@@ -13,7 +13,8 @@ def report(folder, work, gpus, gpu_gb, rates):
     """What --plan prints; gpus and gpu_gb as in the options."""
     config, world, gpu_gb = config_in(folder), gpus or rank_and_world()[1], gpu_gb or 80.0
     plan = make_plan(config, work, world, gpu_gb)
-    lines = [f"{plan.line}; {CONTEXT / 1e9:.0f} GB of it for CUDA and NCCL", "", *table(plan, seconds_of(config, work, world, plan.n_kept, rates)), ""]
+    seconds = seconds_of(config, work, world, plan.n_kept, rates)
+    lines = [f"{plan.line}; {CONTEXT / 1e9:.0f} GB of it for CUDA and NCCL", "", *table(plan, seconds), ""]
     if work.prompt_tokens:
         each = work.new_tokens + work.prompt_tokens / work.group_size
         lines.append(f"keys and values: {plan.n_kept:,} tokens, {int(plan.n_kept / each)} judgements of the longest "
@@ -64,8 +65,8 @@ def seconds_of(config, work, world, n_kept, rates):
 
     Prompts are taken to be a quarter of the longest, judgements (or chains) an eighth. Operations are forward_flops';
     forward and backward cost three times a forward pass, with checkpointing four times. Sharded weights arrive
-    meanwhile: the longer of the two counts. A decode step reads the copy and the keys of what it writes on; with several
-    sampler ranks it waits 10 us for each sum. AdamW moves 28 bytes a parameter, --offload 16 over the host link.
+    meanwhile: the longer of the two counts. A decode step reads the copy and the keys of what it writes on; with
+    several sampler ranks it waits 10 us for each sum. AdamW moves 28 bytes a parameter, --offload 16 over the host link.
     """
     flops, memory, nvlink, host = (rate * unit for rate, unit in zip(rates, (1e12, 1e12, 1e9, 1e9)))
     sizes = sizes_of(config, world, work.sampler_ranks)

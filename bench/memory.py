@@ -1,7 +1,7 @@
 """The plan's numbers (plan.py) against live tensors: of real steps on this CPU, and of a simulation at full size.
 
     python -m bench.memory                                three sizes, 1 and 2 ranks: rollout, score, update, optimizer
-    python -m bench.memory --simulate 32b --gpus 8        the real code on fake tensors, rank 0 of 8: no memory, no values
+    python -m bench.memory --simulate 32b --gpus 8        the real code on fake tensors, which have no memory: rank 0 of 8
     python -m bench.memory --tables                       the recipes' plans, as docs/memory.md has them
 
 What counts is the sum of all tensors' storages, operation by operation, not the process's memory. In the simulation the
@@ -150,7 +150,7 @@ def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
             model = Model(config).to(dtype)
         model.n_vocab, model.impl, model.gradient_checkpointing = n_vocab, impl, work.checkpointing
         return shard(model, ranks, work.dtype)
-    waits = work.offload and ranks.world == 1  # as in grpo.main: then the reference waits on the host; here it comes anew
+    waits = work.offload and ranks.world == 1  # the reference, on the host, as in grpo.main; here each time a new one
     policy, references = made(torch.float32), [made(work.dtype).requires_grad_(False) for _ in range(3)]
     cfg, tally, bytes_of = grpo.Config(model="-", data="-", kl_coef=1e-3), Tally(), {}
     live = Live()
@@ -293,14 +293,15 @@ def show(what, rows):
     print(f"{what:32} {'plan':>9} {'found':>9}  ratio   (GB)")
     for part, planned, found, ratio in rows:
         print(f"    {part:28} {planned:9.4f} {found:9.4f}  {ratio:.3f}")
-    print(json.dumps({"bench": "memory", "what": what, "rows": {part: [round(planned, 5), round(found, 5), round(ratio, 4)]
-                                                                for part, planned, found, ratio in rows}}), flush=True)
+    rounded = {part: [round(planned, 5), round(found, 5), round(ratio, 4)] for part, planned, found, ratio in rows}
+    print(json.dumps({"bench": "memory", "what": what, "rows": rounded}), flush=True)
 
 
 def tables():
     """The recipes' plans in Markdown, as docs/memory.md has them."""
-    lines = ["| recipe | GPUs | rollout | score | update | fits | least that fits | judgements at once | host, a node | seconds a step |",
-             "|---|---|--:|--:|--:|---|---|--:|--:|--:|"]
+    heads = ("recipe", "GPUs", "rollout", "score", "update", "fits", "least that fits", "judgements at once",
+             "host, a node", "seconds a step")
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|--:|--:|--:|---|---|--:|--:|--:|"]
     whole = []
     for script, names in ((grpo, GRPO_RECIPES), (distill, DISTILL_RECIPES)):
         for name, size in names.items():
@@ -348,9 +349,9 @@ def main():
         return
     if "RANK" not in os.environ:  # each number of ranks in processes of its own
         for world in args.ranks:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), "-m",
-                       "bench.memory", "--sizes", *args.sizes] + ["--offload"] * args.offload
-            subprocess.run(command, check=True)
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+            again = ["-m", "bench.memory", "--sizes", *args.sizes] + ["--offload"] * args.offload
+            subprocess.run(torchrun + again, check=True)
         return
     ranks = init_ranks()
     for size in args.sizes:

@@ -53,8 +53,8 @@ def test_sizes_by_hand():
 
 
 def test_phases_hold_what_they_need():
-    """Masters are 4 bytes a parameter over the ranks, moments 8, the reference 2. Gradients live in the update, the copy
-    in the rollout; with --offload moments are in no phase but the optimizer's step, and there a block's."""
+    """Masters are 4 bytes a parameter over the ranks, moments 8, the reference 2. Gradients live in the update, the
+    copy in the rollout; with --offload moments are in no phase but the optimizer's step, and there a block's."""
     config, P = memory.qwen("7b"), 7_615_616_512
     work = grpo.work_of(recipe(grpo, "qwen2.5-7b"))
     phases = phases_of(config, work, sizes_of(config, 8, 1), 8)
@@ -122,8 +122,8 @@ def test_a_real_step_holds_what_is_planned(no_group):
 
 
 def test_the_real_code_at_full_width_holds_what_is_planned(no_group):
-    """Oracle: FSDP2, the kernels' autograd functions, the optimizer and the sampler's copy of four layers of 14B, rank 0
-    of 8, on fake tensors."""
+    """Oracle: FSDP2, the kernels' autograd functions, the optimizer and the sampler's copy of four layers of 14B, rank
+    0 of 8, on fake tensors."""
     config, work = memory.qwen("14b", 4), replace(memory.FULL, n_slots=14, sampler_ranks=2, offload=True)
     rows = memory.compared(config, work, 8, memory.simulate(config, work, 8))
     assert all(0.9 < ratio < 1.1 for *_, ratio in rows), rows
@@ -153,7 +153,7 @@ def test_a_run_that_does_not_fit_stops_before_it_loads(tmp_path):
     work = memory.WORK
     check_fits(tmp_path, work, Ranks(0, 1, CPU), 0.0)
     check_fits(tmp_path, work, Ranks(0, 1, CPU), 1.0)
-    with pytest.raises(ValueError, match="does not fit: .* of a GPU's 0.001, on 1; --plan shows"):
+    with pytest.raises(ValueError, match="does not fit: .* of 0.001 GB on each GPU, 1 in all; --plan shows"):
         check_fits(tmp_path, work, Ranks(0, 1, CPU), 0.001)
 
 
