@@ -66,7 +66,8 @@ def seconds_of(config, work, world, n_kept, rates):
     Prompts are taken to be a quarter of the longest, judgements (or chains) an eighth. Operations are forward_flops';
     forward and backward cost three times a forward pass, with checkpointing four times. Sharded weights arrive
     meanwhile: the longer of the two counts. A decode step reads the copy and the keys of what it writes on; with
-    several sampler ranks it waits 10 us for each sum. AdamW moves 28 bytes a parameter, --offload 16 over the host link.
+    several sampler ranks it waits 10 us for each sum. AdamW moves 28 bytes a parameter; --offload 16 over the host
+    link.
     """
     flops, memory, nvlink, host = (rate * unit for rate, unit in zip(rates, (1e12, 1e12, 1e9, 1e9)))
     sizes = sizes_of(config, world, work.sampler_ranks)

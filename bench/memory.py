@@ -1,7 +1,7 @@
 """The plan's numbers (plan.py) against live tensors: of real steps on this CPU, and of a simulation at full size.
 
     python -m bench.memory                                three sizes, 1 and 2 ranks: rollout, score, update, optimizer
-    python -m bench.memory --simulate 32b --gpus 8        the real code on fake tensors, which have no memory: rank 0 of 8
+    python -m bench.memory --simulate 32b --gpus 8        the real code, rank 0 of 8, on tensors without memory
     python -m bench.memory --tables                       the recipes' plans, as docs/memory.md has them
 
 What counts is the sum of all tensors' storages, operation by operation, not the process's memory. In the simulation the
