@@ -247,9 +247,9 @@ class Batch:
             store(self.pool.k[layer], self.pool.v[layer], k_nkc, v_nkc, page_n, offset_n, self.model.impl)
             return attention(q_nhc, k_nkc, v_nkc, forest.segments_s3, self.model.impl)
         hidden_nd = self.model.run(forest.tokens_n, forest.positions_n, store_and_attend)
-        prompts_s3 = forest.segments_s3[forest.segments_s3[:, 2] < 0]
-        last_p = prompts_s3[:, 0] + prompts_s3[:, 1] - 1
-        for i, hidden_d in zip(stored, hidden_nd[last_p.to(self.device)]):
+        start_s, length_s, parent_s = forest.segments_s3.numpy().T
+        last_p = torch.from_numpy((start_s + length_s - 1)[parent_s < 0]).to(self.device)
+        for i, hidden_d in zip(stored, hidden_nd[last_p]):
             if i is not None:
                 self.hidden[i] = hidden_d.clone()  # not a view, which would keep all of the pack
 

@@ -147,7 +147,8 @@ def shard(model, ranks, compute_dtype):
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=own_dtype, cast_forward_inputs=False)
     for module in [*model.model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)
+        if ranks.world > 1:  # alone it would divide by 1, into memory of the root's whole gradient
+            module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     return model
 

@@ -41,7 +41,10 @@ from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut, note_verdicts
 from model import Model, ModelConfig, forward_flops, pack, tokens_seen
-from options import check_at_least, check_between, check_choice, check_sampler_ranks, check_training, parse_config
+from options import (check_at_least, check_between, check_choice, check_sampler_ranks, check_training, parse_config,
+                     rates_of)
+from plan import Work, check_fits
+from plan_table import report
 from prompt import load_prompt, prompt_path, prompt_to_keep, render
 from run import MAX_SKIPPED, NO_MATTER, Run
 from sample import Sampler, check_room, filled_copy, make_split
@@ -85,6 +88,10 @@ class Config:
     keep: int = 2  # of the checkpoints, so many of the newest stay; 0 = all
     keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
     seed: int = 42  # of the data order
+    plan: bool = False  # print what the run takes of memory and time, and end; --model needs a config.json only
+    gpus: int = 0  # of the plan; 0 = as many as torchrun has started
+    gpu_gb: float = 0.0  # memory of each, in 10^9 bytes; 0 = what is free there, in a plan 80
+    rates: str = "400 2.5 300 40"  # of the plan's seconds: TFLOP/s, memory TB/s, GB/s of NVLink and of the host link
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
     wandb: str | None = None  # log to this project of Weights & Biases, too (needs the package wandb)
     tensorboard: bool = False  # log for TensorBoard, too (needs the package tensorboard)
@@ -104,7 +111,9 @@ class Config:
 
 INSTRUCT = {"prompt": "instruct"}
 RECIPES = {  # what differs from the defaults
-    "qwen2.5-7b": INSTRUCT, "qwen2.5-14b": INSTRUCT | {"lr": 3e-6}, "qwen2.5-32b": INSTRUCT | {"lr": 2e-6},
+    "qwen2.5-7b": INSTRUCT, "qwen2.5-7b-one-gpu": INSTRUCT | {"offload": True},
+    "qwen2.5-14b": INSTRUCT | {"lr": 3e-6, "sampler_ranks": 2},
+    "qwen2.5-32b": INSTRUCT | {"lr": 2e-6, "sampler_ranks": 4, "offload": True},  # to fit 8 GPUs of 80 GB
     "toy": dict(model="runs/toy/untrained", data="runs/toy/data/distill.jsonl", prompt="toy", out="runs/toy/distill",
                 batch_size=32, max_length=1024, micro_tokens=16384, optimizer="muon", lr=5e-3, warmup_frac=0.08,
                 final_lr_frac=0.05, weight_decay=0.1, dtype="float32", gradient_checkpointing=False,
@@ -185,7 +194,19 @@ def make_embedded_default(folder, seed=0):
     shutil.copyfile(prompt_path("toy"), folder / "untrained" / "prompt.txt")
 
 
+def work_of(cfg):
+    """What of the options the plan asks for."""
+    prompt_tokens, new_tokens = (max(cfg.max_length - cfg.eval_tokens, 1), cfg.eval_tokens) if cfg.eval_data else (0, 0)
+    return Work(micro_tokens=cfg.micro_tokens, longest=cfg.max_length, dtype=getattr(torch, cfg.dtype),
+                checkpointing=cfg.gradient_checkpointing, offload=cfg.offload, reference=False,
+                sequences=cfg.batch_size, updates=1, group_size=1, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+                n_slots=cfg.n_slots, kv_gb=cfg.kv_gb, sampler_ranks=cfg.sampler_ranks)
+
+
 def main(cfg):
+    if cfg.plan:
+        print(report(cfg.model, work_of(cfg), cfg.gpus, cfg.gpu_gb, rates_of(cfg)))
+        return
     ranks = init_ranks(cfg.threads, cfg.sampler_ranks)
     run = Run(cfg, ranks, MAY_CHANGE)
     if ranks.main:
@@ -194,6 +215,7 @@ def main(cfg):
     ranks.barrier()
     check_folder(cfg.model)
     split = make_split(ranks, cfg.model)
+    check_fits(cfg.model, work_of(cfg), ranks, cfg.gpu_gb)
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     examples, pairs = read_examples(cfg, tokenizer, ranks)
     kept_prompt = prompt_to_keep(cfg.prompt, pairs, ranks.main)

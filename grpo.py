@@ -59,7 +59,10 @@ from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
 from model import Forest, forward_flops, pack, tokens_seen
-from options import check_at_least, check_between, check_sampler_ranks, check_training, parse_config, saved_options
+from options import (check_at_least, check_between, check_sampler_ranks, check_training, parse_config, rates_of,
+                     saved_options)
+from plan import Work, check_fits
+from plan_table import report
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
 from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run
@@ -93,7 +96,7 @@ class Config:
     max_norm: float = 1.0  # gradient clipping
     dtype: str = "bfloat16"  # of the computation, float32 or bfloat16; master weights and moments are float32
     gradient_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more time
-    offload: bool = False  # AdamW's moments, 8 bytes a parameter, stay in the host's memory between optimizer steps
+    offload: bool = False  # AdamW's moments, 8 bytes a parameter, wait on the host; on one GPU so does the reference
     batch_invariant: bool = False  # one order for every sum: mismatch becomes exactly 0; slower, needs a GPU
     micro_tokens: int = 12288  # packed tokens that one rank runs through the model at once
     n_slots: int = 256  # judgements that one rank writes at once, as far as their keys and values fit kv_gb
@@ -108,6 +111,10 @@ class Config:
     keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
     n_samples: int = 2  # rollouts decoded into samples.jsonl each step
     seed: int = 1  # of the data order and the rollouts
+    plan: bool = False  # print what the run takes of memory and time, and end; --model needs a config.json only
+    gpus: int = 0  # of the plan; 0 = as many as torchrun has started
+    gpu_gb: float = 0.0  # memory of each, in 10^9 bytes; 0 = what is free there, in a plan 80
+    rates: str = "400 2.5 300 40"  # of the plan's seconds: TFLOP/s, memory TB/s, GB/s of NVLink and of the host link
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
     wandb: str | None = None  # log to this project of Weights & Biases, too (needs the package wandb)
     tensorboard: bool = False  # log for TensorBoard, too (needs the package tensorboard)
@@ -125,10 +132,11 @@ class Config:
 
 
 THINKER = {"prompt": "reasoning"}
+OF_14B, OF_32B = {"sampler_ranks": 2}, {"sampler_ranks": 4, "offload": True}  # to fit 8 GPUs of 80 GB: docs/memory.md
 RECIPES = {  # what differs from the defaults
-    "qwen2.5-7b": {}, "deepseek-distill-7b": THINKER,
-    "qwen2.5-14b": {"lr": 7e-7}, "deepseek-distill-14b": THINKER,
-    "qwen2.5-32b": {"lr": 5e-7}, "deepseek-distill-32b": THINKER | {"lr": 8e-7},
+    "qwen2.5-7b": {}, "deepseek-distill-7b": THINKER, "qwen2.5-7b-one-gpu": {"offload": True},
+    "qwen2.5-14b": OF_14B | {"lr": 7e-7}, "deepseek-distill-14b": THINKER | OF_14B,
+    "qwen2.5-32b": OF_32B | {"lr": 5e-7}, "deepseek-distill-32b": THINKER | OF_32B | {"lr": 8e-7},
     "toy": dict(model="runs/toy/distill/model", data="runs/toy/data/rl.jsonl", out="runs/toy/grpo", n_prompts=64,
                 mini_prompts=32, steps=22, max_prompt_tokens=1024, max_new_tokens=64, skip_zero_spread=True, lr=3e-4,
                 warmup_steps=1, final_lr_frac=0.05, beta2=0.99, weight_decay=0.0, dtype="float32",
@@ -390,7 +398,19 @@ def sample_row(step, group, g, tokenizer):
             "reward": group.reward_g[g].item(), "advantage": group.advantage_g[g].item()}
 
 
+def work_of(cfg):
+    """What of the options the plan asks for."""
+    return Work(micro_tokens=cfg.micro_tokens, longest=cfg.max_prompt_tokens + cfg.max_new_tokens,
+                dtype=getattr(torch, cfg.dtype), checkpointing=cfg.gradient_checkpointing, offload=cfg.offload,
+                reference=cfg.kl_coef > 0, sequences=cfg.n_prompts, updates=cfg.n_prompts // cfg.mini_prompts,
+                group_size=cfg.group_size, prompt_tokens=cfg.max_prompt_tokens, new_tokens=cfg.max_new_tokens,
+                n_slots=cfg.n_slots, kv_gb=cfg.kv_gb, sampler_ranks=cfg.sampler_ranks)
+
+
 def main(cfg):
+    if cfg.plan:
+        print(report(cfg.model, work_of(cfg), cfg.gpus, cfg.gpu_gb, rates_of(cfg)))
+        return
     ranks, dtype = init_ranks(cfg.threads, cfg.sampler_ranks), getattr(torch, cfg.dtype)
     impl = model_impl(cfg.batch_invariant, ranks.device, dtype)
     run = Run(cfg, ranks, MAY_CHANGE)
@@ -402,6 +422,7 @@ def main(cfg):
         distill.main(distill.Config(**options))
     check_folder(cfg.model)
     split = make_split(ranks, cfg.model)
+    check_fits(cfg.model, work_of(cfg), ranks, cfg.gpu_gb)
     tokenizer = Tokenizer(cfg.model)
     prompt_name = prompt_of(cfg.model, cfg.prompt)
     prompt = load_prompt(prompt_name) if prompt_name else None
@@ -423,8 +444,9 @@ def main(cfg):
     if held_out:
         held_out.check(model, pairs)
     reference = None
+    waiting = "cpu" if cfg.offload and ranks.world == 1 else ranks.device  # one GPU has no room for it all the time
     if cfg.kl_coef:
-        reference = load_sharded(cfg.model, ranks, dtype, dtype).requires_grad_(False)
+        reference = load_sharded(cfg.model, ranks, dtype, dtype).requires_grad_(False).to(waiting)
         reference.impl = impl
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, cfg.offload)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
@@ -460,7 +482,9 @@ def main(cfg):
         mini_batches = [make_mini_batch(cfg, ranks, groups[first:first + cfg.mini_prompts])
                         for first in range(0, cfg.n_prompts, cfg.mini_prompts)]
         if reference:
+            reference.to(ranks.device)
             score(reference, mini_batches, cfg.temperature, ranks.device)
+            reference.to(waiting)
         score_s = time.perf_counter() - began
 
         # 3. updates: one optimizer step per mini-batch. After the first the policy is no longer the one that wrote the

@@ -13,6 +13,7 @@ from pathlib import Path
 from files import argument_parser, parse_json
 
 
+PLANNING = ("plan", "gpus", "gpu_gb", "rates")  # options of a training loop that are about its plan: no run's own
 LARGEST = 2**40  # of a whole number that has no bound of its own: what is larger is a slip of the keyboard
 
 
@@ -134,7 +135,7 @@ def check_choice(cfg, name, *choices):
 
 def check_training(cfg):
     """The options that both training loops have; ValueError names the one that cannot be."""
-    for name in ("model", "data"):
+    for name in ("model",) if cfg.plan else ("model", "data"):
         if not getattr(cfg, name):
             raise ValueError(f"{flag_of(name)} is missing: --model, a Hugging Face folder, and --data, a file, need "
                              "each other (without both: the generated task)")
@@ -151,12 +152,25 @@ def check_training(cfg):
     if not cfg.max_norm > 0:
         raise ValueError(f"--max-norm must be above 0 (inf does not clip), got {cfg.max_norm}")
     check_choice(cfg, "dtype", "float32", "bfloat16")
+    check_at_least(cfg, 0, "gpus", "gpu_gb")
+    rates_of(cfg)
     if cfg.resume:  # evaluation may be switched off by --eval-data alone
         return
     if cfg.eval_every not in (0, type(cfg).eval_every) and not cfg.eval_data:
         raise ValueError(f"--eval-every {cfg.eval_every} needs --eval-data, the pairs to judge")
     if cfg.keep_best and not (cfg.eval_data and cfg.eval_every):
         raise ValueError("--keep-best compares evaluations: it needs --eval-data and an --eval-every above 0")
+
+
+def rates_of(cfg):
+    """The numbers of --rates."""
+    try:
+        rates = [float(x) for x in cfg.rates.split()]
+    except ValueError:
+        rates = []
+    if len(rates) != 4 or not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"--rates are four numbers above 0 in one argument, got {cfg.rates!r}")
+    return rates
 
 
 def check_sampler_ranks(cfg, batch_invariant=False):

@@ -13,7 +13,7 @@ import torch
 
 from checkpoint import Checkpoints, check_whole, numbered, save_model
 from files import append, parse_json, refuse_file, write_records, write_whole
-from options import flag_of, saved_options
+from options import PLANNING, flag_of, saved_options
 from tracking import check_trackers, open_trackers
 
 MAX_SKIPPED = 3  # optimizer steps in a row without a finite loss and gradient, and the run ends
@@ -53,7 +53,7 @@ class Run:
         for name, value in options.items():
             # what an earlier version of a script did not have, its runs had at the default
             before = self.before[name] if name in self.before else getattr(type(self.config), name)
-            if name in ("resume", "out") or value == before:
+            if name in ("resume", "out", *PLANNING) or value == before:
                 continue
             if name not in may_change:
                 raise ValueError(f"{self.folder / 'config.json'}: the run was started with {flag_of(name)} {before}, "
@@ -83,6 +83,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / "config.json"
             options, start = dataclasses.asdict(self.config), {"command": sys.argv, **machine(self.ranks)}
+            options = {name: value for name, value in options.items() if name not in PLANNING}
             record = {"options": options, **start}
             if self.before is not None:
                 first = parse_json(file.read_bytes())

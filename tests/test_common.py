@@ -279,7 +279,8 @@ def test_flops_utilization_worked_by_hand(monkeypatch):
     assert flops_utilization(1e12, 1.0, Ranks(0, 1, torch.device("cpu"))) is None
 
 
-@pytest.mark.parametrize("given, left", [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x:1"}, "x:1"),
+@pytest.mark.parametrize("given, left", [({}, "expandable_segments:True,pinned_max_round_threshold_mb:1"),
+                                         ({"PYTORCH_ALLOC_CONF": "x:1"}, "x:1"),
                                          ({"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, None)])
 def test_what_a_user_says_of_the_allocator_stands(given, left, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):

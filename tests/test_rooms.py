@@ -26,13 +26,15 @@ MAY_IMPORT = {
     "run": "checkpoint files options tracking",
     "draw": "",
     "pages": "kernels",
+    "plan": "folder model pages split",
+    "plan_table": "model options pages plan split",
     "batch": "draw kernels model pages",
     "sample": "batch common draw files folder kernels model options pages split tokenizer",
     "judge": "common data draw files folder options prompt reward sample split tokenizer",
-    "distill": "checkpoint common data ending files folder judge model options prompt run sample tokenizer",
+    "distill": "checkpoint common data ending files folder judge model options plan plan_table prompt run sample tokenizer",
     # distill: stage 1 of the generated task
-    "grpo": "batch checkpoint common data distill draw ending files folder judge model options prompt reward run "
-            "sample tokenizer",
+    "grpo": "batch checkpoint common data distill draw ending files folder judge model options plan plan_table prompt "
+            "reward run sample tokenizer",
     "benchmarks": "data reward",
     "evaluate": "benchmarks common data ending files folder judge options sample",
     "report": "benchmarks data files options reward",
@@ -94,7 +96,7 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "batch", "draw", "pages", "model", "kernels", "tokenizer",
                        "reward", "data", "common", "checkpoint", "ending", "run", "options", "tracking", "prompt",
-                       "folder", "files", "split"}
+                       "folder", "files", "split", "plan", "plan_table"}
 
 
 def test_readme_counts_the_lines_as_they_are():
