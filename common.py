@@ -98,9 +98,10 @@ def init_ranks(threads=0, together=1):
     if threads:
         torch.set_num_threads(threads)
     # Before CUDA starts. Segments that grow: rollouts and updates ask for blocks of sizes that come once, and of what
-    # was freed in other sizes nothing would fit
+    # was freed in other sizes nothing would fit. And page-locked memory, --offload's, as it is asked for, not rounded up
+    # to a power of two
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:1")
     # split sums are added in float32: a decode step's products, of few rows, are split where the trainer's are not
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     rank, world = rank_and_world()
