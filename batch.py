@@ -73,7 +73,7 @@ class Batch:
         self.own_pages = pages_for(sampling.max_new_tokens, page_size)  # that a rollout may come to need
         prompt_pages = pages_for(longest_prompt, page_size)
         wanted = 1 + self.n_slots * self.own_pages + min(self.n_slots, len(prompts)) * prompt_pages
-        n_pages = min(wanted, affordable(model.config, dtype, self.device, kv_gb, longest_prompt,
+        n_pages = min(wanted, affordable(model.config, model.split, dtype, self.device, kv_gb, longest_prompt,
                                          sampling.max_new_tokens, page_size, self.work_bytes(dtype)))
         self.pool = Pool(model.config, n_pages, page_size, self.device, dtype)
         self.graphs = Graphs() if graphs and self.wants_graphs() else None
@@ -155,7 +155,8 @@ class Batch:
     def check_logits(self, hidden_1d):
         """ValueError if they are all equal: a norm of weights that are too large has overflowed."""
         row_v = logits(hidden_1d, self.model.head_vd, self.model.impl)[0]
-        if row_v.max() == row_v.min() and len(row_v) > 1:
+        largest, smallest = self.model.split.first(torch.stack([row_v.max(), row_v.min()]))
+        if largest == smallest and len(row_v) > 1:
             raise ValueError(f"{self.model.name}: its logits are all equal: {DAMAGED}")
         return True
 
@@ -295,7 +296,9 @@ class Batch:
         id_a, logp_a = choose(logits_av, uniform_a, how.temperature, how.top_p, how.top_k)
         if impl == "invariant" and how.top_k == 0 and how.top_p == 1:  # the trainer's own operation: equal bits
             logp_a, _ = linear_logp(hidden_ad, self.model.head_vd, id_a, how.temperature or 1.0, impl=impl)
-        return torch.stack([id_a.double(), logp_a.double()])
+        # of ranks that sample as one the first decides, or a rounding would part them; all they do besides is the same
+        # because it follows from the same prompts, settings and draws
+        return self.model.split.first(torch.stack([id_a.double(), logp_a.double()]))
 
     def record(self, slots, drawn):
         """Writes down what the slots have drawn, and ends the rollouts that end with it."""
@@ -347,6 +350,9 @@ class Graphs:
     """A step as CUDA graphs: one launch for all kernels of all layers, where Python would need 5 ms for 28 layers. One
     for each bucket of slots; the slots beyond those in use are computed, and nobody looks. They live as long as the
     batch, whose memory they hold: a bucket costs two steps without a graph and a capture each time.
+
+    Of ranks that sample as one the sums and the draw's broadcast are in them too: NCCL's calls can be captured, and all
+    ranks capture and replay the same buckets. (Untested: it takes two GPUs.)
 
     (They do not hold the batch itself: it would hold itself then, and keep its memory.)
     """

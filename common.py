@@ -1,4 +1,4 @@
-"""What the training loops share: ranks, micro-batches, optimizer and schedule, checkpoints.
+"""What the training loops share: ranks, micro-batches, optimizer and schedule.
 
 Nothing here knows what a pair, a rollout or a loss is.
 """
@@ -6,21 +6,18 @@ Nothing here knows what a pair, a rollout or a loss is.
 import atexit
 import dataclasses
 import gc
-import json
 import math
 import os
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from files import fail, parse_json, remove, whole
+from ending import watch
+from files import fail
 from options import rank_and_world
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
@@ -32,21 +29,23 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    together: int = 1  # so many consecutive ranks sample as one (--sampler-ranks): theirs is one share of the work
+    group: dist.ProcessGroup | None = None  # whose collectives these are; None = the one of all
 
     @property
     def main(self):
         return self.rank == 0
 
     @property
-    def loading_device(self):
-        """Where to load a model that will be sharded: no GPU needs to hold the whole of it."""
-        return self.device if self.world == 1 else torch.device("cpu")
+    def first(self):
+        """Of those that sample as one: the rank whose results count."""
+        return self.rank % self.together == 0
 
     def sum(self, x):
         """Sum of a tensor over the ranks."""
         if self.world > 1:
             x = x.clone()
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def gather(self, x):
@@ -54,12 +53,20 @@ class Ranks:
         if self.world == 1:
             return [x]
         out = [None] * self.world
-        dist.all_gather_object(out, x)
+        dist.all_gather_object(out, x, group=self.group)
         return out
+
+    def share(self, items):
+        """This rank's share of a list. Example, 4 ranks, two together: ranks 0 and 1 have items 0, 2, 4, ..."""
+        return items[self.rank // self.together::self.world // self.together]
+
+    def gather_shares(self, x):
+        """List of every share's Python object, in the shares' order."""
+        return self.gather(x if self.first else None)[::self.together]
 
     def barrier(self):
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def agree(self, action):
         """List of every rank's action(). A mistake (ValueError, OSError) of one is raised on all: none waits for it."""
@@ -68,8 +75,10 @@ class Ranks:
         result, error = None, None
         try:
             result = action()
-        except (ValueError, OSError) as e:
+        except OSError as e:
             error = e
+        except ValueError as e:
+            error = ValueError(str(e))  # its own kind may be one that cannot be sent
         answers = self.gather((result, error))
         for _, error in answers:
             if error is not None:
@@ -83,8 +92,9 @@ def interleave(shares):
     return [shares[i % n][i // n] for i in range(sum(map(len, shares)))]
 
 
-def init_ranks(threads=0):
-    """Joins torchrun's process group: nccl on GPUs, gloo on CPUs. threads: CPU threads, 0 = PyTorch's choice."""
+def init_ranks(threads=0, together=1):
+    """Joins torchrun's process group: nccl on GPUs, gloo on CPUs. threads: CPU threads, 0 = PyTorch's choice. together:
+    --sampler-ranks; ValueError where the ranks do not divide into so many."""
     if threads:
         torch.set_num_threads(threads)
     # Before CUDA starts. Segments that grow: rollouts and updates ask for blocks of sizes that come once, and of what
@@ -94,18 +104,23 @@ def init_ranks(threads=0):
     # split sums are added in float32: a decode step's products, of few rows, are split where the trainer's are not
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     rank, world = rank_and_world()
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if on_node % together:  # then it divides the world, too: torchrun has as many on every node
+        raise ValueError(f"--sampler-ranks {together} does not divide the {on_node} ranks of a node: give torchrun a "
+                         "--nproc_per_node that is a multiple of it, or take another number")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda and device.index >= torch.cuda.device_count():
         fail(f"process {device.index} has no GPU of its own; --nproc_per_node is at most {torch.cuda.device_count()}")
     if cuda:
         torch.cuda.set_device(device)
+    atexit.register(leave_ranks)
     if world > 1 and not dist.is_initialized():
         # ranks wait for each other's longest rollouts, and for rank 0 to write a checkpoint
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=4))
-    atexit.register(leave_ranks)
-    return Ranks(rank, world, device)
+        atexit.register(watch())
+    return Ranks(rank, world, device, together)
 
 
 def leave_ranks():
@@ -140,13 +155,6 @@ def shard(model, ranks, compute_dtype):
 def full(x):
     """The whole tensor on every rank, whether x is sharded or not."""
     return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-@torch.no_grad()
-def copy_weights(source, target):
-    """Copies a (sharded) model's weights into a whole one, tensor after tensor."""
-    for x, y in zip(source.parameters(), target.parameters(), strict=True):
-        y.copy_(full(x))
 
 
 def micro_batches(sizes, max_size, world):
@@ -224,8 +232,8 @@ class HostAdamW(torch.optim.AdamW):
 
 
 def local(x):
-    """This rank's rows of a sharded tensor, or the tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    """This rank's rows of a sharded tensor, or the tensor: to read, and to write in place."""
+    return (x.to_local() if isinstance(x, DTensor) else x).detach()
 
 
 def placed(x, memory):
@@ -301,88 +309,3 @@ def is_finite(model, probe):
     norm = float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)))
     model.zero_grad(set_to_none=True)
     return math.isfinite(norm)  # the norm is of all ranks: they take the same way from here
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def gathered(x, ranks, dtype=None):
-    """The whole tensor on rank 0's CPU, None elsewhere; every rank must ask for it."""
-    tensor = full(x.detach())
-    return tensor.to("cpu", dtype or x.dtype).contiguous() if ranks.main else None
-
-
-def save_model(folder, model, ranks, add_files, dtype=None):
-    """Writes an ordinary Hugging Face folder; add_files(folder) puts the tokenizer and the rest beside the weights.
-
-    Written to a temporary name and renamed: a folder that has its final name is whole.
-    """
-    weights = {name: gathered(x, ranks, dtype) for name, x in model.named_parameters()}
-    if ranks.main:
-        old = Path(f"{folder}.old")
-        with whole(folder) as temporary:
-            model.save_pretrained(temporary, weights)
-            add_files(temporary)
-            remove(old)
-            if Path(folder).exists():  # an older one makes room, and goes only when the new one is there
-                os.replace(folder, old)
-        remove(old)
-    ranks.barrier()
-
-
-def save_checkpoint(folder, model, optimizers, state, ranks, add_files):
-    """Everything that a run needs to go on: the model's folder, optimizer.safetensors and state.json (the dict
-    `state`).
-
-    Tensors are gathered, so that any number of ranks can resume. There is no random state to save: data order and
-    rollouts are functions of the run's seed and the step.
-    """
-    name_of = {x: name for name, x in model.named_parameters()}
-    moments = {}
-    for optimizer in optimizers:
-        for x, slots in optimizer.state.items():
-            for key, value in slots.items():
-                moments[f"{name_of[x]}/{key}"] = gathered(torch.as_tensor(value), ranks)
-
-    def add_state(temporary):
-        save_file(moments, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
-        add_files(temporary)
-    save_model(folder, model, ranks, add_state)
-
-
-def restore(folder, model, optimizers):
-    """Fills the optimizers from a checkpoint, sharding each moment like its weight; returns the steps done, and
-    how many optimizer steps in a row had been skipped.
-
-    The weights are not touched: Model.from_pretrained loads them from the same folder. ValueError if what is there is
-    damaged, or of another model or optimizer.
-    """
-    named = dict(model.named_parameters())
-    owner, wanted = {}, {}  # wanted: name of a moment -> its shape
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            owner |= dict.fromkeys(group["params"], optimizer)
-    for name, x in named.items():
-        wanted |= {f"{name}/{key}": [] if key == "step" else list(x.shape) for key in MOMENTS[type(owner[x])]}
-    try:
-        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
-            wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
-            if found and wrong:  # none at all: no step was made before it
-                raise ValueError(f"optimizer.safetensors is not of this model and optimizer, see {wrong[0]}")
-            for name in found:
-                weight_name, key = name.rsplit("/", 1)
-                weight, value = named[weight_name], file.get_tensor(name)
-                if value.ndim:
-                    value = value.to(weight.device)
-                    if isinstance(weight, DTensor):
-                        value = distribute_tensor(value, weight.device_mesh, weight.placements)
-                owner[weight].state[weight][key] = value
-        state = parse_json((folder / "state.json").read_bytes())
-        if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
-            raise ValueError("state.json has no step")
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{folder}: its optimizer.safetensors or state.json is damaged ({e}); with the folder moved "
-                         "away, --resume takes the checkpoint before") from None
-    return state["step"], state.get("skipped_in_a_row", 0)

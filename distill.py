@@ -31,18 +31,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpoint import load_sharded, restore, save_model
 from common import (Tally, flops_utilization, init_ranks, interleave, is_finite, learning_rate, make_optimizers,
-                    micro_batches, optimizer_step, restore, save_checkpoint, save_model, shard)
+                    micro_batches, optimizer_step)
 from data import toy
 from data.pairs import read_chains, without_equal_answers
+from ending import asked_to_stop, together
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut, note_verdicts
 from model import Model, ModelConfig, forward_flops, pack, tokens_seen
-from options import check_at_least, check_between, check_choice, check_training, parse_config
+from options import check_at_least, check_between, check_choice, check_sampler_ranks, check_training, parse_config
 from prompt import load_prompt, prompt_path, prompt_to_keep, render
 from run import MAX_SKIPPED, NO_MATTER, Run
-from sample import Sampler, check_room, refresh, whole_model
+from sample import Sampler, check_room, filled_copy, make_split
 from tokenizer import Tokenizer
 
 
@@ -77,8 +79,10 @@ class Config:
     n_slots: int = 256  # judgements that one rank writes at once there, as far as their keys and values fit kv_gb
     kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
     eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
+    sampler_ranks: int = 1  # so many GPUs of a node write together, a part of the model on each: 1, 2, 4 or 8
     n_samples: int = 4  # judgements of an evaluation that samples.jsonl keeps
     save_every: int = 20  # steps between checkpoints, 0 = none
+    keep: int = 2  # of the checkpoints, so many of the newest stay; 0 = all
     keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
     seed: int = 42  # of the data order
     threads: int = 0  # CPU threads, 0 = PyTorch's choice
@@ -88,6 +92,7 @@ class Config:
 
     def __post_init__(self):
         check_training(self)
+        check_sampler_ranks(self)
         check_at_least(self, 2, "max_length")  # a token of the prompt, one of the judgement
         check_at_least(self, 1, "batch_size", "epochs", "eval_tokens", "n_slots")
         check_at_least(self, 0, "max_steps", "kv_gb")
@@ -106,8 +111,8 @@ RECIPES = {  # what differs from the defaults
                 eval_data="runs/toy/data/heldout.jsonl", eval_tokens=128, save_every=200, seed=0),
 }
 SCHEDULE = "its learning rates are those of a run of the new length"
-MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "n_slots": "", "kv_gb": "", "eager": "", "epochs": SCHEDULE,
-                          "max_steps": SCHEDULE}  # on --resume, and what then
+MAY_CHANGE = NO_MATTER | {"eval_tokens": "", "n_slots": "", "kv_gb": "", "eager": "", "sampler_ranks": "",
+                          "epochs": SCHEDULE, "max_steps": SCHEDULE}  # on --resume, and what then
 
 
 @dataclass(frozen=True)
@@ -181,13 +186,14 @@ def make_embedded_default(folder, seed=0):
 
 
 def main(cfg):
-    ranks = init_ranks(cfg.threads)
+    ranks = init_ranks(cfg.threads, cfg.sampler_ranks)
     run = Run(cfg, ranks, MAY_CHANGE)
     if ranks.main:
         if cfg.model == RECIPES["toy"]["model"] and not Path(cfg.model, "prompt.txt").exists():  # it is written last
             make_embedded_default(Path(cfg.model).parent)
     ranks.barrier()
     check_folder(cfg.model)
+    split = make_split(ranks, cfg.model)
     tokenizer, dtype = Tokenizer(cfg.model), getattr(torch, cfg.dtype)
     examples, pairs = read_examples(cfg, tokenizer, ranks)
     kept_prompt = prompt_to_keep(cfg.prompt, pairs, ranks.main)
@@ -200,13 +206,12 @@ def main(cfg):
         held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, asked and load_prompt(asked), cfg.eval_tokens, tokenizer,
                            ranks)
 
-    model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
+    model = load_sharded(run.weights(), ranks, torch.float32, dtype)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     check_context(model, [len(e.ids) for e in examples], "chains (see --max-length)", ranks.main)
     if held_out:
         held_out.check(model, pairs)
-        check_room(model, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.eval_tokens)
-    model = shard(model, ranks, dtype)
+        check_room(model.config, split, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.eval_tokens)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay,
                                  cfg.offload)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
@@ -214,7 +219,7 @@ def main(cfg):
     if not is_finite(model, probe):
         raise ValueError(f"{run.checkpoint or cfg.model}: its log-probabilities are not finite: take other weights")
     run.begin(first_step, n_steps)
-    sampler = None  # from the first evaluation on
+    sampler = Sampler(None, cfg.n_slots, cfg.kv_gb, cfg.micro_tokens, graphs=not cfg.eager)
 
     def add_files(folder):
         tokenizer.save(folder)
@@ -255,28 +260,34 @@ def main(cfg):
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)
         if evaluates and not dead:
-            sampler = sampler or Sampler(whole_model(model, dtype), cfg.n_slots, cfg.kv_gb, cfg.micro_tokens,
-                                         graphs=not cfg.eager)
-            refresh(sampler.model, model)
+            sampler.model = filled_copy(model, dtype, split)
             scores, records = held_out.judge(sampler, bar)
+            sampler.model = None  # the copy is let go: the training needs its memory
             row |= scores
             for record in records[:cfg.n_samples]:
                 run.row("samples.jsonl", {"step": done, **record})
         run.row("metrics.jsonl", row)
         bar.set_postfix(loss=f"{means['loss']:.3f}", tok_s=f"{row['train_tok_s']:.0f}")
+        run.checkpoints.check()
         if n_in_a_row == MAX_SKIPPED:
-            run.stop(f"loss or gradient were not finite in {n_in_a_row} steps in a row")
+            run.stop(f"loss or gradient were not finite in {n_in_a_row} steps in a row",
+                     [{"step": done, "prompt": tokenizer.decode(e.ids[:e.n_prompt], skip_control=False),
+                       "judgement": tokenizer.decode(e.ids[e.n_prompt:], skip_control=False)} for e in batch])
         if dead:
             run.stop("its model gives no finite log-probabilities or gradient any more")
 
         run.keep_if_best(row, model, add_files, dtype)
-        if saves and cfg.save_every:
-            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
-                            {"step": done, "skipped_in_a_row": n_in_a_row}, ranks, add_files)
+        leaves = done < n_steps and any(ranks.gather(asked_to_stop()))
+        if leaves or saves and cfg.save_every:
+            run.checkpoints.save(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
+        if leaves:
+            run.leave(done)
+            return
+    run.checkpoints.wait()
     save_model(run.folder / "model", model, ranks, add_files, dtype)
     run.close()
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), together(until_saved=True):
         main(parse_config(Config, RECIPES, embedded="toy"))

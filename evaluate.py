@@ -4,6 +4,7 @@
     python evaluate.py --model DIR --data heldout.jsonl --votes 8 --temperature 1 --out runs/eval
     python evaluate.py --from eval/result/RM-R1-Qwen2.5-Instruct-32B --out runs/rescored      scores recorded outputs
     torchrun --nproc_per_node 8 evaluate.py ...                                               the pairs shared out
+    torchrun --nproc_per_node 8 evaluate.py --sampler-ranks 4 ...          in two shares, the model split over 4 GPUs
 
 Each pair is judged once, greedily, in a seeded A/B order that is recorded; a missing verdict is wrong. Written into
 --out: pairs.jsonl (as they were shown), judgements.jsonl (every vote's text), scores.json (all that is printed).
@@ -28,11 +29,13 @@ from benchmarks import scores
 from benchmarks.records import read_benchmark, read_recorded
 from common import init_ranks
 from data.pairs import SWAPPED, note_one_label, read_pairs, swapped, write_pairs
-from files import one_line_errors, refuse_file, write_records, write_whole
+from ending import together
+from files import check_settings, one_line_errors, refuse_file, write_records, write_whole
 from folder import read_json
-from judge import (check_judging, check_settings, encode_all, judge_file, judge_settings, judged, key_of, load_judge,
-                   prompt_for, refuse_others)
-from options import check_choice, flag_of, parse_config
+from judge import (check_judging, encode_all, judge_file, judge_settings, judged, key_of, load_judge, prompt_for,
+                   refuse_others)
+from options import check_choice, check_sampler_ranks, flag_of, parse_config
+from sample import make_split
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Config:
     n_slots: int = 64  # judgements written at once, as far as their keys and values fit kv_gb
     kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
     eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
+    sampler_ranks: int = 1  # so many GPUs of a node write together, a part of the model on each: 1, 2, 4 or 8
     seed: int = 0  # of the sampling, and of the A/B order where a source has chosen and rejected
     device: str = "auto"  # cpu, cuda, or auto
     dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU
@@ -66,6 +70,7 @@ class Config:
 
     def __post_init__(self):
         check_judging(self)
+        check_sampler_ranks(self, self.batch_invariant)
         check_choice(self, "order", "balanced", "published")
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         others = [name for name in changed if name not in ("from_", "out", "skip_bad", "threads")]
@@ -110,11 +115,11 @@ def read_all(cfg):
     return pairs
 
 
-def judge_all(cfg, pairs, out, ranks):
+def judge_all(cfg, pairs, out, ranks, split):
     """Judges what out/judgements.jsonl does not hold yet; returns all records (on rank 0), what made them, and the
     sampler's statistics."""
     refuse_pairs(out)
-    judge = load_judge(cfg, budgets_of(cfg))
+    judge = load_judge(cfg, budgets_of(cfg), split)
     settings = judge_settings(cfg, judge) | {"order": cfg.order}
     file = out / "judgements.jsonl"
     exchanged = [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs] if cfg.swap else []
@@ -236,9 +241,10 @@ def evaluate_models(cfg, ranks):
         note_one_label([pair.winner for pair in pairs], cfg.data or "the pairs")
     for folder in cfg.model:
         prompt_for(folder, cfg.prompt)  # what is wrong is told before hours of judging with another model
+    split = make_split(ranks, *cfg.model)
     for folder, name, out in places(cfg.model, cfg.out):
         began = time.perf_counter()
-        records, settings, stats = judge_all(replace(cfg, model=folder), pairs, out, ranks)
+        records, settings, stats = judge_all(replace(cfg, model=folder), pairs, out, ranks, split)
         if ranks.main:
             session = {"wall_s": time.perf_counter() - began, **stats}  # of rank 0, since this start
             results.append(write_scores(out, name, records, settings, {"session": session}))
@@ -270,7 +276,7 @@ def main(cfg):
         cfg = replace(cfg, model=("runs/toy/grpo/model",), data="runs/toy/data/heldout.jsonl")
         if not Path(cfg.model[0]).exists():
             raise ValueError(f"{cfg.model[0]}: is not there; python grpo.py makes it, or give --model and --data")
-    ranks = init_ranks(cfg.threads)
+    ranks = init_ranks(cfg.threads, cfg.sampler_ranks)
     if cfg.from_ and ranks.world > 1:
         raise ValueError("--from needs one process: start it with python, not torchrun")
     results = score_recorded(cfg) if cfg.from_ else evaluate_models(cfg, ranks)
@@ -280,5 +286,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), together():
         main(parse_config(Config))

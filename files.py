@@ -120,6 +120,18 @@ def parse_json(data):
     raise NotJson(line, f"malformed JSON, {words} at column {column}")
 
 
+def check_settings(file, text, settings):
+    """ValueError if the JSON text of a file's settings is of others than these."""
+    try:
+        before = dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: does not begin with a judging run's settings; choose another --out") from None
+    for name in settings | before:
+        if settings.get(name) != before.get(name):
+            raise ValueError(f"{file}: was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}; go on "
+                             "with the same settings, or choose another --out")
+
+
 def refuse_existing(path):
     """Before a file is written: nothing that is there already is overwritten, and its folder can be one."""
     if Path(path).is_dir():

@@ -1,13 +1,17 @@
 """A model's Hugging Face folder: what must be in it, and its weights. What is wrong is said by name.
 
-What we would compute wrongly is refused, not guessed at.
+What we would compute wrongly is refused, not guessed at. The files that hold a model are written here, too.
 """
 
+import json
+import struct
+import zlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from files import NotJson, parse_json
 
@@ -100,39 +104,128 @@ def weight_files(path):
 ONE_MODEL = "take config.json and weights of one model"
 
 
-def load_weights(model, path, device, dtype):
-    """Fills a meta-device model, tensor after tensor; missing, unexpected or mis-shaped ones by name."""
+def whole(name, shape):
+    """load_weights' part_of: all of a tensor."""
+    return ()
+
+
+@torch.no_grad()
+def load_weights(model, path, device, dtype, part_of=whole, shapes=None):
+    """Fills a model that has no memory, or the shards of one that has, tensor after tensor, cast as they come; missing,
+    unexpected or mis-shaped ones by name.
+
+    part_of(name, shape): the slices of a tensor's axes that this process keeps, and nothing else of it is read; shapes:
+    the whole tensors', if the model does not know them. Files are mapped: their pages count as the process's, but the
+    system may drop them at any time.
+    """
     files = weight_files(path)
     wanted = dict(model.named_parameters())
+    shapes = shapes or {name: x.shape for name, x in wanted.items()}
     seen = set()
     head = None  # some tied checkpoints carry the head as well, as a copy of the embedding
     for file in files:
         with opened(path / file) as shard:
             for name in shard.keys():
-                tensor = shard.get_tensor(name)
+                tensor = shard.get_slice(name)
                 if name == "lm_head.weight" and model.config.tie_word_embeddings:
                     head = tensor
                     continue
-                check_tensor(f"{path / file}", name, tensor, wanted, seen)
-                owner, leaf = name.rsplit(".", 1)
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+                check_tensor(f"{path / file}", name, tensor, shapes, seen)
+                part = tensor[part_of(name, tensor.get_shape())]
+                if wanted[name].is_meta:
+                    owner, leaf = name.rsplit(".", 1)
+                    setattr(model.get_submodule(owner), leaf, nn.Parameter(part.to(device, dtype)))
+                else:
+                    wanted[name].to_local().copy_(part)
                 seen.add(name)
     if missing := sorted(set(wanted) - seen):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{path}: tensor {missing[0]}{more} is missing from {', '.join(files)}; {ONE_MODEL}")
-    if head is not None and not torch.equal(head.to(device, dtype), model.model.embed_tokens.weight):
+    if head is not None and not is_embedding(head, model.model.embed_tokens.weight, part_of):
         raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
 
 
-def check_tensor(where, name, tensor, wanted, seen):
+def is_embedding(head, embedding, part_of):
+    """Are the head's numbers those of the embedding, or of this process's part of it?"""
+    part = head[part_of("model.embed_tokens.weight", head.get_shape())]
+    own = embedding.to_local() if isinstance(embedding, DTensor) else embedding
+    return part.shape == own.shape and torch.equal(part.to(own.device, own.dtype), own)
+
+
+def check_tensor(where, name, tensor, shapes, seen):
     """ValueError unless the tensor is wanted, new, and of the shape that the config gives it."""
     if name in seen:
         raise ValueError(f"{where}: second copy of tensor {name}")
-    if name not in wanted:
+    if name not in shapes:
         raise ValueError(f"{where}: unexpected tensor {name}; {ONE_MODEL}")
-    if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
-        raise ValueError(f"{where}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the config needs floating "
-                         f"point {tuple(wanted[name].shape)}; {ONE_MODEL}")
+    dtype, shape, config_shape = tensor.get_dtype(), tuple(tensor.get_shape()), tuple(shapes[name])
+    if shape != config_shape or "F" not in dtype:
+        raise ValueError(f"{where}: tensor {name} is {dtype} {shape}, the config needs floating point {config_shape}; "
+                         f"{ONE_MODEL}")
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+MAX_FILE_BYTES = 5 * 10**9  # of a file of weights, but for a tensor that is larger
+CHUNK_BYTES = 2**24  # what is written, or read, at once
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def split_files(sizes):
+    """{file: [tensors]} for {tensor: bytes}, in their order, as transformers names them."""
+    shares, room = [[]], MAX_FILE_BYTES
+    for name, n_bytes in sizes.items():
+        if shares[-1] and n_bytes > room:
+            shares.append([])
+            room = MAX_FILE_BYTES
+        shares[-1].append(name)
+        room -= n_bytes
+    if len(shares) == 1:
+        return {"model.safetensors": shares[0]}
+    return {f"model-{i:05}-of-{len(shares):05}.safetensors": names for i, names in enumerate(shares, 1)}
+
+
+def write_tensors(file, tensors, metadata=None):
+    """Writes a safetensors file and returns its checksum. metadata: {text: text} for its header.
+
+    Not by the library's save_file: that holds Python's lock for seconds, in which a loop that goes on meanwhile could
+    launch nothing, and the checksum would be another pass.
+    """
+    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    checksum = 0
+    try:
+        with open(file, "wb") as out:
+            for data in (struct.pack("<Q", len(text)) + text, *map(bytes_of, tensors.values())):
+                for start in range(0, len(data), CHUNK_BYTES):
+                    chunk = data[start:start + CHUNK_BYTES]
+                    checksum = zlib.crc32(chunk, checksum)
+                    out.write(chunk)
+    except OSError as e:  # Python does not say which file a full disk has cut
+        raise OSError(e.errno, e.strerror, str(file)) from None
+    return checksum
+
+
+def bytes_of(tensor):
+    """A tensor's bytes, not copied if it is contiguous and on the host."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def checksum_of(file):
+    """A file's, as write_tensors has it: CRC-32, which every change of up to 32 bits in a row changes."""
+    checksum = 0
+    with open(file, "rb") as data:
+        while chunk := data.read(CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+# --------------------------------------------------------------------------------------------------------- the config
 
 
 def check_config(raw, refuse):

@@ -49,19 +49,21 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from batch import Rollout
+from checkpoint import load_sharded, restore, save_model
 from common import (Tally, flops_utilization, init_ranks, interleave, is_finite, learning_rate, make_optimizers,
-                    micro_batches, optimizer_step, restore, save_checkpoint, save_model, shard)
+                    micro_batches, optimizer_step)
 from data.pairs import Pair, note_one_label, read_pairs, without_equal_answers
 from draw import Sampling
+from ending import Interrupted, asked_to_stop, leave_if_asked, together
 from files import one_line_errors
 from folder import check_context, check_folder
 from judge import HeldOut
-from model import Forest, Model, forward_flops, pack, tokens_seen
-from options import check_at_least, check_between, check_training, parse_config, saved_options
+from model import Forest, forward_flops, pack, tokens_seen
+from options import check_at_least, check_between, check_sampler_ranks, check_training, parse_config, saved_options
 from prompt import load_prompt, prompt_of, prompt_path, prompt_to_keep, render
 from reward import reward, training_verdict
 from run import MAX_SKIPPED, NO_MATTER, ROUNDING, Run
-from sample import Sampler, check_room, model_impl, refresh, whole_model
+from sample import Sampler, check_room, filled_copy, make_split, model_impl
 from tokenizer import Tokenizer
 
 
@@ -97,10 +99,12 @@ class Config:
     n_slots: int = 256  # judgements that one rank writes at once, as far as their keys and values fit kv_gb
     kv_gb: float = 0.0  # GB of keys and values of what is written at once; 0 = what is free
     eager: bool = False  # on a GPU, write without CUDA graphs: slower, to look for a fault
+    sampler_ranks: int = 1  # so many GPUs of a node write together, a part of the model on each: 1, 2, 4 or 8
     eval_data: str | None = None  # pairs to judge every eval_every steps
     eval_pairs: int = 200  # how many of them
     eval_every: int = 10  # steps between evaluations; the last step always evaluates; 0 = only then
     save_every: int = 10  # steps between checkpoints, 0 = none
+    keep: int = 2  # of the checkpoints, so many of the newest stay; 0 = all
     keep_best: bool = False  # keep the model with the best eval_accuracy in best/, too
     n_samples: int = 2  # rollouts decoded into samples.jsonl each step
     seed: int = 1  # of the data order and the rollouts
@@ -111,6 +115,7 @@ class Config:
 
     def __post_init__(self):
         check_training(self)
+        check_sampler_ranks(self, self.batch_invariant)
         check_between(self, 1e-3, 100, "temperature")
         check_between(self, 2, 1024, "group_size")  # a judgement is measured against its siblings
         check_at_least(self, 1, "n_prompts", "mini_prompts", "max_new_tokens", "max_prompt_tokens", "n_slots")
@@ -132,7 +137,7 @@ RECIPES = {  # what differs from the defaults
 }
 MAY_CHANGE = NO_MATTER | {  # on --resume, and what then
     "steps": "with a --final-lr-frac below 1, its learning rates are those of a run of the new length",
-    **dict.fromkeys(("n_slots", "kv_gb", "eager"), f"without --batch-invariant {ROUNDING}"),
+    **dict.fromkeys(("n_slots", "kv_gb", "eager", "sampler_ranks"), f"without --batch-invariant {ROUNDING}"),
 }
 
 
@@ -215,12 +220,19 @@ def steps_pairs(pairs, step, n_prompts, seed):
 
 def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks, bar=None):
     """The step's groups in the pairs' order. Every rank samples its share of the pairs, reads what it has written and
-    pays for it; all get all groups."""
+    pays for it; all get all groups. None if a rank was asked to stop meanwhile."""
     # the seed counts the steps: a pair that comes again in a later pass must not get the same random numbers
     sampling = Sampling(cfg.group_size, cfg.max_new_tokens, cfg.temperature, stop=tokenizer.stop_ids,
                         seed=1_000_003 * cfg.seed + step)
-    mine = pairs[ranks.rank::ranks.world]
-    written = sampler.generate([prompts[pair.id].tolist() for pair in mine], sampling, bar=bar)
+    mine = ranks.share(pairs)
+    # ranks that sample as one wait for each other in every step: none may leave alone
+    look = leave_if_asked if ranks.together == 1 else None
+    try:
+        written = sampler.generate([prompts[pair.id].tolist() for pair in mine], sampling, look, bar)
+    except Interrupted:
+        written = []
+    if any(ranks.gather(asked_to_stop())):
+        return None
     share = []
     for pair, rollouts in zip(mine, written):
         texts = [tokenizer.decode(r.ids) for r in rollouts]
@@ -229,7 +241,7 @@ def rollout(cfg, sampler, tokenizer, pairs, prompts, step, ranks, bar=None):
         arrays = [replace(r, ids=np.array(r.ids, np.int32), logps=np.array(r.logps, np.float32)) for r in rollouts]
         share.append((arrays, verdicts, rewards))
 
-    rollouts, verdicts, rewards = zip(*interleave(ranks.gather(share)))
+    rollouts, verdicts, rewards = zip(*interleave(ranks.gather_shares(share)))
     reward_pg = torch.tensor(rewards)
     advantage_pg = advantages(reward_pg)
     return [Group(pair, prompts[pair.id], rollouts[i], verdicts[i], reward_pg[i], advantage_pg[i])
@@ -379,7 +391,7 @@ def sample_row(step, group, g, tokenizer):
 
 
 def main(cfg):
-    ranks, dtype = init_ranks(cfg.threads), getattr(torch, cfg.dtype)
+    ranks, dtype = init_ranks(cfg.threads, cfg.sampler_ranks), getattr(torch, cfg.dtype)
     impl = model_impl(cfg.batch_invariant, ranks.device, dtype)
     run = Run(cfg, ranks, MAY_CHANGE)
     if cfg.model == RECIPES["toy"]["model"] and not Path(cfg.model).exists():  # the task begins with its first stage
@@ -389,6 +401,7 @@ def main(cfg):
             options = saved_options(distill.Config, options["out"]) | {"resume": True}
         distill.main(distill.Config(**options))
     check_folder(cfg.model)
+    split = make_split(ranks, cfg.model)
     tokenizer = Tokenizer(cfg.model)
     prompt_name = prompt_of(cfg.model, cfg.prompt)
     prompt = load_prompt(prompt_name) if prompt_name else None
@@ -404,25 +417,22 @@ def main(cfg):
         held_out = HeldOut(cfg.eval_data, cfg.eval_pairs, asked and load_prompt(asked), cfg.max_new_tokens, tokenizer,
                            ranks)
 
-    model = Model.from_pretrained(run.checkpoint or cfg.model, ranks.loading_device, torch.float32)
+    model = load_sharded(run.weights(), ranks, torch.float32, dtype)
     model.name, model.impl, model.gradient_checkpointing = f"{cfg.out}, its policy", impl, cfg.gradient_checkpointing
     check_context(model, [len(prompts[pair.id]) for pair in pairs], "prompts (see --max-prompt-tokens)", ranks.main)
     if held_out:
         held_out.check(model, pairs)
-    model = shard(model, ranks, dtype)  # before the reference is loaded: two whole models need not fit
     reference = None
     if cfg.kl_coef:
-        reference = Model.from_pretrained(cfg.model, ranks.loading_device, dtype).requires_grad_(False)
+        reference = load_sharded(cfg.model, ranks, dtype, dtype).requires_grad_(False)
         reference.impl = impl
-        reference = shard(reference, ranks, dtype)
     optimizers = make_optimizers(model, "adamw", cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, cfg.offload)
     first_step, n_in_a_row = restore(run.checkpoint, model, optimizers) if run.checkpoint else (0, 0)
     run.begin(first_step, n_steps)
-    sampler = Sampler(whole_model(model, dtype), cfg.n_slots, cfg.kv_gb, cfg.micro_tokens, graphs=not cfg.eager)
+    sampler = Sampler(None, cfg.n_slots, cfg.kv_gb, cfg.micro_tokens, graphs=not cfg.eager)
 
-    check_room(model, dtype, ranks.device, cfg.kv_gb, prompts.values(), cfg.max_new_tokens)
-    if held_out:
-        check_room(model, dtype, ranks.device, cfg.kv_gb, held_out.prompts, cfg.max_new_tokens)
+    to_read = [*prompts.values(), *(held_out.prompts if held_out else [])]
+    check_room(model.config, split, dtype, ranks.device, cfg.kv_gb, to_read, cfg.max_new_tokens)
 
     def add_files(folder):
         tokenizer.save(folder)
@@ -434,10 +444,15 @@ def main(cfg):
     for step in bar:
         # 1. rollouts: the current policy writes G judgements of each pair, and their verdicts are paid
         began = time.perf_counter()
-        refresh(sampler.model, model)
+        sampler.model = filled_copy(model, dtype, split)
         sampler.reset_stats()
         step_pairs = steps_pairs(pairs, step, cfg.n_prompts, cfg.seed)
         groups = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks, bar)
+        sampler.model = None  # the copy is let go: the updates need its memory
+        if groups is None:  # the weights are the last step's: this one is made again on --resume
+            run.checkpoints.save(step, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
+            run.leave(step)
+            return
         rollout_s = time.perf_counter() - began
 
         # 2. score: the reference reads all of them
@@ -455,9 +470,10 @@ def main(cfg):
         for name in ("loss", "entropy", "kl", "clip_frac", "mismatch"):
             tally.add(name, 0.0, 0)  # null in the log if no group is trained on
         norms, mismatches = [], []  # of each optimizer step; of each micro-batch before the first of them
-        n_trained, n_skipped, flops = 0, 0, 0.0
+        n_tried, n_trained, n_skipped, flops = 0, 0, 0, 0.0
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
         for mini_batch in mini_batches:
+            n_tried += cfg.mini_prompts
             # the count of the loss, once; its sum follows from every micro-batch
             tally.add("loss", 0.0, mini_batch.n_tokens if ranks.main else 0)
             if not mini_batch.micros:  # no group has anything to say: no optimizer step
@@ -490,8 +506,9 @@ def main(cfg):
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0
         dead = (evaluates or saves) and not is_finite(model, probe)
         if evaluates and not dead:
-            refresh(sampler.model, model)
+            sampler.model = filled_copy(model, dtype, split)
             scores, _ = held_out.judge(sampler, bar)
+            sampler.model = None
             row |= scores
         run.row("metrics.jsonl", row)
         for group in groups[:cfg.n_samples]:
@@ -499,19 +516,26 @@ def main(cfg):
         bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", tokens=f"{row['judgement_tok']:.0f}",
                         kl=f"{row['kl'] or 0:.3f}", prefill=f"{row['prefill_tok_s']:.0f}/s",
                         decode=f"{row['decode_tok_s']:.0f}/s")
+        run.checkpoints.check()
         if n_in_a_row == MAX_SKIPPED:
-            run.stop(f"loss or gradient were not finite in {n_in_a_row} optimizer steps in a row")
+            last = groups[n_tried - cfg.mini_prompts:n_tried]
+            run.stop(f"loss or gradient were not finite in {n_in_a_row} optimizer steps in a row",
+                     [sample_row(done, group, g, tokenizer) for group in last for g in range(cfg.group_size)])
         if dead:
             run.stop("its policy gives no finite log-probabilities or gradient any more")
 
         run.keep_if_best(row, model, add_files, dtype)
-        if saves and cfg.save_every:
-            save_checkpoint(run.folder / f"checkpoints/step-{done}", model, optimizers,
-                            {"step": done, "skipped_in_a_row": n_in_a_row}, ranks, add_files)
+        leaves = done < n_steps and any(ranks.gather(asked_to_stop()))
+        if leaves or saves and cfg.save_every:
+            run.checkpoints.save(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
+        if leaves:
+            run.leave(done)
+            return
+    run.checkpoints.wait()
     save_model(run.folder / "model", model, ranks, add_files, dtype)
     run.close()
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), together(until_saved=True):
         main(parse_config(Config, RECIPES, embedded="toy"))

@@ -21,12 +21,13 @@ from tqdm import tqdm
 from common import Ranks
 from data.pairs import SWAPPED, Pair, note_one_label, read_pairs
 from draw import Sampling, prompt_key
-from files import append, fail, one_line_errors, refuse_existing, write_records, write_whole
+from files import append, check_settings, fail, one_line_errors, refuse_existing, write_records, write_whole
 from folder import check_context, check_folder
 from options import check_at_least, check_between, flag_of, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
 from reward import benchmark_verdict, majority, training_verdict
 from sample import Sampler, check_model, check_options, load_model, sampling_of
+from split import Split
 from tokenizer import StreamDecoder, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- one pair
@@ -89,7 +90,7 @@ class HeldOut:
         self.all_pairs = [pair for pair in read_pairs(path) if pair.winner is not None][:n_pairs]
         if not self.all_pairs:
             raise ValueError(f"{path}: no labelled pairs to evaluate on")
-        self.pairs = self.all_pairs[ranks.rank::ranks.world]  # this rank's
+        self.pairs = ranks.share(self.all_pairs)  # this rank's
         self.prompts = [tokenizer.chat(render(prompt, pair)) for pair in self.pairs]
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop=tokenizer.stop_ids)
         self.prompt, self.tokenizer, self.ranks = prompt, tokenizer, ranks
@@ -108,7 +109,7 @@ class HeldOut:
         began = time.perf_counter()
         judge = Judge(sampler, self.tokenizer, self.prompt, self.sampling)
         mine = [record for _, record in judge.judge(self.pairs, prompts=self.prompts, bar=bar)]
-        records = [record for share in self.ranks.gather(mine) for record in share]
+        records = [record for share in self.ranks.gather_shares(mine) for record in share]
         metrics = {"eval_accuracy": accuracy(records)}
         for domain in sorted({record["domain"] for record in records if record["domain"]}):
             metrics[f"eval_accuracy_{domain}"] = accuracy([r for r in records if r["domain"] == domain])
@@ -181,18 +182,6 @@ class JudgementFile:
         self.partial.unlink()
 
 
-def check_settings(file, text, settings):
-    """ValueError if the JSON text of a file's settings is of others than these."""
-    try:
-        before = dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise ValueError(f"{file}: does not begin with a judging run's settings; choose another --out") from None
-    for name in settings | before:
-        if settings.get(name) != before.get(name):
-            raise ValueError(f"{file}: was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}; go on "
-                             "with the same settings, or choose another --out")
-
-
 def judged(file, lines, first=1):
     """{(id, prompt hash): record} of judgement lines; `first` is the number of the first one."""
     done = {}
@@ -257,10 +246,10 @@ def judge_file(judge, encoded, out, settings, ranks=ALONE, begin=lambda: None):
         refuse_others(file.partial, file.done, set(keys))
         begin()
     done = ranks.gather(set(file.done) if ranks.main else None)[0]  # rank 0's
-    todo = [item for item, key in zip(encoded, keys) if key not in done][ranks.rank::ranks.world]
-    n_done = len(keys[ranks.rank::ranks.world]) - len(todo)
+    todo = ranks.share([item for item, key in zip(encoded, keys) if key not in done])
+    n_done = len(ranks.share(keys)) - len(todo)
     share = Path(f"{out}.partial.{ranks.rank}")
-    if ranks.world > 1:
+    if ranks.world > 1 and ranks.first:
         share.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     bar = tqdm(total=n_done + len(todo), initial=n_done, desc="judge", unit="pair", disable=not ranks.main)
     n_now = 0
@@ -268,7 +257,7 @@ def judge_file(judge, encoded, out, settings, ranks=ALONE, begin=lambda: None):
         for _, record in judge.judge([pair for pair, _ in todo], prompts=[ids for _, ids in todo], bar=bar):
             if ranks.world == 1:
                 file.add(record)
-            else:
+            elif ranks.first:
                 append(share, record)
             bar.update()
             n_now += 1
@@ -344,12 +333,12 @@ def check_judging(cfg):
         raise ValueError("--votes above 1 needs a --temperature above 0: greedy votes are all the same")
 
 
-def load_judge(cfg, budgets=()):
+def load_judge(cfg, budgets=(), split=Split()):
     """The Judge that a script's options describe (this script's Config or evaluate.py's)."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     prompt = prompt_for(cfg.model, cfg.prompt)
-    model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant)
+    model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant, split)
     sampling = sampling_of(cfg, cfg.votes, tokenizer)
     return Judge(Sampler(model, cfg.n_slots, cfg.kv_gb, graphs=not cfg.eager), tokenizer, prompt, sampling, budgets)
 
@@ -366,13 +355,18 @@ def prompt_for(folder, given):
 
 def judge_settings(cfg, judge):
     """What a judgements file depends on: it may only be continued with the same."""
-    files = sorted(Path(cfg.model).glob("*.safetensors"))
-    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    settings = {"model": str(Path(cfg.model).resolve()), "weights": weights, "prompt": asdict(judge.prompt),
+    settings = {"model": str(Path(cfg.model).resolve()), "weights": weights_in(cfg.model),
+                "prompt": asdict(judge.prompt),
                 "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
     for name in ("votes", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "batch_invariant"):
         settings[name] = getattr(cfg, name)
     return settings | {"budgets": list(judge.budgets)} if judge.budgets else settings
+
+
+def weights_in(folder):
+    """What tells that a model's files are still the same: name, bytes and time of each."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def texts_from_options(cfg):

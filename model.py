@@ -5,7 +5,8 @@
     model(forest, scored_m)                    log-probability and entropy of chosen tokens: training; see Forest
     model(forest)                              hidden_nd, the states behind them
     model.run(tokens_n, positions_n, attend)   the same blocks with the caller's attention: prefill and decoding
-    model.save_pretrained(path)                config.json + model.safetensors, which transformers loads
+    Model(config, Split(rank, n, group))       one of n ranks' part of it, for sampling
+    model.save_pretrained(path)                config.json and safetensors, which transformers loads
 
 Parameter names are Hugging Face's, so loading is a strict match of names and shapes. Every config field that changes
 the mathematics is honoured or refused by name. Norms, rotary angles and softmax are float32 or wider whatever the
@@ -18,18 +19,19 @@ F width of the MLP, V vocabulary, L layers.
 import functools
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import whole, write_whole
-from folder import check_config, load_weights, n_tokens, read_json, show
+from folder import check_config, load_weights, n_tokens, read_json, show, split_files, write_tensors
 from kernels import add_rms_norm, attention, linear, linear_logp, logits, rms_norm, rope, swiglu, wide
+from split import Split
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -231,17 +233,19 @@ def forward_flops(config, n_tokens, n_scored, n_seen=0):
 
 
 class Model(nn.Module):
-    def __init__(self, config):
-        """PyTorch's own initial weights, which are no Qwen's: use from_pretrained or random."""
+    def __init__(self, config, split=Split()):
+        """PyTorch's own initial weights, which are no Qwen's: use from_pretrained or random. config: the whole model's;
+        with a split, its part's is kept."""
         super().__init__()
-        self.config = config
+        config = split.config(config)
+        self.config, self.split = config, split
         self.n_vocab = config.vocab_size  # rows of the head from here on are padding, see from_pretrained
         self.name = "the model"  # for errors: the folder it comes from
         self.impl = None  # which kernels compute it: see kernels/; "invariant" makes the sampler's bits the trainer's
         self.gradient_checkpointing = False  # recompute blocks in the backward pass: activations of one at a time
         self.model = nn.ModuleDict({  # named as in the checkpoints: model.layers.0.self_attn.q_proj.weight
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList(Block(config, split) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
@@ -314,37 +318,59 @@ class Model(nn.Module):
         return model.to(device, dtype)
 
     @staticmethod
-    def from_pretrained(path, device="cpu", dtype=torch.float32):
-        """Loads a Hugging Face folder. Tensor after tensor, so the peak is the model and its largest tensor."""
-        path = Path(path)
-        config = ModelConfig.from_dict(read_json(path / "config.json"), path / "config.json")
-        with torch.device("meta"):  # shapes without memory: each weight is allocated when its tensor has been read
-            model = Model(config)
-        model.name, model.n_vocab = str(path), n_tokens(path, config.vocab_size)
-        load_weights(model, path, device, dtype)
+    def from_pretrained(path, device="cpu", dtype=torch.float32, split=Split()):
+        """Loads a Hugging Face folder, or this rank's part. Tensor after tensor, so the peak is the model and its
+        largest tensor."""
+        model, whole = Model.on_meta(path, split), Model.on_meta(path)
+        load_weights(model, Path(path), device, dtype, split.part, {n: x.shape for n, x in whole.named_parameters()})
         return model
 
-    def save_pretrained(self, path, state=None):
-        """Writes config.json and model.safetensors into `path`; `state` replaces the model's own tensors (by name)."""
-        state = {name: x.detach().contiguous() for name, x in (state or self.state_dict()).items()}
-        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    @staticmethod
+    def on_meta(path, split=Split()):
+        """The model of a Hugging Face folder: shapes without memory, to be filled by folder.load_weights."""
         path = Path(path)
+        config = ModelConfig.from_dict(read_json(path / "config.json"), path / "config.json")
+        with torch.device("meta"):
+            model = Model(config, split)
+        model.name, model.n_vocab = str(path), n_tokens(path, config.vocab_size)
+        return model
+
+    def save_pretrained(self, path):
+        """Writes config.json and the weights into `path`, in files of folder.MAX_FILE_BYTES at most."""
+        path, weights = Path(path), dict(self.named_parameters())
         path.mkdir(parents=True, exist_ok=True)
+        files = split_files({name: x.nbytes for name, x in weights.items()})
+        with ExitStack() as stack:  # a disk that is full leaves the folder as it was
+            for file, names in files.items():
+                temporary = stack.enter_context(whole(path / file))
+                write_tensors(temporary, {name: weights[name] for name in names})
+            self.save_config(path, next(iter(weights.values())).dtype, files)
+        for file in path.glob("model*.safetensors"):  # of a model that was here before
+            if file.name not in files:
+                file.unlink()
+
+    def save_config(self, path, dtype, files):
+        """Writes config.json for weights of this dtype, and the index if several files hold them: {file: [tensors]}."""
         # transformers 5 writes "dtype", older ones "torch_dtype"; both read both
         spelling = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
-        with whole(path / "model.safetensors") as temporary:  # a disk that is full leaves the folder as it was
-            save_file(state, temporary, metadata={"format": "pt"})
-            write_whole(path / "config.json", json.dumps(self.config.raw | {spelling: dtype}, indent=2))
-        (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded model that was here before
+        config = self.config.raw | {spelling: str(dtype).removeprefix("torch.")}
+        write_whole(path / "config.json", json.dumps(config, indent=2))
+        index = path / "model.safetensors.index.json"
+        if len(files) == 1:
+            index.unlink(missing_ok=True)
+            return
+        n_bytes = sum(x.numel() for x in self.parameters()) * dtype.itemsize
+        weight_map = {name: file for file, names in files.items() for name in names}
+        write_whole(index, json.dumps({"metadata": {"total_size": n_bytes}, "weight_map": weight_map}, indent=2))
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, split):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, split)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, split)
 
     def forward(self, x_nd, cos_nc, sin_nc, attend, layer, impl):
         # pre-norm: what a layer computes is added to x, which itself is never normed. The sum and the next norm are one
@@ -356,10 +382,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, split):
         super().__init__()
         D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.H, self.K, self.C = H, K, C
+        self.H, self.K, self.C, self.split = H, K, C, split
         # biases on q, k and v are Qwen2's own; Qwen3 norms q and k instead, and has none unless attention_bias is set
         self.q_proj = nn.Linear(D, H * C, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, K * C, bias=config.qkv_bias)
@@ -392,7 +418,8 @@ class Attention(nn.Module):
             q_nhc = self.rotated(q_nhc, self.q_norm, cos_nc, sin_nc, impl)
             k_nkc = self.rotated(k_nkc, self.k_norm, cos_nc, sin_nc, impl)
         out_nhc = attend(layer, q_nhc, k_nkc, v_nkc)
-        return linear(out_nhc.flatten(1), self.o_proj.weight, self.o_proj.bias, impl)
+        bias_d = self.o_proj.bias if self.split.rank == 0 else None  # of the sum, once
+        return self.split.sum(linear(out_nhc.flatten(1), self.o_proj.weight, bias_d, impl))
 
     def rotated(self, x_nhc, norm, cos_nc, sin_nc, impl):
         """Qwen3 norms each head's channels first; Qwen2 has no such norm."""
@@ -402,8 +429,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, split):
         super().__init__()
+        self.split = split
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -418,7 +446,7 @@ class MLP(nn.Module):
         else:
             gate_nf = linear(x_nd, self.gate_proj.weight, None, impl)
             up_nf = linear(x_nd, self.up_proj.weight, None, impl)
-        return linear(swiglu(gate_nf, up_nf, impl), self.down_proj.weight, None, impl)
+        return self.split.sum(linear(swiglu(gate_nf, up_nf, impl), self.down_proj.weight, None, impl))
 
 
 def _join(parameters):

@@ -70,6 +70,8 @@ def saved_options(cls, folder):
         fits &= "resumed" not in record or isinstance(record["resumed"], list)
     except (ValueError, KeyError, TypeError, AttributeError):
         fits = False
+    if fits and "keep" in types:
+        options = {"keep": 0} | options  # a run from before there was --keep kept all, and goes on to
     if not fits:
         raise ValueError(f"{file}: is not the config.json of a run of this script and version; it cannot be resumed")
     return options
@@ -137,7 +139,7 @@ def check_training(cfg):
             raise ValueError(f"{flag_of(name)} is missing: --model, a Hugging Face folder, and --data, a file, need "
                              "each other (without both: the generated task)")
     check_at_least(cfg, 1, "micro_tokens", "eval_pairs")
-    check_at_least(cfg, 0, "lr", "weight_decay", "eval_every", "n_samples", "save_every")
+    check_at_least(cfg, 0, "lr", "weight_decay", "eval_every", "n_samples", "save_every", "keep")
     if cfg.lr == 0:
         raise ValueError("--lr must be above 0: at 0 nothing is learned")
     check_between(cfg, 0, 1, "final_lr_frac")
@@ -155,6 +157,14 @@ def check_training(cfg):
         raise ValueError(f"--eval-every {cfg.eval_every} needs --eval-data, the pairs to judge")
     if cfg.keep_best and not (cfg.eval_data and cfg.eval_every):
         raise ValueError("--keep-best compares evaluations: it needs --eval-data and an --eval-every above 0")
+
+
+def check_sampler_ranks(cfg, batch_invariant=False):
+    if cfg.sampler_ranks not in (1, 2, 4, 8):
+        raise ValueError(f"--sampler-ranks is 1, 2, 4 or 8, got {cfg.sampler_ranks}")
+    if cfg.sampler_ranks > 1 and batch_invariant:
+        raise ValueError("--batch-invariant and --sampler-ranks above 1 do not go together: ranks that sample as one "
+                         "sum a layer in parts, the trainer in one, so their bits differ")
 
 
 def rank_and_world():

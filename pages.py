@@ -79,12 +79,12 @@ def page_bytes(config, page_size, dtype):
     return page_size * per_token
 
 
-def affordable(config, dtype, device, kv_gb, longest_prompt, max_new_tokens, page_size, work_bytes=0):
-    """The number of pages that the bound allows: kv_gb, or what is free now less what a step needs to work. ValueError
-    if one rollout may need more."""
+def affordable(config, split, dtype, device, kv_gb, longest_prompt, max_new_tokens, page_size, work_bytes=0):
+    """The number of pages that the bound allows: kv_gb, or what is free now, on the rank that has least, less what a
+    step needs to work. ValueError if one rollout may need more. config: of the part that each rank computes."""
     least = 1 + pages_for(longest_prompt, page_size) + pages_for(max_new_tokens, page_size)  # 1: the bin
     one = page_bytes(config, page_size, dtype)
-    allowed = 1e9 * kv_gb if kv_gb else free_bytes(device) - work_bytes
+    allowed = 1e9 * kv_gb if kv_gb else split.least(free_bytes(device), device) - work_bytes
     if allowed < least * one:
         bound = f"--kv-gb {kv_gb:g}" if kv_gb else f"the {allowed / 1e9:.3g} GB that are free for keys and values"
         raise ValueError(f"{bound}: one rollout of {max_new_tokens} tokens after the longest prompt, {longest_prompt}, "

@@ -5,6 +5,10 @@ A prompt is a text file of sections, each introduced by a line of its own: [syst
 [user multi-turn] must hold {conversation_a} and {conversation_b}. Everything else is literal, other braces and
 bracketed lines too; blank lines around a section are dropped.
 
+A file whose first line is [exact] keeps every section to the byte: all between its header line and the line break
+before the next header (or at the end of the file), blank lines too. In such a file a line that begins with a backslash
+loses it, so that a text can hold the line [user]. prompt_file writes files of this kind.
+
 A pair is single-turn if its prompt is one user message, after a system message or not, and each answer is one message.
 Then the question is the user's text; with a system message it is both, as lines "System: ..." and "User: ...", since
 the answers were written under that system message and cannot be judged without it. Every other pair is shown as two
@@ -20,6 +24,8 @@ PROMPTS = Path(__file__).parent / "data" / "prompts"
 PLACEHOLDERS = {"system": set(), "user": {"question", "answer_a", "answer_b"},
                 "user multi-turn": {"conversation_a", "conversation_b"}}
 PLACEHOLDER = re.compile(r"\{(question|answer_a|answer_b|conversation_a|conversation_b)\}")
+HEADER = r"^\[(system|user|user multi-turn)\][ \t]*$"
+EXACT = "[exact]\n"    # no older file begins so: text before the first section was refused
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,13 @@ def load_prompt(name_or_path):
         known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
         raise ValueError(f"{path}: no such prompt file: give one of {known}, or the path of your own .txt file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: byte {e.start} is not UTF-8: convert the file") from None
-    before, *parts = re.split(r"^\[(system|user|user multi-turn)\][ \t]*$", text, flags=re.MULTILINE)
-    names, texts = parts[::2], [part.strip("\r\n") for part in parts[1::2]]
+    exact = text.startswith(EXACT)
+    text = text.removeprefix(EXACT) if exact else text.replace("\r\n", "\n").replace("\r", "\n")
+    before, *parts = re.split(HEADER, text, flags=re.MULTILINE)
+    names, texts = parts[::2], [_exact(part) if exact else part.strip("\n") for part in parts[1::2]]
     sections = dict(zip(names, texts))
     faults = ["text before the first section"] if before.strip() else []
     faults += ["no section [user]"] if "user" not in sections else []
@@ -116,6 +124,22 @@ def load_prompt(name_or_path):
     return Prompt(str(name_or_path), sections.get("system"), sections["user"], sections.get("user multi-turn"))
 
 
+def _exact(part):
+    """A section's text in a file that keeps it to the byte; `part` goes from the end of its header to the next."""
+    return re.sub(r"^\\", "", part.removeprefix("\n").removesuffix("\n"), flags=re.MULTILINE)
+
+
+def prompt_file(prompt):
+    """The text of a file that holds a prompt: what load_prompt reads from it is equal to the byte."""
+    text = EXACT
+    sections = {"system": prompt.system, "user": prompt.user, "user multi-turn": prompt.user_multi_turn}
+    for name, body in sections.items():
+        if body is not None:
+            escaped = re.sub(rf"(?=^\\|{HEADER})", r"\\", body, flags=re.MULTILINE)
+            text += f"[{name}]\n{escaped}\n"
+    return text
+
+
 def render(prompt, pair):
     """The chat messages that show pair to the judge. A ready-made pair (pair.rendered) is returned as it is."""
     if pair.rendered is not None:
@@ -125,7 +149,7 @@ def render(prompt, pair):
                          f"pairs such as {pair.id} to the model")
     answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
                for answer in (pair.answer_a, pair.answer_b)]
-    if [m["role"] for m in pair.prompt] in (["user"], ["system", "user"]) and len(answers[0]) == len(answers[1]) == 1:
+    if is_single_turn(pair):
         question = pair.prompt[0]["content"] if len(pair.prompt) == 1 else _dialogue(pair.prompt, "")
         template, (a, b) = prompt.user, [answer[0]["content"] for answer in answers]
         values = {"question": question, "answer_a": a, "answer_b": b}
@@ -137,6 +161,12 @@ def render(prompt, pair):
     # One pass over the template only: an answer that spells a placeholder stays as it is.
     user = {"role": "user", "content": PLACEHOLDER.sub(lambda match: values[match[1]], template)}
     return [user] if prompt.system is None else [{"role": "system", "content": prompt.system}, user]
+
+
+def is_single_turn(pair):
+    """Is this pair (not a ready-made one) shown as a question and two answers, or as two conversations?"""
+    one_message = all(isinstance(answer, str) or len(answer) == 1 for answer in (pair.answer_a, pair.answer_b))
+    return one_message and [m["role"] for m in pair.prompt] in (["user"], ["system", "user"])
 
 
 def _dialogue(messages, side):

@@ -21,7 +21,11 @@ class Judgement:
     solution: str | None
     evaluation: str | None
     verdict: str | None       # "a" or "b", by training_verdict
-    well_formed: bool         # a chain of rubrics, complete; never true without a verdict
+    fault: str | None         # the first that keeps it from being a whole chain of rubrics; never None without verdict
+
+    @property
+    def well_formed(self):
+        return self.fault is None
 
 
 # ---- text to verdict
@@ -88,7 +92,7 @@ def parse(text):
     """The Judgement in a text; any string has one, and the time is linear in its length.
 
     Parts that are missing or not closed are None. A thinking model's leading <think>...</think> is skipped (its start
-    tag is often in the prompt, so all before </think> is thinking, unless it starts as a chain). well_formed means:
+    tag is often in the prompt, so all before </think> is thinking, unless it starts as a chain). Well-formed means:
     first the type; then, once each and in this order, a solution (Reasoning) or a rubric (Chat), an evaluation, the
     answer, none empty; then nothing but white space or end-of-turn text. Tags inside quotations and summaries belong to
     the judged answers and do not count. A bare verdict, all that the prompts "reasoning" and "direct" ask for, is not
@@ -104,16 +108,33 @@ def parse(text):
     start, end = chain.find("<eval>"), chain.rfind("</eval>")    # the last one: a quotation may hold another
     evaluation = chain[start + len("<eval>"):end].strip() if 0 <= start < end else None
 
-    skeleton = _without_quotes(chain)
-    middle, standard = ("solution", solution) if type_ == "Reasoning" else ("rubric", rubric)
+    fault = _fault(_without_quotes(chain), type_, solution if type_ == "Reasoning" else rubric, evaluation, verdict)
+    return Judgement(type_, rubric, justify, solution, evaluation, verdict, fault)
+
+
+def _fault(skeleton, type_, standard, evaluation, verdict):
+    """What first keeps a chain from being well-formed, or None. skeleton: the chain without its quotations; standard:
+    the solution or the rubric that it judges by."""
+    middle = "solution" if type_ == "Reasoning" else "rubric"
     wanted = [f"<{slash}{tag}>" for tag in ("type", middle, "eval", "answer") for slash in ("", "/")]
-    in_order = re.findall(r"</?(?:type|solution|rubric|eval|answer)>", skeleton) == wanted
     before, after = skeleton.partition("<type>")[0], skeleton.rpartition("</answer>")[2]
     for control in END_OF_TURN:
         after = after.replace(control, "")
-    well_formed = bool(type_ and standard and evaluation and verdict and in_order and not (before + after).strip()
-                       and f"<answer>[[{verdict.upper()}]]</answer>" in skeleton)
-    return Judgement(type_, rubric, justify, solution, evaluation, verdict, well_formed)
+    if not type_:
+        return "no type"
+    if not standard:
+        return f"no {middle}"
+    if not evaluation:
+        return "no evaluation"
+    if not verdict:
+        return "no verdict at the end"
+    if f"<answer>[[{verdict.upper()}]]</answer>" not in skeleton:
+        return "its verdict is only quoted"
+    if re.findall(r"</?(?:type|solution|rubric|eval|answer)>", skeleton) != wanted:
+        return "a tag too many, too few or misplaced"
+    if before.strip():
+        return "text before the type"
+    return "text after the answer" if after.strip() else None
 
 
 def after_thinking(text):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from common import save_model
-from files import append, parse_json, refuse_file, write_whole
+from checkpoint import Checkpoints, check_whole, numbered, save_model
+from files import append, parse_json, refuse_file, write_records, write_whole
 from options import flag_of, saved_options
 from tracking import check_trackers, open_trackers
 
@@ -20,7 +20,7 @@ MAX_SKIPPED = 3  # optimizer steps in a row without a finite loss and gradient, 
 ROUNDING = "sums are added in another order, so it is not bit for bit the run without the change"
 NO_MATTER = {  # options of both loops that may change on --resume, and what changes with them
     "micro_tokens": ROUNDING, "threads": ROUNDING, "eval_data": "", "eval_pairs": "", "eval_every": "", "n_samples": "",
-    "save_every": "", "keep_best": "", "wandb": "", "tensorboard": "", "offload": "",
+    "save_every": "", "keep": "", "keep_best": "", "wandb": "", "tensorboard": "", "offload": "",
 }
 
 
@@ -42,8 +42,9 @@ class Run:
                 rows_until(self.folder / name, math.inf)  # a damaged one is told before any work
         else:
             refuse_taken(self.folder)
-        self.checkpoint = latest_checkpoint(self.folder / "checkpoints") if config.resume else None
-        ranks.barrier()
+        found = numbered(self.folder / "checkpoints") if config.resume else []
+        self.found = ranks.gather(found)[0]  # rank 0's: a file system that is shared may show another one less
+        self.checkpoint = self.found[-1] if self.found else None
 
     def changes(self, may_change):
         """{name: [before, now]} of the options that have changed; ValueError if one of them may not."""
@@ -61,6 +62,17 @@ class Run:
             if may_change[name] and self.ranks.main:
                 print(f"note: {flag_of(name)} was {before}, is {value} from here on: {may_change[name]}")
         return changed
+
+    def weights(self):
+        """The folder to begin from: --model, or the newest checkpoint, if all of its files are as they were written."""
+        if self.checkpoint is None:
+            return self.config.model
+        before = self.found[-2] if len(self.found) > 1 else "the beginning"
+        try:
+            check_whole(self.checkpoint, self.ranks)
+        except ValueError as e:
+            raise ValueError(f"{e}; with {self.checkpoint} moved away, --resume goes on from {before}") from None
+        return self.checkpoint
 
     def begin(self, step, n_steps):
         """Before the first step that this process makes, `step` being done: writes config.json, and drops the rows
@@ -82,6 +94,7 @@ class Run:
             self.trackers = open_trackers(self.config.wandb, self.config.tensorboard, self.folder, options)
         self.ranks.barrier()
         self.best = self.best_accuracy()
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.keep, self.ranks)
 
     def close(self):
         for tracker in self.trackers:
@@ -121,11 +134,22 @@ class Run:
             add_files(folder)
         save_model(self.folder / "best", model, self.ranks, add_accuracy, dtype)
 
-    def stop(self, why):
-        """Ends the run with one line and no model/."""
-        kept = latest_checkpoint(self.folder / "checkpoints")
+    def leave(self, step):
+        """After SIGTERM, when the checkpoint of `step` has been begun."""
+        self.checkpoints.wait()
+        if self.ranks.main:
+            print(f"{self.folder}: asked to stop (SIGTERM): step {step} is saved, --resume goes on")
+        self.close()
+
+    def stop(self, why, batch=()):
+        """Ends the run with one line and no model/; the batch that it could not take is kept in stopped.jsonl."""
+        self.checkpoints.wait()
+        if batch and self.ranks.main:
+            write_records(self.folder / "stopped.jsonl", batch)
+            why += f" (the last one's texts are in {self.folder / 'stopped.jsonl'})"
+        kept = [self.config.model, *numbered(self.folder / "checkpoints")]
         raise ValueError(f"{self.folder}: stopped, {why}; no model/ is written, the last good weights are in "
-                         f"{kept or self.config.model}: start another run from there, with a lower --lr")
+                         f"{kept[-1]}: start another run from there, with a lower --lr")
 
 
 def machine(ranks):
@@ -140,12 +164,6 @@ def machine(ranks):
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
             "torch": torch.__version__, "python": sys.version.split()[0], "device": device, "ranks": ranks.world,
             "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-
-
-def latest_checkpoint(folder):
-    """The newest step-N folder of a run's checkpoints, or None."""
-    found = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
 
 
 def refuse_taken(folder):

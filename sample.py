@@ -17,18 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from batch import Batch
-from common import copy_weights
+from common import full
 from draw import Sampling
 from files import NotJson, append, one_line_errors, parse_json, refuse_existing, write_records
-from folder import check_folder
+from folder import check_folder, read_json
 from kernels import runs_triton
-from model import Model
+from model import Model, ModelConfig
 from options import check_at_least, check_between, check_choice, parse_config, refuse_ranks
 from pages import PAGE_SIZE, affordable
+from split import Split
 from tokenizer import StreamDecoder, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- sampler
@@ -37,7 +39,8 @@ from tokenizer import StreamDecoder, Tokenizer
 class Sampler:
     def __init__(self, model, n_slots=256, kv_gb=0.0, prefill_tokens=16384, page_size=PAGE_SIZE, graphs=True):
         """n_slots rollouts are written at once, as far as their keys and values fit kv_gb (10^9 bytes; 0: what is
-        free); prompts are computed in packs of about prefill_tokens. graphs: on a GPU, run steps as CUDA graphs."""
+        free); prompts are computed in packs of about prefill_tokens. graphs: on a GPU, run steps as CUDA graphs. model
+        may come later, and go: see filled_copy."""
         self.model, self.n_slots, self.kv_gb, self.prefill_tokens = model, n_slots, kv_gb, prefill_tokens
         self.page_size, self.graphs, self.announced = page_size, graphs, False
         self.reset_stats()
@@ -98,9 +101,10 @@ class Sampler:
                 "put_back": batch.n_put_back, "cache": f"{1 - batch.pool.n_free / n_pages:.0%}"}
 
 
-def check_room(model, dtype, device, kv_gb, prompts, max_new_tokens):
+def check_room(config, split, dtype, device, kv_gb, prompts, max_new_tokens):
     """Before hours of work: ValueError if --kv-gb could not hold the longest of these prompts with its rollout."""
-    affordable(model.config, dtype, device, kv_gb, max(map(len, prompts), default=0), max_new_tokens, PAGE_SIZE)
+    longest = max(map(len, prompts), default=0)
+    affordable(split.config(config), split, dtype, device, kv_gb, longest, max_new_tokens, PAGE_SIZE)
 
 
 def check_prompts(prompts, model):
@@ -128,29 +132,37 @@ def model_impl(batch_invariant, device, dtype):
     return "invariant" if batch_invariant else None
 
 
-def whole_model(model, dtype):
-    """The policy as a sampler wants it: the model itself, or, if its weights are sharded, an empty whole copy of it.
+def make_split(ranks, *folders):
+    """This rank's Split among those that sample as one (--sampler-ranks). ValueError, before any weights are read, if
+    the model in one of the folders does not divide so."""
+    n = ranks.together
+    for folder in folders:
+        file = Path(folder, "config.json")
+        Split(0, n).config(ModelConfig.from_dict(read_json(file), file), file)
+    return Split(ranks.rank % n, n, dist.new_subgroups(n)[0]) if n > 1 else Split()
 
-    Fill the copy with `refresh`, on every rank at once.
-    """
-    weight = next(model.parameters())
-    if not isinstance(weight, DTensor):
+
+@torch.no_grad()
+def filled_copy(model, dtype, split=Split()):
+    """The policy as a sampler wants it: the model itself if it is whole, else a copy of it, or of this rank's part, in
+    memory of its own, which is free again when nobody holds the copy. Called on every rank at once."""
+    weights = dict(model.named_parameters())
+    if split.n == 1 and not any(isinstance(x, DTensor) for x in weights.values()):
         return model
     with torch.device("meta"):
-        copy = Model(model.config).to(dtype)  # before it takes memory: in float32 it would be twice as much
-    copy = copy.to_empty(device=weight.device).requires_grad_(False)
+        copy = Model(model.config, split).to(dtype)  # before it takes memory: in float32 it would be twice as much
+    device = next(model.parameters()).device
+    copy = copy.to_empty(device=device).requires_grad_(False).fuse()
     copy.n_vocab, copy.impl, copy.name = model.n_vocab, model.impl, model.name
-    return copy.fuse()
+    for name, x in copy.named_parameters():
+        whole = full(weights[name].to(dtype))  # cast before it is gathered: half the traffic
+        x.copy_(whole[split.part(name, whole.shape)])
+    return copy
 
 
-def refresh(copy, model):
-    """Brings whole_model's copy up to date."""
-    if copy is not model:
-        copy_weights(model, copy)
-
-
-def load_model(folder, device="auto", dtype="auto", batch_invariant=False):
-    """A model to sample from and its tokenizer. auto: the GPU if there is one; bfloat16 there, float32 elsewhere."""
+def load_model(folder, device="auto", dtype="auto", batch_invariant=False, split=Split()):
+    """A model to sample from, or this rank's part of it, and its tokenizer. auto: the GPU if there is one; bfloat16
+    there, float32 elsewhere."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this PyTorch sees no GPU")
     if device == "auto":
@@ -161,7 +173,7 @@ def load_model(folder, device="auto", dtype="auto", batch_invariant=False):
     impl = model_impl(batch_invariant, device, dtype)
     check_folder(folder)
     tokenizer = Tokenizer(folder)
-    model = Model.from_pretrained(folder, device, dtype).requires_grad_(False)
+    model = Model.from_pretrained(folder, device, dtype, split).requires_grad_(False)
     model.impl = impl
     return model.fuse(), tokenizer
 

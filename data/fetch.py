@@ -1,4 +1,4 @@
-"""Downloads models and data sets, and converts the data sets' parquet files to JSON lines that data/pairs.py reads.
+"""Downloads models, data sets and prompts; converts parquet files to JSON lines that data/pairs.py reads.
 
     python data/fetch.py Qwen/Qwen2.5-7B-Instruct          a model: the folder runs/data/Qwen/Qwen2.5-7B-Instruct
     python data/fetch.py rm-r1-distill-sft rm-r1-rlvr      runs/data/rm-r1-distill-sft.jsonl, runs/data/rm-r1-rlvr.jsonl
@@ -14,13 +14,16 @@
     reward-bench           allenai/reward-bench, split "filtered"    OUT/NAME.jsonl for evaluate.py --rewardbench
     rm-bench               github.com/THU-KEG/RM-Bench               OUT/NAME/data/total_dataset.json for --rmbench
     rmb                    github.com/Zhou-Zoey/RMB-Reward-...       OUT/NAME/RMB_dataset/ for --rmb
+    rm-r1-prompts          github.com/RM-R1-UIUC/RM-R1               OUT/rm-r1-instruct.txt, OUT/rm-r1-reasoning.txt:
+                                                                     the released models' own prompts, for --prompt
     ORG/MODEL              a model of the Hub                        OUT/ORG/MODEL/: config, tokenizer, safetensors
 
 OUT/NAME/ keeps the files under their own paths, and fetched.json: repository, commit, sizes, checksums. Every file is
 compared with the checksum that its host lists. Started again, it downloads what is not there whole, and goes on in the
-middle of a file. Nothing pickled is ever downloaded. The environment variable HF_TOKEN opens gated repositories,
-HF_ENDPOINT names a mirror of the Hub. Tested against servers that play the two hosts; nobody has run it on the real
-ones yet.
+middle of a file. Nothing pickled is ever downloaded, and nothing that was downloaded is run: the prompts stand in a
+file of Python, which is parsed (--file takes a copy of it that is here already). The environment variable HF_TOKEN
+opens gated repositories, HF_ENDPOINT names a mirror of the Hub. Tested against servers that play the two hosts; nobody
+has run it on the real ones yet.
 """
 
 import argparse
@@ -45,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, onl
 from files import NotJson, argument_parser, json_line, one_line_errors, parse_json  # noqa: E402
 from files import refuse_file, whole, write_whole  # noqa: E402
 from data import pairs  # noqa: E402
+from data.rm_r1_prompts import write_prompts  # noqa: E402
 
 GITHUB_API, GITHUB_RAW = "https://api.github.com", "https://raw.githubusercontent.com"
 TIMEOUT_S, PAUSES_S = 60, (1, 4, 15)       # silence that ends an attempt; waits before the next one
@@ -59,6 +63,7 @@ class Source:
     keys: dict | None = None      # of the records to write: each one's parquet column, or "COLUMN + COLUMN" to join
     domain: str = ""
     chains: bool = False          # the records are chains, not pairs
+    prompts: bool = False         # the one file is Python, and write_prompts takes the prompts out of it
     revision: str = "main"
 
 
@@ -80,7 +85,9 @@ SOURCES = {
     "rm-bench": Source("github", "THU-KEG/RM-Bench", ("data/total_dataset.json",),
                        revision="73c52d7b27b361621361ec959ac6c0eb9bb7a689"),
     "rmb": Source("github", "Zhou-Zoey/RMB-Reward-Model-Benchmark", ("RMB_dataset/*.json",),
-                  revision="2be3180857f2190b7ffa929d43190835627f1f4d")}
+                  revision="2be3180857f2190b7ffa929d43190835627f1f4d"),
+    "rm-r1-prompts": Source("github", "RM-R1-UIUC/RM-R1", ("eval/reward-bench/rewardbench/generative.py",),
+                            prompts=True, revision="d4c2542f0608e019074b9b2322fe6502e6ab7ab0")}
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
                "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.*")
 
@@ -100,8 +107,8 @@ def parse_options(argv=None):
     parser.add_argument("--out", default="runs/data", help="folder for what is fetched and converted "
                         "(default: %(default)s)")
     parser.add_argument("--revision", help="commit, tag or branch of the one thing named; default: as in SOURCES")
-    parser.add_argument("--files", help="a parquet file, or a folder of them, to convert instead of downloading the "
-                        "one set named")
+    parser.add_argument("--files", "--file", help="a parquet file, or a folder of them, to convert instead of "
+                        "downloading the one set named; of rm-r1-prompts the file generative.py")
     parser.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
                         help="skip unusable rows and count them, instead of stopping at the first")
     options = parser.parse_args(argv)
@@ -116,7 +123,7 @@ def parse_options(argv=None):
         parser.error("--revision and --files are about one thing: name only that")
     if options.files and options.revision:
         parser.error("--files converts what is here; --revision is about what to download")
-    if options.files and not sources[0].keys:
+    if options.files and not sources[0].keys and not sources[0].prompts:
         parser.error(f"--files: {options.what[0]} is not converted, its files are used as they are")
     return options
 
@@ -344,7 +351,7 @@ def local_files(source, path):
     names = [PurePosixPath(pattern).name for pattern in source.patterns]
     if Path(path).is_file():
         return [Path(path)]
-    found = sorted(file for file in Path(path).rglob("*.parquet") if any(fnmatchcase(file.name, n) for n in names))
+    found = sorted(file for name in names for file in Path(path).rglob(name))
     if not found:
         raise ValueError(f"{path}: no file, and no folder with {' or '.join(names)} in it: check the path")
     return found
@@ -424,6 +431,9 @@ def main(what, out, revision=None, files=None, skip_bad=False):
         if source.keys:
             n = convert(name, found, path, skip_bad)
             print(f"{path}: {n} {'chains' if source.chains else 'pairs'}")
+        if source.prompts:
+            for path in write_prompts(found[0], out):
+                print(f"{path}: a prompt, for --prompt")
 
 
 if __name__ == "__main__":

@@ -93,10 +93,7 @@ def read_chains(path, skip_bad=False):
 def without_equal_answers(items, path, drop, say):
     """The Pairs or Chains; with `drop`, only those whose two answers differ. A label between equal answers is a coin's,
     and teaches none but that: how many there are is said on stdout."""
-    def equal(item):
-        pair = item.pair if isinstance(item, Chain) else item
-        return pair.rendered is None and pair.answer_a == pair.answer_b  # a ready-made pair's answers are not known
-    kept = [item for item in items if not equal(item)]
+    kept = [item for item in items if not equal_answers(item.pair if isinstance(item, Chain) else item)]
     n_equal = len(items) - len(kept)
     if n_equal and say:
         print(f"{path}: {n_equal} of {len(items)} have two equal answers, " +
@@ -104,6 +101,10 @@ def without_equal_answers(items, path, drop, say):
     if drop and not kept:
         raise ValueError(f"{path}: none is left: all {n_equal} have two equal answers")
     return kept if drop else items
+
+
+def equal_answers(pair):
+    return pair.rendered is None and pair.answer_a == pair.answer_b  # a ready-made pair's answers are not known
 
 
 def note_one_label(labels, path):
@@ -149,9 +150,14 @@ def json_files(path):
 
 
 def read_records(path, convert, skip_bad=False, files=None):
-    """[(pair, ...)] of all records under path (or of these files under it): `convert(record, place)` makes a list of
-    such tuples of one record, or raises Bad."""
-    root, found, first_at = Path(path), [], {}
+    """[(pair, ...)] of all records under path (or of these files under it)."""
+    return [item for items in stream_records(path, convert, skip_bad, files) for item in items]
+
+
+def stream_records(path, convert, skip_bad=False, files=None):
+    """Yields a list [(pair, ...)] for each record under path (or of these files under it), and [] for one that is
+    skipped. `convert(record, place)` makes the list, or raises Bad. Of a .jsonl file one line is held at a time."""
+    root, first_at = Path(path), {}
     n_records = n_bad = 0
     for file in json_files(path) if files is None else files:
         name = file.name if file == root else file.relative_to(root).as_posix()
@@ -169,27 +175,28 @@ def read_records(path, convert, skip_bad=False, files=None):
                     raise ValueError(f"{where}: {bad}") from None
                 n_bad += 1
                 print(f"{where}: skipped: {bad}", file=sys.stderr)
-                continue
+                items = []
             for pair, _ in items:  # only now: a bad record leaves no id behind
                 first_at[pair.id] = where
-            found += items
+            yield items
     if n_bad:
         print(f"{path}: skipped {n_bad} bad records of {n_records}", file=sys.stderr)
-    if not found:
+    if n_bad == n_records:
         raise ValueError(f"{path}: no {'usable ' if n_bad else ''}records: give a file or folder of JSON records")
-    return found
 
 
 def _records(file):
     """(line, record) of every record of one file; what cannot be decoded comes as a Bad in the record's place."""
+    if file.suffix == ".jsonl":
+        with open(file, "rb") as lines:
+            yield from _lines(lines)
+        return
     data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    lines = data.rstrip().split(b"\n")    # not splitlines: U+2028 may stand in a JSON string
+    lines = data.rstrip().split(b"\n")
     if lines == [b""]:
         return
-    one_per_line = data.startswith(b"{") and len(lines) > 1 and lines[0].rstrip().endswith(b"}")
-    if file.suffix == ".jsonl" or one_per_line:
-        for line, raw in enumerate(lines, 1):
-            yield _decode(raw, line) if raw.strip() else (line, Bad("blank line: take it out"))
+    if data.startswith(b"{") and len(lines) > 1 and lines[0].rstrip().endswith(b"}"):
+        yield from _lines(lines)
         return
     line, value = _decode(data, 1)
     numbered = isinstance(value, dict) and value and all(
@@ -203,6 +210,21 @@ def _records(file):
         line += text.count("\n", before, start)
         before = start
         yield line, record
+
+
+def _lines(lines):
+    """The same for JSON lines in bytes, of a list or of a file: the latter breaks at \\n alone, as it must, since
+    U+2028 may stand in a JSON string."""
+    blank = []                            # numbers of blank lines; those at the end are none
+    for line, raw in enumerate(lines, 1):
+        raw = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+        if not raw.strip():
+            blank.append(line)
+            continue
+        for number in blank:
+            yield number, Bad("blank line: take it out")
+        blank = []
+        yield _decode(raw.removesuffix(b"\n"), line)
 
 
 def _decode(raw, line):
@@ -433,12 +455,13 @@ def _pair(id, prompt, answer_a, answer_b, winner, source, domain, plain=True, su
     """A checked Pair; with `plain`, an answer of one message becomes its text (our own records keep their form)."""
     prompt = _prompt([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "prompt")
     a, b = _answer(answer_a, prompt, plain), _answer(answer_b, prompt, plain)
-    if not any(text.strip() for side in (a, b) for text in _texts(side)):
+    if not any(text.strip() for side in (a, b) for text in texts_of(side)):
         raise Bad("both answers are blank: remove the record")
     return Pair(id, prompt, a, b, winner, source, domain, subset=subset, item=item)
 
 
-def _texts(answer):
+def texts_of(answer):
+    """The texts of an answer's messages."""
     return [answer] if isinstance(answer, str) else [message["content"] for message in answer]
 
 

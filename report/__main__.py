@@ -3,6 +3,7 @@
     python -m report runs/eval                                  # an evaluation: runs/eval/report.html
     python -m report runs/demo-s0 --out demo.html               # all that lies in a folder: evaluations, training runs
     python -m report runs/eval-7b runs/eval-14b runs/grpo       # several, side by side
+    python -m report runs/data/chains.jsonl                     # the quality of chains, as data/quality.py counts it
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from report.build import INDEX
 
 @dataclass(frozen=True)
 class Config:
-    runs: tuple[str, ...]  # folders of evaluations or training runs, folders that hold such, or judgements .jsonl files
+    runs: tuple[str, ...]  # folders of evaluations, training runs or chains, folders that hold such, or .jsonl files
     out: str | None = None  # the page to write; without it, report.html in the first folder. An older page is replaced
 
 
@@ -38,9 +39,11 @@ def main(cfg):
     check_out(out)
     page = build(found)
     write(page, out)
-    counted = {"judgement": len(page.rows), "model": len(page.models), "training run": len(page.runs)}
-    judged, models, runs = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counted.items())
-    print(f"{out}: {judged} of {models}, {runs}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    counted = {"judgement": len(page.rows), "model": len(page.models), "training run": len(page.runs),
+               "file": len(found["chains"])}
+    judged, models, runs, files = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counted.items())
+    chains = f", {files} of chains" if found["chains"] else ""
+    print(f"{out}: {judged} of {models}, {runs}{chains}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from benchmarks.records import TITLES
 from benchmarks.scores import QUANTITIES, section, wilson
 from data.fields import SIDES, at, is_of, need, need_side
 from data.pairs import SWAPPED
+from data.quality import Tally, measure, side_by_side
 from files import whole
 from report.judgement import OUTCOMES, outcome, parts
 from report.read import UNFINISHED, finite, lines, read_object
@@ -66,6 +67,18 @@ def vote_items(record):
             vote["at"] = {budget: need_side(v["at"], budget) for budget in need(v, "at", dict)}
         votes.append(vote)
     return votes
+
+
+def where_to_search(item, exchanged):
+    """What of a pair as the page keeps it quotations are looked for in, for Tally.add."""
+    if item is None:
+        return "nothing", {}
+    if "rendered" in item:
+        texts = [content for _, content in item["rendered"]]
+        return "messages", {"A": texts, "B": texts}
+    one, other = ([answer] if isinstance(answer, str) else [content for _, content in answer]
+                  for answer in (item["a"], item["b"]))
+    return "answer", {"A": other, "B": one} if exchanged else {"A": one, "B": other}
 
 
 def number(record, key):
@@ -115,6 +128,7 @@ class Page:
 
     def __init__(self):
         self.models, self.runs, self.rows, self.previews, self.pair_of = [], [], [], [], {}
+        self.quality = {}       # name of a model or a file of chains -> the rows of data/quality.py
         self.names = {key: {} for key in NAMED}       # name -> its number in the columns
         self.chunks = {kind: Chunks(kind) for kind in ("pair", "judgement", "sample")}
 
@@ -136,7 +150,7 @@ class Page:
         tables |= {key: table_rows(scores, key) for key in TABLES}
         name = self.free_name(scores, file.parent.resolve().name if own else file.stem)
         self.models.append({**tables, "name": name, "folder": str(file.parent)})
-        own_pairs, pair_numbers, seen = {}, {}, {}     # a pair that nobody has judged stays out of the page
+        own_pairs, judged, seen, tally = {}, {}, {}, Tally()      # a pair that nobody has judged stays out of the page
         for place, record in lines(pairs_beside(file)) if pairs_beside(file) else ():
             with at(place):
                 own_pairs[need(record, "id", str)] = place, record
@@ -150,9 +164,14 @@ class Page:
                 raise ValueError(f"{place}: id {id[:60]!r} is also at {seen[id]}: give each its own")
             seen[id] = place
             base = id.removesuffix(SWAPPED) if swapped else id
-            if base not in pair_numbers:
-                pair_numbers[base] = self.pair_for(base, r, own_pairs, loose)
-            self.rows.append(row | {"pair": pair_numbers[base]})
+            if base not in judged:
+                judged[base] = self.pair_for(base, r, own_pairs, loose)
+            pair, item = judged[base]
+            self.rows.append(row | {"pair": pair})
+            for vote in r["votes"]:
+                tally.add(vote["text"], r["winner"], *where_to_search(item, swapped))
+        if tally.characters:
+            self.quality[name] = tally.rows()
         if not tables["rows"]:
             self.models[model] |= {"rows": self.counted_rows(model), "counted": True}
 
@@ -165,13 +184,14 @@ class Page:
         return next(x for x in chain([name, f"{name} ({own_name})"], numbered) if x not in taken)
 
     def pair_for(self, name, r, own_pairs, loose):
-        """The number of a judgement's pair: of the file beside it, or of another where they agree; or without texts."""
+        """The number of a judgement's pair, and its item: of the file beside it, or of another where they agree; or
+        without texts, and None."""
         place, pair = own_pairs[name] if name in own_pairs else loose.get(name, (None, None))
         if name in own_pairs or pair and all(pair[key] == r[key] for key in ("source", "domain", "winner")):
             with at(place):
                 item = pair_item(pair)
-            return self.pair((name, json.dumps(item)), item)
-        return self.pair(("no texts", r["source"], name), None)
+            return self.pair((name, json.dumps(item)), item), item
+        return self.pair(("no texts", r["source"], name), None), None
 
     def judgement(self, r):
         """Adds a judgement's texts; what the list knows of it."""
@@ -211,6 +231,10 @@ class Page:
                          "ties": found.count("tie") / n})
         return rows
 
+    def chains(self, file):
+        """Adds the quality of a file of chains; what cannot be read in it is counted."""
+        self.quality["/".join(file.parts[-2:])] = measure(file, skip_bad=True).rows()
+
     def run(self, file):
         """Adds a training run: its rows as columns, its samples as judgements of one vote."""
         rows = []
@@ -244,6 +268,7 @@ class Page:
         return {"models": self.models, "names": {key: list(numbers) for key, numbers in self.names.items()},
                 "columns": {key: [row[key] for row in self.rows] for key in COLUMNS}, "previews": self.previews,
                 "quantities": QUANTITIES, "runs": runs,
+                "quality": {"of": list(self.quality), "groups": side_by_side(list(self.quality.values()))},
                 "chunks": {kind: chunks.starts for kind, chunks in self.chunks.items()}}
 
 
@@ -265,15 +290,18 @@ def pairs_beside(file):
 def build(found):
     """The Page of all that was found."""
     page, loose, wanted = Page(), {}, set()
-    for file in found["evaluation"] if found["pairs"] else ():
+    pairs = found["pairs"] + [file for file in found["chains"] if file.suffix == ".jsonl"]    # ours have the texts
+    for file in found["evaluation"] if pairs else ():
         if file.name != "scores.json" and not pairs_beside(file):
             wanted |= {str(record["id"]).removesuffix(SWAPPED) for _, record in lines(file) if "id" in record}
-    for file in found["pairs"] if wanted else ():
+    for file in pairs if wanted else ():
         for place, record in lines(file):
             if all(key in record for key in ("id", "source", "domain", "winner")) and str(record["id"]) in wanted:
                 loose.setdefault(str(record["id"]), (place, record))
     for file in found["evaluation"]:
         page.evaluation(file, loose)
+    for file in found["chains"]:
+        page.chains(file)
     for file in found["run"]:
         page.run(file)
     return page

@@ -100,7 +100,8 @@ setTheme("");
 try { setTheme(localStorage.getItem("theme") ?? ""); } catch { /* as there */ }
 
 const several = (list, what) => list.length > 2 ? `${list.length} ${what}` : list.map(x => x.name).join(", ");
-const title = [several(D.models, "models"), several(D.runs, "training runs")].filter(Boolean).join(" · ");
+const title = [several(D.models, "models"), several(D.runs, "training runs")].filter(Boolean).join(" · ")
+  || D.quality.of.join(", ");
 document.title = `${wellFormed(title).slice(0, 80)} · judgements`;
 $("title").textContent = visible(title);
 $("filters").open = !phone();

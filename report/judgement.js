@@ -205,7 +205,7 @@ function factsOf(j, x, v, book) {
     v && v.finished === false && span("cut", "cut off by the token limit"),
     x.n_prompt_tokens != null && ["prompt ", b(count(x.n_prompt_tokens)), " tokens"],
     v && ["type ", b(v.parts.type ?? "unknown")],
-    v && v.parts.type && !v.parts.well_formed && span("cut", "not well-formed"),
+    v && v.parts.fault && span("cut", `not well-formed: ${v.parts.fault}`),
     J.swapped[j] > 0 && ["A and B ", b("swapped"), " (was B and A)"],
     n > 0 && [b(n), n > 1 ? " quotations" : " quotation", lost > 0 && span("cut", `, ${lost} not found`)],
     v && v.at && Object.entries(v.at).map(([tokens, side]) => [`at ${tokens}: `, b(SIDE[SIDES.indexOf(side)]), "  "]),

@@ -110,7 +110,8 @@ const FACETS = [
   facet("order", "Answer order", J.swapped, ["as first shown", "swapped"]),
 ].filter(f => unique(f.column).length > 1);
 const FILTERS = [...FACETS.map(f => f.key), "is", "min", "max", "q"];   // is: outcomes, with commas between
-const VIEWS = ["scores", "read", "training"].filter((_, i) => [D.models.length, N, D.runs.length][i]);
+const VIEWS = ["scores", "read", "training"].filter((_, i) =>
+  [D.models.length || D.quality.of.length, N, D.runs.length][i]);
 
 // j: the judgement opened, or -1; lost: the id that a link asked for and this page does not have
 const fresh = () => ({view: VIEWS[0] ?? "scores", j: -1, lost: "", vote: 0, raw: false, sort: "file",

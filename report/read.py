@@ -2,8 +2,9 @@
 
 Taken from a folder, at any depth: judgements.jsonl (or what a run has written of it so far) and any other file of
 judgement records, each one model's evaluation, with scores.json and pairs.jsonl beside it if they are there;
-metrics.jsonl, each a training run, with config.json and samples.jsonl beside it; other files of pairs, for judgements
-that have no pairs.jsonl of their own. checkpoints/ and model/ are not searched.
+metrics.jsonl, each a training run, with config.json and samples.jsonl beside it; files of chains (.jsonl; a .json file
+if it is named), whose quality is counted; other files of pairs, for judgements that have no pairs.jsonl of their own.
+checkpoints/ and model/ are not searched.
 """
 
 import os
@@ -59,19 +60,20 @@ def finite(x):
 
 def find(paths):
     """{"evaluation": files of judgements (scores.json where the judgements are gone), "run": files metrics.jsonl,
-    "pairs": files of pairs that are no evaluation's own} under the paths; ValueError if a path has nothing."""
+    "chains": files of chains, "pairs": files of pairs that are no evaluation's own} under the paths; ValueError if a
+    path has nothing."""
     kinds = {}  # file -> what it is; the same file is named once, whatever leads to it
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder: check the path")
         here = {os.path.realpath(file): (kind_of(file, file == path), file) for file in files_under(path)}
         if not any(kind for kind, _ in here.values()):
-            raise ValueError(f"{path}: nothing to report there: no judgements.jsonl, scores.json or metrics.jsonl; "
-                             "name a folder that evaluate.py, judge.py, distill.py or grpo.py wrote")
+            raise ValueError(f"{path}: nothing to report there: no judgements.jsonl, scores.json, metrics.jsonl "
+                             "or chains; name a folder that evaluate.py, judge.py, distill.py or grpo.py wrote")
         kinds |= here
     found = {wanted: [file for kind, file in kinds.values() if kind == wanted]
-             for wanted in ("evaluation", "run", "pairs")}
-    if not found["evaluation"] and not found["run"]:
+             for wanted in ("evaluation", "run", "chains", "pairs")}
+    if not found["evaluation"] and not found["run"] and not found["chains"]:
         raise ValueError(f"{paths[0]}: pairs, but no judgements: name the judgements too")
     return found
 
@@ -85,7 +87,7 @@ def files_under(path):
 
 
 def kind_of(file, named):
-    """"evaluation", "run", "pairs" or None; `named`: the user has named the file itself."""
+    """"evaluation", "run", "chains", "pairs" or None; `named`: the user has named the file itself."""
     if file.name == "metrics.jsonl":
         return "run"
     if file.name in ("judgements.jsonl", UNFINISHED):
@@ -93,19 +95,32 @@ def kind_of(file, named):
     if file.name == "scores.json":
         alone = not file.with_name("judgements.jsonl").exists()
         return "evaluation" if alone and "rows" in read_object(file) else None
+    if file.suffix == ".json":
+        return "chains" if named else None
     if file.suffix != ".jsonl" or file.name == "samples.jsonl":
         return None
-    keys = first_keys(file)
-    if "votes" in keys or named and "answer_a" not in keys:
+    record = first_record(file)
+    if "votes" in record:
         return "evaluation"
-    return "pairs" if {"answer_a", "answer_b"} <= keys and file.name != "pairs.jsonl" else None
+    if is_chain(record):
+        return "chains"
+    if named and "answer_a" not in record:
+        return "evaluation"
+    return "pairs" if {"answer_a", "answer_b"} <= set(record) and file.name != "pairs.jsonl" else None
 
 
-def first_keys(file):
-    """The keys of a file's first record: enough to tell what kind of file it is."""
+def is_chain(record):
+    """Is this one of the forms of chains that data/pairs.py reads? RM-R1's pairs have a label for a judgement."""
+    if "context_messages" in record:
+        return "winner" in record and record["winner"] not in ("model_a", "model_b")
+    return "messages" in record or "text_chosen" in record or {"answer_a", "judgement"} <= set(record)
+
+
+def first_record(file):
+    """A file's first record, or {}: enough to tell what kind of file it is."""
     with open(file, "rb") as f:
         try:
             record = parse_json(f.readline())
         except NotJson:
-            return set()
-    return set(record) if isinstance(record, dict) else set()
+            return {}
+    return record if isinstance(record, dict) else {}

@@ -34,6 +34,7 @@ const legend = () => D.models.length > 1 && div("legend", D.models.map((m, i) =>
   h("span", {}, swatch(i), span("data", m.name))));
 
 function drawScores() {
+  if (!D.models.length) return fill($("scores"), quality());
   const models = D.models, counted = models.filter(m => m.counted).map(m => m.name).join(", ");
   const all = name => models.flatMap(m => m[name].map(r => models.length > 1 ? {model: m.name, ...r} : r));
   const kinds = unique(all("rows").filter(r => r.kind !== "overall").map(tableOf));
@@ -51,7 +52,17 @@ function drawScores() {
       kinds.map(kind => scoreTable(kind, models))],
     tables.map(([name, title]) => [h2(title), name === "budgets" ? plainTable(all(name))
       : quantityTables(name, models)]),
+    quality(),
     h2("How this was made"), models.map(madeOf));
+}
+
+function quality() {   // of the texts: a column for each model and each file of chains, in the words of data/quality.py
+  const {of, groups} = D.quality, heads = of.map(name => th("num data", name));
+  const block = ([group, lines]) => [[h("th", {class: "group", colspan: of.length + 1}, group)],
+    ...lines.map(([name, cells]) => [td("", name), cells.map(x => td("num", x))])];
+  return of.length > 0 && [h2("Quality of the texts"), h("p", {class: "soft"}, "A text is a vote or a chain. ",
+    "Quotations are looked for in the answer that they are said to be from; each rule lets more pass than the last."),
+    div("card", div("body", table("quality", [th("", ""), heads], groups.flatMap(block))))];
 }
 
 function madeOf(m) {

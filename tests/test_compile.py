@@ -26,8 +26,9 @@ def run(code, tmp_path):
 
 def test_the_main_tiles_have_no_fault(tmp_path):
     """Heads of 128 channels, 7 query heads per key/value head: all kernels for sm_90, attention's for sm_80 and sm_100
-    too. `python -m bench.compile` compiles all tiles and more geometries: there is no time for that here. The tiles were chosen with Triton 3.9; another one allots registers otherwise, so there only what is no matter
-    of registers is looked at."""
+    too. `python -m bench.compile` compiles all tiles and more geometries: there is no time for that here. The tiles
+    were chosen with Triton 3.9; another one allots registers otherwise, so there only what is no matter of registers
+    is looked at."""
     out = run("""
 import torch
 from bench.compile import compile_all, faults

@@ -65,7 +65,7 @@ def config(made, out, **changes):
                    beta1=0.9, beta2=0.95,
                    weight_decay=0.1, max_norm=1.0, dtype="float32", gradient_checkpointing=False, eval_data=None,
                    eval_pairs=3, eval_every=0,
-                   eval_tokens=4, save_every=0, seed=7, threads=1)
+                   eval_tokens=4, save_every=0, keep=0, seed=7, threads=1)
     return Config(**options | changes)
 
 
@@ -108,12 +108,10 @@ def test_exactly_the_judgement_and_its_end_of_turn_are_trained_on(made):
     def spell(ids):
         return [tokenizer.decode([i], skip_control=False) for i in ids]
     example = encode_chain(Chain(PAIR, JUDGEMENT), load_prompt("toy"), tokenizer, False)
-    trained = ["<type>", "Reasoning", "</type>", "<solution>", "1", "5", "6", "7", "9", "</solution>", "<eval>",
-               " Overall", " A", " looks",
-               " better.", "</eval>", "<answer>", "[[", "A", "]]", "</answer>", "<|im_end|>"]
-    prompt = ["<|im_start|>", "user", "\n", "sort", " ", "7", "6", "9", "1", "5", "\n", "A", " ", "1", "5", "6", "7",
-              "9", "\n",
-              "B", " ", "1", "2", "5", "6", "8", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
+    trained = ["<type>Reasoning</type><solution>", "1", "5", "6", "7", "9", "</solution><eval>", " Overall", " A",
+               " looks better.", "</eval><answer>[[", "A", "]]</answer>", "<|im_end|>"]
+    prompt = ["<|im_start|>", "user\n", "sort", " ", "7", "6", "9", "1", "5", "\nA", " ", "1", "5", "6", "7", "9",
+              "\nB", " ", "1", "2", "5", "6", "8", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
     assert spell(example.ids[:example.n_prompt]) == prompt
     assert spell(example.ids[example.n_prompt:]) == trained
 
@@ -122,8 +120,8 @@ def test_exactly_the_judgement_and_its_end_of_turn_are_trained_on(made):
     tokens, previous = model.forest.tokens_n.tolist(), model.forest.previous_n.tolist()
     assert spell(tokens[i] for i in model.scored[1:-2]) == trained
     # the header's last token predicts the first
-    assert spell(tokens[previous[i]] for i in model.scored[1:-2]) == ["\n"] + trained[:-1]
-    assert [tokens[i] for i in (model.scored[0], *model.scored[-2:])] == [3, 5, 6] and len(model.scored) == 1 + 22 + 2
+    assert spell(tokens[previous[i]] for i in model.scored[1:-2]) == ["assistant\n"] + trained[:-1]
+    assert [tokens[i] for i in (model.scored[0], *model.scored[-2:])] == [3, 5, 6] and len(model.scored) == 1 + 14 + 2
 
 
 def test_answer_only_trains_on_the_bare_verdict(made):
@@ -273,7 +271,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(optimizer, made, tmp_path
     distill.main(replace(cfg, out=str(again), resume=True, micro_tokens=cfg.micro_tokens))
     assert metrics(again) == metrics(whole) and len(metrics(again)) == 8
     for name in ("model/model.safetensors", "model/config.json", "model/tokenizer.json",
-                 "checkpoints/step-8/optimizer.safetensors",
+                 "checkpoints/step-8/optimizer-00001-of-00001.safetensors",
                  "checkpoints/step-6/model.safetensors"):
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     assert not list(again.rglob("*.tmp"))
@@ -453,13 +451,15 @@ def dying(made, out, **changes):
 
 def test_a_dead_run_stops_after_three_skipped_steps_without_a_model(made, tmp_path):
     """Once it logged NaN to its end, exited with 0 and left a model/ that writes "!!!!!"."""
-    with pytest.raises(ValueError, match="stopped, loss or gradient were not finite in 3 steps in a row; no model/ "
+    with pytest.raises(ValueError, match="stopped, loss or gradient were not finite in 3 steps in a row .*; no model/ "
                                          f"is written, the last good weights are in {made}/model: start another run"):
         distill.main(dying(made, tmp_path / "run"))
+    kept = [json.loads(line) for line in (tmp_path / "run/stopped.jsonl").read_text().splitlines()]
+    assert kept and all(row["judgement"].endswith("<|im_end|>") for row in kept)
     rows = metrics(tmp_path / "run")
     assert [row["n_skipped"] for row in rows] == [0, 1, 1, 1] and rows[0]["loss"] > 0
     assert rows[0]["grad_norm"] > 0 and all(row["grad_norm"] is None for row in rows[1:])
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "stopped.jsonl"}
 
 
 @pytest.mark.parametrize("changes", [dict(max_steps=1), dict(save_every=1), dict(max_steps=2, save_every=2),
@@ -479,9 +479,11 @@ def test_the_last_good_checkpoint_stays(made, tmp_path):
     good = (tmp_path / "run/checkpoints/step-2/model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run/checkpoints/step-4")
     shutil.rmtree(tmp_path / "run/model")
-    moments = load_file(tmp_path / "run/checkpoints/step-2/optimizer.safetensors")
+    step_2 = tmp_path / "run/checkpoints/step-2"
+    moments = load_file(step_2 / "optimizer-00001-of-00001.safetensors")
     save_file({name: x * 1e38 if name.endswith("exp_avg") else x for name, x in moments.items()},
-              tmp_path / "run/checkpoints/step-2/optimizer.safetensors")
+              step_2 / "optimizer-00001-of-00001.safetensors")
+    (step_2 / "state.json").write_text('{"step": 2}')  # as before there were checksums
     with pytest.raises(ValueError, match="(any more|in a row); .* in .*checkpoints/step-2: start another run"):
         distill.main(config(made, tmp_path / "run", save_every=2, max_steps=4, resume=True))
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
@@ -546,17 +548,17 @@ def test_keep_best_keeps_the_model_with_the_best_held_out_accuracy(made, tmp_pat
         steps.append(len(metrics(steps_of)) + 1)
         return {"eval_accuracy": accuracies[steps[-1]]}, []
     monkeypatch.setattr(distill.HeldOut, "judge", judge)
-    whole_model = distill.whole_model
+    filled_copy = distill.filled_copy
 
-    def counted(model, dtype):
+    def counted(*args):
         copies.append(1)
-        return whole_model(model, dtype)
-    monkeypatch.setattr(distill, "whole_model", counted)
+        return filled_copy(*args)
+    monkeypatch.setattr(distill, "filled_copy", counted)
     cfg = config(made, tmp_path / "whole", save_every=2, eval_data=str(made / "heldout.jsonl"), eval_every=2,
                  keep_best=True)
     steps_of = tmp_path / "whole"
     distill.main(cfg)
-    assert steps == [2, 4, 6, 8] and len(metrics(steps_of)) == 8 and len(copies) == 1
+    assert steps == [2, 4, 6, 8] and len(metrics(steps_of)) == 8 and len(copies) == 4
     best = load_file(tmp_path / "whole/best/model.safetensors")
     wanted = load_file(tmp_path / "whole/checkpoints/step-4/model.safetensors")
     assert all(torch.equal(best[name], wanted[name]) for name in wanted)

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
             x.mul_(15)
     spec = json.loads((path / "tokenizer.json").read_text())
     vocabulary = spec["model"]["vocab"]
-    a, b = vocabulary.pop("\u0120looks"), vocabulary.pop("\u0120better.")  # two tokens that no prompt has
+    a, b = vocabulary.pop("\u0120looks\u0120better."), vocabulary.pop("\u0120Overall")  # two tokens that no prompt has
     vocabulary |= {"[[A]]": a, "[[B]]": b}  # now each a whole verdict
     (path / "tokenizer.json").write_text(json.dumps(spec))
     verdicts = model.head_vd[[a, b]].clone()
@@ -237,7 +237,7 @@ def test_recorded_judgements_are_scored_without_a_model(folder, data, tmp_path, 
     records = judged(tmp_path / "run")
     right = next(i for i, r in enumerate(records) if r["verdict"] and r["verdict"] == r["winner"])
     records[right]["verdict"] = None
-    monkeypatch.setattr(evaluate, "init_ranks", lambda threads: Ranks(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(evaluate, "init_ranks", lambda threads, together: Ranks(0, 2, torch.device("cpu")))
     with pytest.raises(ValueError, match="--from needs one process"):
         main(Config(from_=(str(tmp_path / "run"),), out=str(tmp_path / "ranks")))
     monkeypatch.undo()

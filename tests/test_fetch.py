@@ -17,9 +17,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import fetch  # noqa: E402
+from data import fetch, rm_r1_prompts  # noqa: E402
 from data.fetch import main, parse_options  # noqa: E402
 from data.pairs import Pair, read_chains, read_pairs  # noqa: E402
+from prompt import load_prompt  # noqa: E402
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 MODEL = {"config.json": b'{"model_type": "qwen2"}', "model.safetensors": bytes(range(256)) * 1000,
@@ -322,6 +323,28 @@ def test_github_benchmarks_come_at_their_commits_as_they_are(host, tmp_path, mon
     assert commits == {"73c52d7b27b361621361ec959ac6c0eb9bb7a689", "2be3180857f2190b7ffa929d43190835627f1f4d"}
 
 
+def test_prompts_of_the_released_models_come_out_of_their_file(host, tmp_path, monkeypatch):
+    """The file comes at its commit like the others, is read and not run; nothing of it that is read is a prompt."""
+    monkeypatch.setattr(rm_r1_prompts, "SYSTEM_CHARS", 4)
+    path = "eval/reward-bench/rewardbench/generative.py"
+    names = [f"{turns}_TURN_{kind}" for kind in ("INSTRUCT", "REASONING") for turns in ("SINGLE", "MULTI")]
+    texts = {"SINGLE": "{question}{answer_a}{answer_b}", "MULTI": "{conversation_1}{conversation_2}"}
+    body = "raise SystemExit\nRM_R1_INSTRUCT_SYSTEM_PROMPT = 'S' + '\\n\\n\\n'\n"
+    body += "".join(f"RM_R1_{name}_USER_PROMPT = '{name} {texts[name.split('_')[0]]}'\n" for name in names)
+    host.files = {path: body.encode(), "eval/RM-Bench/rewardbench/generative.py": b"x", "setup.py": b"x"}
+    run(tmp_path, "rm-r1-prompts")
+    assert list(files_in(tmp_path / "rm-r1-prompts")) == [path]
+    assert load_prompt(tmp_path / "rm-r1-instruct.txt").system == "S\n\n\n"
+    reasoning = load_prompt(tmp_path / "rm-r1-reasoning.txt")
+    assert reasoning.system is None and reasoning.user == "SINGLE_TURN_REASONING {question}{answer_a}{answer_b}"
+    assert json.loads((tmp_path / "rm-r1-prompts/fetched.json").read_text())["commit"].startswith("d4c2542f")
+    again = tmp_path / "again"
+    run(again, "rm-r1-prompts", files=str(tmp_path / "rm-r1-prompts"))   # a folder with the file in it
+    assert (again / "rm-r1-instruct.txt").read_bytes() == (tmp_path / "rm-r1-instruct.txt").read_bytes()
+    with pytest.raises(ValueError, match="nothing: no file, and no folder with generative.py in it"):
+        run(again, "rm-r1-prompts", files=str(tmp_path / "nothing"))
+
+
 # ---- conversion
 
 def messages(*turns):
@@ -570,6 +593,7 @@ def test_options_and_what_they_are_without_being_given():
     given = parse_options(["--files", "f", "--skip-bad", "--out", "x", "skywork-80k"])
     assert (given.what, given.out, given.files, given.skip_bad) == (["skywork-80k"], "x", "f", True)
     assert parse_options(["rmb", "--revision", "v1"]).revision == "v1"
+    assert parse_options(["rm-r1-prompts", "--file", "f"]).files == "f"
 
 
 @pytest.mark.parametrize("arguments, fault", [
@@ -594,11 +618,12 @@ def test_without_pyarrow_nothing_is_downloaded(host, tmp_path, monkeypatch):
 
 
 def test_the_data_need_no_torch():
-    """What data/ reads, writes and downloads needs nothing of ours but files.py."""
+    """What data/ reads, writes and downloads needs nothing of ours but files.py and prompt.py."""
     code = ("import sys; import data.pairs, data.fields, data.toy, data.fetch; "
             "print(*((name, getattr(module, '__file__', None)) for name, module in sys.modules.items()), sep='\\n')")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     loaded = dict(ast.literal_eval(line) for line in out.stdout.splitlines())
     assert "numpy" in loaded and "torch" not in loaded
     ours = [name for name, file in loaded.items() if file and Path(file).parent in (ROOT, ROOT / "data")]
-    assert sorted(ours) == ["data", "data.fetch", "data.fields", "data.pairs", "data.toy", "files"]
+    assert sorted(ours) == ["data", "data.fetch", "data.fields", "data.pairs", "data.rm_r1_prompts", "data.toy",
+                            "files", "prompt"]

@@ -27,14 +27,14 @@ from grpo import (Config, Group, MiniBatch, accumulate_gradients, advantages, ma
                   steps_pairs, token_losses, trees)
 from model import Model, ModelConfig
 from batch import Rollout
-from sample import Sampling, whole_model
+from sample import Sampling, filled_copy
 from test_distill import flags
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
-TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-                    "num_key_value_heads": 1, "head_dim": 16}
+TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def config(made, out, **changes):
                    warmup_steps=0, final_lr_frac=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0, max_norm=1.0,
                    dtype="float32",
                    gradient_checkpointing=False, micro_tokens=120, n_slots=256, eval_data=None, eval_pairs=5,
-                   eval_every=0, save_every=0, n_samples=2,
+                   eval_every=0, save_every=0, keep=0, n_samples=2,
                    seed=3, threads=1)
     return Config(**options | changes)
 
@@ -259,8 +259,8 @@ def test_without_a_kl_term_there_is_no_reference(made, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "score", lambda *args: read.append(args) or score(*args))
     grpo.main(config(made, tmp_path / "tiny", kl_coef=1e-30))
     assert len(read) == 3 and metrics(tmp_path / "tiny")[2]["kl"] > 0
-    loaded, load = [], Model.from_pretrained
-    monkeypatch.setattr(Model, "from_pretrained", lambda *args: loaded.append(args) or load(*args))
+    loaded, load = [], grpo.load_sharded
+    monkeypatch.setattr(grpo, "load_sharded", lambda *args: loaded.append(args) or load(*args))
     grpo.main(config(made, tmp_path / "none", kl_coef=0.0))
     assert len(read) == 3 and len(loaded) == 1 and {row["kl"] for row in metrics(tmp_path / "none")} == {-99}
     x, y = (load_file(tmp_path / name / "model/model.safetensors") for name in ("tiny", "none"))
@@ -287,7 +287,7 @@ class Scripted:
     def __init__(self, rollouts):
         self.rollouts = rollouts
 
-    def generate(self, prompts, sampling, bar=None):
+    def generate(self, prompts, sampling, on_token=None, bar=None):
         self.asked = prompts, sampling
         return [self.rollouts for _ in prompts]
 
@@ -419,7 +419,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(made, tmp_path):
     grpo.main(replace(cfg, out=str(again), resume=True))
     assert metrics(again) == metrics(whole) and len(metrics(again)) == 5
     for name in ("samples.jsonl", "model/model.safetensors", "model/prompt.txt",
-                 "checkpoints/step-5/optimizer.safetensors"):
+                 "checkpoints/step-5/optimizer-00001-of-00001.safetensors"):
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     assert not list(again.rglob("*.tmp"))
     shutil.rmtree(again / "model")
@@ -531,12 +531,15 @@ def test_a_dead_run_ends_in_one_line_without_a_model(made, tmp_path):
     """Once a learning rate of 1e30 ended in "index 334 is out of bounds". The first update is made, each later one is
     skipped and counted; after the third in a row nothing is sampled from such a policy any more."""
     cfg = config(made, tmp_path / "run", lr=1e30, n_prompts=8, skip_zero_spread=False)
-    with pytest.raises(ValueError, match="stopped, loss or gradient were not finite in 3 optimizer steps in a row; "
+    with pytest.raises(ValueError, match="stopped, loss or gradient were not finite in 3 optimizer steps in a row .*; "
                                          f"no model/ is written, the last good weights are in {cfg.model}: start"):
         grpo.main(cfg)
+    rows = [json.loads(line) for line in (tmp_path / "run/stopped.jsonl").read_text().splitlines()]
+    assert len(rows) == cfg.mini_prompts * cfg.group_size and {row["reward"] for row in rows} <= {1.0, -1.0}
     row, = metrics(tmp_path / "run")
     assert (row["n_updates"], row["n_skipped"]) == (1, 3) and row["grad_norm"] > 0
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl",
+                                                             "stopped.jsonl"}
 
 
 @pytest.mark.parametrize("changes", [dict(steps=1), dict(save_every=1), dict(eval_every=1)], ids=str)
@@ -740,7 +743,7 @@ def test_batch_invariant_copy_and_refusal(made, tmp_path):
     model = Model.from_pretrained(made / "distilled/model")
     model.impl = "invariant"
     try:
-        assert whole_model(shard(model, ALONE, torch.float16), torch.float16).impl == "invariant"
+        assert filled_copy(shard(model, ALONE, torch.float16), torch.float16).impl == "invariant"
     finally:
         leave_ranks()
     with pytest.raises(ValueError, match="kernels are Triton's, which do not run bfloat16 on cpu"):

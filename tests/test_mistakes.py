@@ -176,19 +176,23 @@ figure --out no/new.svg                | no/new.svg: --out is a file to write
 report run --out no/new.html           | no: no such folder; make it, or choose another --out
 
 # --resume
-resume nostate                         | nostate/checkpoints/step-1: its optimizer.safetensors or state.json
-resume badstate                        | badstate/checkpoints/step-1: | malformed JSON | --resume takes
-resume liststate                       | liststate/checkpoints/step-1: | state.json has no step
-resume early                           | early/checkpoints/step-1: | state.json has no step
-resume cutmoments                      | cutmoments/checkpoints/step-1: | with the folder moved away
-resume othermoments                    | othermoments/checkpoints/step-1: | is not of this model and optimizer, see
-resume fewmoments                      | fewmoments/checkpoints/step-1: | is not of this model and optimizer, see
-resume noweights                       | noweights/checkpoints/step-1/model.safetensors: no such file
+resume nostate                         | nostate/checkpoints/step-1/state.json: is damaged | goes on from the beginning
+resume badstate                        | badstate/checkpoints/step-1/state.json: is damaged | malformed JSON | moved away
+resume liststate                       | liststate/checkpoints/step-1/state.json: is damaged (it has no step)
+resume early                           | early/checkpoints/step-1/state.json: is damaged (it has no step)
+resume otherstep                       | otherstep/checkpoints/step-1/state.json: is damaged (its checksum is another)
+resume cutmoments                      | step-1/optimizer-00001-of-00001.safetensors: is damaged (its | moved away
+resume bitflip                         | bitflip/checkpoints/step-2/model.safetensors: is damaged | bitflip/checkpoints/step-2 moved away, --resume goes on from bitflip/checkpoints/step-1
+resume othermoments                    | othermoments/checkpoints/step-1: | are not of this model and optimizer, see
+resume fewmoments                      | fewmoments/checkpoints/step-1: | are not of this model and optimizer, see
+resume gap                             | gap/checkpoints/step-1: | are not of this model and optimizer, see
+resume noweights                       | noweights/checkpoints/step-1/model.safetensors: no such file; with
 resume badrows                         | badrows/metrics.jsonl:2: is no row of a run; mend the line
 resume moved                           | nowhere: is no folder here; --model is
 resume model                           | model/config.json: is not the config.json of a run
 resume run --max-steps 1               | run: 2 steps are done already, so it cannot end after 1
 """
+MOMENTS = "optimizer-00001-of-00001.safetensors"
 LINES = [line for line in TABLE.splitlines() if line and not line.startswith("#")]
 ROWS = [[part.strip() for part in line.split(" | ")] for line in LINES]
 
@@ -276,13 +280,22 @@ def make_runs(home):
     (ended("badstate") / "state.json").write_text("{")
     (ended("liststate") / "state.json").write_text("[]")
     (ended("early") / "state.json").write_text('{"step": -3}')
-    moments = ended("cutmoments") / "optimizer.safetensors"
+    state = ended("otherstep") / "state.json"
+    state.write_text(state.read_text().replace('"step": 1', '"step": 2'))
+    moments = ended("cutmoments") / MOMENTS
     moments.write_bytes(moments.read_bytes()[:-64])
-    whole = load_file(home / "run/checkpoints/step-1/optimizer.safetensors")
-    save_file({name: x[:1].clone() if x.ndim else x for name, x in whole.items()},
-              ended("othermoments") / "optimizer.safetensors")
-    save_file({name: x for name, x in whole.items() if "layers.1" not in name},
-              ended("fewmoments") / "optimizer.safetensors")
+    shutil.copytree(home / "run", home / "bitflip")
+    weights = home / "bitflip/checkpoints/step-2/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1000] ^= 4
+    weights.write_bytes(content)
+    whole = load_file(home / "run/checkpoints/step-1" / MOMENTS)
+    for name, moments in {"othermoments": {name: x[:1].clone() if x.ndim else x for name, x in whole.items()},
+                          "fewmoments": {name: x for name, x in whole.items() if "layers.1" not in name},
+                          "gap": whole}.items():
+        metadata = {"model.norm.weight/exp_avg": "2"} if name == "gap" else None
+        save_file(moments, ended(name) / MOMENTS, metadata)
+        (home / name / "checkpoints/step-1/state.json").write_text('{"step": 1}')  # as before there were checksums
     (ended("noweights") / "model.safetensors").unlink()
     ended("badrows")
     (home / "badrows/metrics.jsonl").write_text('{"step": 1}\nnonsense\n')

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+import folder as folder_module
 import model as model_py
 from kernels import linear_logp_ref
 from model import Forest, Model, ModelConfig, forward_flops, pack, tokens_seen
@@ -467,18 +468,46 @@ def test_transformers_loads_what_we_save(case, tmp_path, lift):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_save_writes_the_dtype_under_the_files_own_spelling_and_the_state_given(tmp_path):
-    """Oracle: config.json as it was, but for the dtype; the tensors of `state`."""
+def test_save_writes_the_dtype_under_the_files_own_spelling(tmp_path):
+    """Oracle: config.json as it was, but for the dtype; the model's tensors."""
     for spelling in ("torch_dtype", "dtype"):
-        model = Model.random(ModelConfig.from_dict(QWEN2 | {spelling: "float32", "eos_token_id": [3, 4]}))
-        state = {name: (x + 1).to(torch.bfloat16) for name, x in model.state_dict().items()}
-        model.save_pretrained(tmp_path, state)
+        model = Model.random(ModelConfig.from_dict(QWEN2 | {spelling: "float32", "eos_token_id": [3, 4]}),
+                             dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "config.json").read_text()) == model.config.raw | {spelling: "bfloat16"}
-        saved = load_file(tmp_path / "model.safetensors")
+        saved, state = load_file(tmp_path / "model.safetensors"), model.state_dict()
         assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
     again = Model.from_pretrained(tmp_path, dtype=torch.bfloat16)
     again.save_pretrained(tmp_path)  # over the very file it was loaded from
     assert weights_equal(again, Model.from_pretrained(tmp_path, dtype=torch.bfloat16))
+
+
+def test_a_large_model_is_saved_in_several_files_as_transformers_does(folder, tmp_path, monkeypatch):
+    """Oracle: the rule by which transformers' save_pretrained splits, in the order of our tensors; its index; and what
+    it loads of ours."""
+    hub = pytest.importorskip("huggingface_hub")
+    peer = load_peer(folder(QWEN2), torch.float32)
+    peer.save_pretrained(tmp_path / "theirs", max_shard_size=50_000)
+    monkeypatch.setattr(folder_module, "MAX_FILE_BYTES", 50_000)
+    model = Model.from_pretrained(folder(QWEN2))
+    model.save_pretrained(tmp_path / "ours")
+    wanted = hub.split_torch_state_dict_into_shards(dict(model.named_parameters()), max_shard_size=50_000)
+    ours = {p.name: list(load_file(p)) for p in (tmp_path / "ours").glob("model*.safetensors")}
+    assert len(ours) == 4 and {name: sorted(x) for name, x in ours.items()} == \
+        {name: sorted(x) for name, x in wanted.filename_to_tensors.items()}
+    ours["model.safetensors.index.json"] = None
+    index, theirs = (json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
+                     for name in ("ours", "theirs"))
+    assert index["weight_map"] == wanted.tensor_to_filename and index.keys() == theirs.keys()
+    assert index["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+    assert weights_equal(load_peer(tmp_path / "ours", torch.float32), peer)
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path / "ours")  # in one file, where there were several
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.json", "model.safetensors"}
+    monkeypatch.setattr(folder_module, "MAX_FILE_BYTES", 50_000)
+    model.save_pretrained(tmp_path / "ours")  # and the other way round
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.json", *ours}
+    assert weights_equal(Model.from_pretrained(tmp_path / "ours"), peer)
 
 
 @pytest.mark.parametrize("disk", [torch.float32, torch.bfloat16, torch.float16])
@@ -523,7 +552,7 @@ NORM, HEAD, EMBED = "model.layers.1.input_layernorm.weight", "lm_head.weight", "
     (lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(48)}), ["o_proj.bias", "unexpected"]),
     (lambda t: t.update({NORM: torch.ones(47)}), [NORM, "47", "48"]),
     (lambda t: t.update({NORM: torch.ones(48, 1)}), [NORM, "(48, 1)"]),
-    (lambda t: t.update({NORM: torch.ones(48, dtype=torch.int64)}), [NORM, "int64"]),
+    (lambda t: t.update({NORM: torch.ones(48, dtype=torch.int64)}), [NORM, "I64"]),
 ])
 def test_wrong_tensors_end_with_their_name(edit, words, tmp_path):
     """One line naming file and tensor."""

@@ -1,26 +1,32 @@
 """What every recipe combines: bfloat16 computation under FSDP (on one CPU a group of one), gradient checkpointing,
-AdamW, checkpoints. Oracle: the uninterrupted run. In subprocesses, for the process groups."""
+AdamW, checkpoints. Oracle: the uninterrupted run. In subprocesses, for the process groups. And docs/recipes.md, against
+the scripts' own options and recipes and the paper's table."""
 
+import importlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 import distill
 import grpo
-from data import toy
+from data import fetch, toy
 from model import Model, ModelConfig
+from options import flag_of, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = toy.MODEL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
                     "num_key_value_heads": 1, "head_dim": 16}
 RECIPE = "qwen2.5-7b"
-COMMON = dict(prompt="toy", micro_tokens=400, save_every=4, threads=1)  # several micro-batches a step
+COMMON = dict(prompt="toy", micro_tokens=400, save_every=4, keep=3, threads=1)  # several micro-batches a step
 SFT = dict(COMMON, batch_size=20, max_steps=60, epochs=30, max_length=200, lr=1e-2, answer_only=True, save_every=20)
 RL = dict(COMMON, n_prompts=8, mini_prompts=4, group_size=7, steps=20, max_new_tokens=8, lr=4e-3, n_samples=1)
 DISTILL_KEYS = {"step", "loss", "entropy", "lr", "grad_norm", "n_tokens", "step_s", "train_tok_s"}
@@ -109,3 +115,122 @@ def test_the_recipes_combination_learns_and_resumes(tmp_path):
                             ("model/model.safetensors", torch.bfloat16)):
             x, y = load_file(whole / file), load_file(again / file)
             assert all(torch.equal(x[key], y[key]) for key in x) and {v.dtype for v in y.values()} == {dtype}, file
+
+
+# ---- docs/recipes.md
+
+PAGE = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+PAPER = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared")) / "paper.md"
+GIVEN = {"model": "m", "data": "d"}
+
+
+def table_rows(header):
+    """The cells of the page's table whose header line starts so."""
+    lines = PAGE[PAGE.index(header):].split("\n\n")[0].split("\n")
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines[:1] + lines[2:]]
+
+
+def recipe_of(name):
+    kind, size = name.removeprefix("RM-R1-").rsplit("-", 1)
+    return {"Qwen2.5-Instruct": "qwen2.5-", "DeepSeek-Distilled-Qwen": "deepseek-distill-"}[kind] + size.lower()
+
+
+def page_commands():
+    """[(section, words)] of the page's commands, in order."""
+    found, section = [], ""
+    for block in re.split(r"^## ", PAGE, flags=re.M)[1:]:
+        section, _, text = block.partition("\n")
+        lines = re.findall(r"^    (.*)$", text, re.M)
+        for line in "\n".join(lines).replace("\\\n", " ").split("\n"):
+            found.append((section, shlex.split(line)))
+    return found
+
+
+def parsed(words):
+    """(script, options) of a command; SystemExit or ValueError if its script would refuse it."""
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    starter, name, argv = words[:script], words[script], words[script + 1:]
+    assert starter == ["python"] or starter[0] == "torchrun" and "--nproc_per_node" in starter, words
+    argv = [word.replace("$FIRST", "https://first/v1").replace("$SECOND", "https://second/v1") for word in argv]
+    module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    if name == "data/fetch.py":
+        return name, module.parse_options(argv)
+    return name, parse_config(module.Config, getattr(module, "RECIPES", None), argv)
+
+
+def test_every_command_of_the_page_is_one_that_its_script_takes():
+    """And what a command reads, one before it has written, in its section or in the first."""
+    made = {}
+    for section, words in page_commands():
+        if not any((ROOT / word).exists() for word in words if word.endswith(".py")):
+            continue                                              # a script that this checkout does not have
+        name, options = parsed(words)
+        own = made.setdefault(section, set(made.get("Once, for all of them", ())))
+        read = []
+        if name == "data/fetch.py":
+            for what in options.what:
+                source = fetch.source_of(what)
+                own |= {f"{options.out}/{what}"} | ({f"{options.out}/{what}.jsonl"} if source.keys else set())
+            if "rm-r1-prompts" in options.what:
+                own |= {f"{options.out}/rm-r1-{kind}.txt" for kind in ("instruct", "reasoning")}
+        elif name == "data/mix.py":
+            read = [options.math, options.code, options.skywork, options.tokenizer, *options.benchmarks]
+            own |= {f"{options.out}/rl.jsonl"} | ({f"{options.out}/distill.jsonl"} if options.distill_frac else set())
+        elif name == "oracle.py":
+            read, own = [options.data], own | {f"{options.out}/chains.jsonl"}
+        elif name == "data/quality.py":
+            read = [*options.files, options.tokenizer]
+        elif name == "evaluate.py":
+            read = [*options.model, options.rewardbench, options.rmbench, options.rmb, options.prompt]
+        else:
+            read, own = [options.model, options.data], own | {f"{options.out}/model"}
+        made[section] = own
+        if (ROOT / "oracle.py").exists() or "runs/oracle/chains.jsonl" not in read:
+            for path in filter(None, read):
+                assert any(path == x or path.startswith(x + "/") for x in own), f"{section}: nothing makes {path}"
+
+
+def test_each_section_trains_and_scores_its_model():
+    sections = {}
+    for section, words in page_commands():
+        sections.setdefault(section, []).append(" ".join(words))
+    names = [row[0] for row in table_rows("| model | starts from")[1:]]
+    assert list(sections) == ["Once, for all of them", *names] and len(set(names)) == 6
+    for name, base, *_ in table_rows("| model | starts from")[1:]:
+        commands = "\n".join(sections[name])
+        recipe, instruct = recipe_of(name), "Instruct" in name
+        assert (f"distill.py --recipe {recipe}" in commands) == instruct == ("distill.py" in commands)
+        assert f"grpo.py --recipe {recipe} " in commands and f"runs/data/{base}" in commands
+        assert f"runs/{recipe}/grpo/model" in commands and f"--model runs/data/gaotang/{name} " in commands
+        prompt = "instruct" if instruct else "reasoning"
+        assert f"--prompt runs/data/rm-r1-{prompt}.txt --order published" in sections[name][-1]
+    assert PAGE.count("Not run here.") == 6
+
+
+def test_the_numbers_of_the_page_are_those_of_the_recipes():
+    for name, _, sft_lr, grpo_lr, *_ in table_rows("| model | starts from")[1:]:
+        recipe = recipe_of(name)
+        assert float(grpo_lr) == grpo.Config(**GIVEN | grpo.RECIPES[recipe]).lr
+        assert (sft_lr == "none") == (recipe not in distill.RECIPES)
+        if recipe in distill.RECIPES:
+            assert float(sft_lr) == distill.Config(**GIVEN | distill.RECIPES[recipe]).lr
+    shared = table_rows("| option | distillation")[1:]
+    assert len(shared) == 17
+    for column, module in ((1, distill), (2, grpo)):
+        for recipe in module.RECIPES:
+            if recipe != "toy":
+                cfg = module.Config(**GIVEN | module.RECIPES[recipe])
+                given = {row[0]: float(row[column]) for row in shared if row[column]}
+                assert given == {flag_of(name): getattr(cfg, name) for name in vars(cfg) if flag_of(name) in given}
+
+
+@pytest.mark.skipif(not PAPER.exists(), reason=f"no paper's tables at {PAPER}: set RM_SHARED")
+def test_the_scores_of_the_page_are_the_papers():
+    """The paper calls the instruct models RM-R1-Qwen-Instruct, its repository RM-R1-Qwen2.5-Instruct."""
+    text = PAPER.read_text(encoding="utf-8")
+    paper = {row[0].replace("Qwen-Instruct", "Qwen2.5-Instruct"): row[1:5] for row in
+             ([cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")) if len(row) == 5}
+    for name, *_, reward_bench, rm_bench, rmb, average in table_rows("| model | starts from")[1:]:
+        assert [reward_bench, rm_bench, rmb, average] == paper[name]
+        said = f"RewardBench {reward_bench}, RM-Bench {rm_bench}, RMB {rmb}, average {average}. Not run here."
+        assert f"## {name}\n\nExpected: {said}" in PAGE

@@ -19,10 +19,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.scores import QUANTITIES, section, wilson  # noqa: E402
+from data.quality import place_of, quotations  # noqa: E402
+from data.rubric import rubric_items  # noqa: E402
 from report.__main__ import Config, main  # noqa: E402
 from report.build import Chunks, build, page_json, write  # noqa: E402
-from report.judgement import outcome, parts, rubric_items  # noqa: E402
+from report.judgement import outcome, parts  # noqa: E402
 from report.read import find  # noqa: E402
+
+SHARED = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared"))
+QWEN = SHARED / "benchmarks/reward_bench/RM-R1-Qwen2.5-Instruct-32B.logs.sample40.json"
 
 # ---- records made for the tests
 
@@ -128,7 +133,7 @@ def test_rubrics_lose_no_word():
 
 def test_parts_of_a_chain():
     found = parts("<think>hm, 1+1</think>\n" + CHAIN + "<|im_end|>")
-    assert found["thinking"] == "hm, 1+1" and found["type"] == "Chat" and found["well_formed"]
+    assert found["thinking"] == "hm, 1+1" and found["type"] == "Chat" and "fault" not in found
     assert found["rubric"] == [("Accuracy", "60%", "says what is true"), ("Tone", "40%", "is friendly")]
     assert found["justify"] == "Because facts matter most." and found["evaluation"].startswith("1. Accuracy:")
     assert "rest" not in found and "solution" not in found
@@ -137,10 +142,11 @@ def test_parts_of_a_chain():
 def test_parts_keep_what_is_in_no_part():
     assert parts("B is better. <answer>[[B]]</answer>") == {"rest": "B is better."}
     assert parts("<type>Reasoning</type>x<solution>42</solution>\n<eval>A is") == {
-        "type": "Reasoning", "solution": "42", "rest": "x\n<eval>A is"}
+        "type": "Reasoning", "solution": "42", "fault": "no evaluation", "rest": "x\n<eval>A is"}
     assert parts("no verdict") == {"rest": "no verdict"} and parts("") == {} == parts("<answer>[[A]]</answer>")
     assert parts("only thoughts</think><answer>[[A]]</answer>") == {"thinking": "only thoughts"}
-    assert parts("<type>Chat</type><rubric>prose</rubric>") == {"type": "Chat", "rubric": "prose"}
+    assert parts("<type>Chat</type><rubric>prose</rubric>") == {
+        "type": "Chat", "rubric": "prose", "fault": "no evaluation"}
 
 
 @pytest.mark.parametrize("text", ["<item>" * 40_000, "#" * 200_000, " " * 200_000 + "x", "1. " + "9" * 200_000,
@@ -355,6 +361,29 @@ def test_pairs_that_nobody_has_judged_stay_out(tmp_path):
     assert index["models"][0]["name"] == "m" and index["models"][0]["folder"] == str(tmp_path)
 
 
+def test_files_are_known_as_chains_by_their_first_record(tmp_path):
+    """The forms of data/pairs.py; RM-R1's pairs, ours, and a file that ends with its first bracket are none."""
+    shown, said = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    forms = {"ours": pair(1) | {"judgement": "j"}, "sft": {"context_messages": [shown], "winner": "j"},
+             "trl": {"messages": [shown, said]}, "log": {"text_chosen": [shown, said], "answers": "j"}}
+    others = {"rl": {"context_messages": [shown], "winner": "model_b"}, "pairs": pair(1), "samples": forms["ours"]}
+    for name, record in (forms | others).items():
+        write_lines(tmp_path / f"{name}.jsonl", [record])
+    (tmp_path / "broken.jsonl").write_text("[")
+    (tmp_path / "list.json").write_text(json.dumps([forms["sft"]]))
+    found = find([str(tmp_path)])
+    assert sorted(file.stem for file in found["chains"]) == sorted(forms)
+    assert [file.name for file in find([str(tmp_path / "list.json")])["chains"]] == ["list.json"]
+
+
+def test_chains_give_their_texts_to_judgements_without(tmp_path):
+    write_lines(tmp_path / "chains.jsonl", [pair(1) | {"judgement": CHAIN}])
+    write_lines(tmp_path / "j.jsonl", [judgement(pair(1))])
+    built(tmp_path, tmp_path / "r.html")
+    _, items = unpack((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert items["pair"][0]["a"] == pair(1)["answer_a"]
+
+
 def test_runs_that_are_still_being_written(tmp_path):
     """Judgements so far, from the file that sample.py renames at the end, and training rows; half lines are not yet."""
     pairs = [pair(i) for i in range(3)]
@@ -376,7 +405,7 @@ def test_command_line(tmp_path):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     folder = evaluation(tmp_path / "e", [pair(1)], [judgement(pair(1))])
     out = tmp_path / "page.html"
-    write(build({"evaluation": [], "run": [], "pairs": []}), out)  # the page before
+    write(build({"evaluation": [], "run": [], "chains": [], "pairs": []}), out)  # the page before
     assert "reward-bench/1" not in out.read_text()
     done = run(folder, folder / "judgements.jsonl", "--out", out)
     assert done.returncode == 0 and done.stdout.startswith(f"{out}: 1 judgement of 1 model, 0 training runs, ")
@@ -833,6 +862,37 @@ def test_scores_page(visit, report):
     assert page.locator("#count b").text_content() == str(len(kept))
 
 
+def test_quality_of_texts_has_a_column_for_each_model_and_file_of_chains(visit, tmp_path):
+    """Counted by hand; with chains alone the page has this table and nothing else."""
+    swap = swapped(pair(2), "b")
+    evaluation(tmp_path / "m", [pair(1), pair(2)], [judgement(pair(1), "ab"), judgement(pair(2), "a"), swap])
+    chain = {key: x for key, x in pair(3).items() if key not in ("subset", "item")} | {"judgement": CHAIN + "</eval>"}
+    write_lines(tmp_path / "m" / "chains.jsonl", [chain, {"id": 3}])
+    write_lines(tmp_path / "m" / "labels.jsonl", [{"context_messages": [], "winner": "model_a"}])     # pairs: no chains
+    built(tmp_path, tmp_path / "r.html")
+    page = visit(tmp_path / "r.html", "#view=scores")
+    table = page.locator("table.quality")
+    assert table.locator("thead th").all_text_contents() == ["", "m", "m/chains.jsonl"]
+    lines = {line[0]: line[1:] for line in table.locator("tbody tr").evaluate_all(CELLS)}
+    assert lines["all"] == ["4", "1"] and lines["records skipped as unreadable"] == ["0", "1"]
+    assert lines["Chat"] == ["3 of 3  100.0 %", "0 of 1    0.0 %"] and lines["no type"] == ["0 of 1    0.0 %", "-"]
+    # of the four quotations two are in their answers, but for a capital and for an ellipsis; with the answers exchanged
+    # neither is, but "made of rock" is then in B, letter for letter
+    assert lines["letter for letter"] == ["1 of 12    8.3 %", "0 of 4    0.0 %"]
+    assert lines["but for capitals, markdown, quotation marks, ellipses"] == ["5 of 12   41.7 %", "2 of 4   50.0 %"]
+    assert lines["whose per cents sum to 100"] == ["3 of 3  100.0 %", "1 of 1  100.0 %"]
+    assert [lines[f"{share} % are no longer than"][1] for share in (5, 95)] == [f"{len(CHAIN) + 7}"] * 2
+    groups = table.locator("th.group").all_text_contents()
+    assert groups[:2] == ["Texts", "Well formed"] and "Tokens" not in groups
+    alone = tmp_path / "m" / "chains.jsonl"
+    write_lines(alone, [chain])
+    built(alone, tmp_path / "alone.html")
+    page = visit(tmp_path / "alone.html")
+    assert page.locator("#scores h2").all_text_contents() == ["Quality of the texts"]
+    assert page.locator("nav button:visible").all_text_contents() == ["Scores"]
+    assert page.locator("#title").text_content() == "m/chains.jsonl" and "undefined" not in page.content()
+
+
 @pytest.mark.parametrize("size", ["laptop", "phone"])
 def test_both_ends_of_an_interval_are_shown(visit, tmp_path, size):
     """91.2 to 100 is not 100 plus or minus 4.4; a score without an interval gets none; a phone shows the ends too."""
@@ -998,6 +1058,24 @@ def test_markdown_does_not_matter_in_quotations(visit, tmp_path):
     page = visit(tmp_path / "r.html", "#j=reward-bench/1")
     page.wait_for_selector(".quote")
     assert page.locator(".side-a mark").text_content() == "The moon** is `made` of\n# rock_solid"
+
+
+@pytest.mark.skipif(not QWEN.exists(), reason=f"no recorded outputs at {QWEN}: set RM_SHARED")
+def test_quotations_are_found_here_and_in_data_quality_alike(visit, report):
+    """The rule stands in JavaScript and in Python: the same of some made up and of all recorded ones are found."""
+    texts = ["# The **Moon** isn\u2019t\n\nmade of \u201ccheese\u201d, they say.", "Second message, with_underscores."]
+    cases = [(quotation, texts) for quotation in (
+        '"the moon isn\'t"', "Moon ... cheese", "Moon ... sun", "the moon [\u2026] second", '"moon" and "cheese"', "...",
+        "**Moon** isn\u2019t made", "'Moon'", "the moon was")]
+    for row in json.loads(QWEN.read_text(encoding="utf-8")):
+        record = row["record"]
+        answers = [record[key][-1]["content"] for key in ("text_chosen", "text_rejected")]
+        answers = answers[::-1] if record["Is_Chosen_Answer_Shuffled_toPositionB"] else answers
+        cases += [(quotation, [answers["AB".index(side)]]) for side, quotation in quotations(record["answers"])]
+    page = visit(report[0])
+    here = page.evaluate("cases => cases.map(([q, texts]) => locate(q, texts.map(normal)).found === 'all')", cases)
+    assert len(cases) == 115 and here == [place_of(*case) is not None for case in cases]
+    assert here[:9] == [True, True, False, True, True, False, True, True, False]
 
 
 def test_print_less_motion_and_no_script(visit, browser, report):

@@ -96,8 +96,8 @@ def test_majority():
 
 def test_parts_of_a_chain():
     assert parse(CHAT) == Judgement("Chat", "1. Kind (100%)", "it is chat", None, "A is kind. <quote_A>dear</quote_A>",
-                                    "a", True)
-    assert parse(MATH) == Judgement("Reasoning", None, None, "4", "A says 5, B says 4.", "b", True)
+                                    "a", None)
+    assert parse(MATH) == Judgement("Reasoning", None, None, "4", "A says 5, B says 4.", "b", None)
 
 
 @pytest.mark.parametrize("text", [
@@ -130,10 +130,20 @@ def test_not_well_formed(text):
     assert not parse(text).well_formed
 
 
+@pytest.mark.parametrize("text, fault", [
+    (A, "no type"), (MATH.replace("4</solution>", "</solution>"), "no solution"), (CHAT.replace("Chat", "Chat "), None),
+    (CHAT.replace("rubric>", "rub>"), "no rubric"), (MATH.replace("</eval>", ""), "no evaluation"),
+    (MATH.replace("[[B]]", "[[C]]"), "no verdict at the end"), ("So: " + MATH, "text before the type"),
+    (MATH.replace("[[B]]", "B") + "<quote_A>" + B + "</quote_A>", "its verdict is only quoted"),
+    (MATH + "</answer>", "a tag too many, too few or misplaced"), (MATH + " so.", "text after the answer"), (MATH, None)])
+def test_the_first_fault_is_named(text, fault):
+    assert parse(text).fault == fault
+
+
 def test_parts_of_broken_chains():
     cut = parse("<type>Chat</type><rubric>one</rubric><eval>A is")
     assert (cut.type, cut.rubric, cut.evaluation, cut.verdict) == ("Chat", "one", None, None)
-    assert parse("<think>" + MATH) == Judgement(None, None, None, None, None, "b", False)    # never stopped thinking
+    assert parse("<think>" + MATH) == Judgement(None, None, None, None, None, "b", "no type")    # never stopped thinking
     assert parse("<type>Poem</type>").type is None
     quoting = "A ends in <quote_A></eval></quote_A>, badly."
     assert parse(MATH.replace("A says 5, B says 4.", quoting)).evaluation == quoting

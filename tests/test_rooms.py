@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("benchmarks", "data", "kernels", "report")  # packages; inside them imports are free
+ROOMS = ("benchmarks", "data", "experiments", "kernels", "report")  # packages; inside them imports are free
 
 # Each may import what stands in its row, and nothing else of ours.
 MAY_IMPORT = {
@@ -13,25 +13,34 @@ MAY_IMPORT = {
     "reward": "",
     "prompt": "",
     "kernels": "",
+    "split": "",
     "options": "files",
     "tracking": "files",
     "tokenizer": "files",
     "folder": "files",
-    "data": "files",
-    "common": "files options",
-    "run": "common files options tracking",
-    "model": "files folder kernels",
+    "data": "files options prompt reward tokenizer",
+    "ending": "files",
+    "common": "ending files options",
+    "model": "files folder kernels split",
+    "checkpoint": "common files folder model",
+    "run": "checkpoint files options tracking",
     "draw": "",
     "pages": "kernels",
     "batch": "draw kernels model pages",
-    "sample": "batch common draw files folder kernels model options pages tokenizer",
-    "judge": "common data draw files folder options prompt reward sample tokenizer",
-    "distill": "common data files folder judge model options prompt run sample tokenizer",
+    "sample": "batch common draw files folder kernels model options pages split tokenizer",
+    "judge": "common data draw files folder options prompt reward sample split tokenizer",
+    "distill": "checkpoint common data ending files folder judge model options prompt run sample tokenizer",
     # distill: stage 1 of the generated task
-    "grpo": "batch common data distill draw files folder judge model options prompt reward run sample tokenizer",
+    "grpo": "batch checkpoint common data distill draw ending files folder judge model options prompt reward run "
+            "sample tokenizer",
     "benchmarks": "data reward",
-    "evaluate": "benchmarks common data files folder judge options",
+    "evaluate": "benchmarks common data ending files folder judge options sample",
     "report": "benchmarks data files options reward",
+    "traces": "",
+    "teachers": "data draw files folder sample",
+    "oracle": "data files judge options prompt reward teachers traces",
+    # demo: how it judges
+    "experiments": "data demo distill files options oracle",
     "demo": "data distill draw evaluate files grpo judge options prompt sample",
 }
 
@@ -84,7 +93,8 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
     while more := {other for room in closure for other in graph[room]} - closure:
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "batch", "draw", "pages", "model", "kernels", "tokenizer",
-                       "reward", "data", "common", "run", "options", "tracking", "prompt", "folder", "files"}
+                       "reward", "data", "common", "checkpoint", "ending", "run", "options", "tracking", "prompt",
+                       "folder", "files", "split"}
 
 
 def test_readme_counts_the_lines_as_they_are():

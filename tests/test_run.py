@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common import Ranks
-from run import Run, latest_checkpoint
+from options import saved_options
+from run import Run
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -19,16 +20,10 @@ class Options:
     lr: float = 1e-3  # peak
     model: str = "start"  # a folder
     out: str = "run"  # a folder
+    keep: int = 2  # checkpoints
     wandb: str | None = None  # a project
     tensorboard: bool = False  # events
     resume: bool = False  # go on
-
-
-def test_the_latest_checkpoint_is_the_highest_number(tmp_path):
-    assert latest_checkpoint(tmp_path / "none") is None and latest_checkpoint(tmp_path) is None
-    for name in ("step-9", "step-10", "step-100.tmp", "step-", "step-x", "other-99"):
-        (tmp_path / name).mkdir()
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-10"
 
 
 def test_a_new_run_writes_its_options_and_refuses_a_used_folder(tmp_path):
@@ -88,6 +83,33 @@ def test_an_option_that_earlier_runs_did_not_have_was_at_its_default(tmp_path):
         Run(Options(n_steps=4, out=str(tmp_path), resume=True), ALONE)
 
 
+def test_a_run_from_before_there_was_keep_loses_no_checkpoint(tmp_path):
+    options = asdict(Options())
+    del options["keep"]
+    (tmp_path / "config.json").write_text(json.dumps({"options": options}))
+    assert saved_options(Options, tmp_path)["keep"] == 0
+    with pytest.raises(ValueError, match="--keep 0, not 2"):
+        Run(Options(out=str(tmp_path), resume=True), ALONE)
+    assert Run(Options(out=str(tmp_path), resume=True), ALONE, {"keep": ""}).changed == {"keep": [0, 2]}
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path):
+    for step in (8, 9, 10):
+        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step-{step}/state.json").write_text('{"step": 5}' if step < 10 else "{")
+    (tmp_path / "config.json").write_text(json.dumps({"options": asdict(Options())}))
+
+    def run():
+        return Run(Options(out=str(tmp_path), resume=True), ALONE)
+    newest = tmp_path / "checkpoints/step-10"
+    with pytest.raises(ValueError, match=f"^{newest}/state.json: is damaged .*; with {newest} moved away, --resume "
+                                         f"goes on from {tmp_path}/checkpoints/step-9$"):
+        run().weights()
+    newest.rename(tmp_path / "checkpoints/step-10.bad")
+    assert run().weights() == run().checkpoint == tmp_path / "checkpoints/step-9"
+    assert Run(Options(out=str(tmp_path / "new")), ALONE).weights() == "start"
+
+
 def test_a_number_that_is_not_finite_is_null_in_a_row(tmp_path):
     run = Run(Options(out=str(tmp_path)), ALONE)
     run.row("metrics.jsonl", {"step": 1, "loss": math.nan, "grad_norm": -math.inf, "lr": 0.5, "kl": None})
@@ -107,6 +129,7 @@ def test_the_best_accuracy_counts_if_its_model_was_kept(tmp_path):
 
 def test_a_stopped_run_names_its_last_good_weights(tmp_path):
     run = Run(Options(out=str(tmp_path)), ALONE)
+    run.begin(0, 9)
     with pytest.raises(ValueError, match=f"^{tmp_path}: stopped, too bad; no model/ is written, .* are in start"):
         run.stop("too bad")
     (tmp_path / "checkpoints/step-7").mkdir(parents=True)

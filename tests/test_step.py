@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,9 +19,12 @@ import model as model_py  # noqa: E402
 from batch import Batch  # noqa: E402
 from bench import gpu  # noqa: E402
 from bench.fake import no_kernels  # noqa: E402
+from common import leave_ranks  # noqa: E402
 from draw import Sampling  # noqa: E402
 from kernels.tiles import launch  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
+from sample import filled_copy  # noqa: E402
+from split import Split  # noqa: E402
 
 QWEN2 = dict(model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
@@ -28,9 +33,9 @@ N_SLOTS = 5
 SAMPLINGS = {"plain": {}, "greedy": dict(temperature=0.0), "cut": dict(temperature=0.7, top_k=5, top_p=0.9)}
 
 
-def started(raw, sampling, n_steps):
+def started(raw, sampling, n_steps, split=Split()):
     """A Batch in which 5 slots have written n_steps tokens, of 3 prompts in pages of 4, with the PyTorch path."""
-    model = Model.random(ModelConfig.from_dict(raw)).requires_grad_(False).fuse()
+    model = filled_copy(Model.random(ModelConfig.from_dict(raw)), torch.float32, split).requires_grad_(False).fuse()
     prompts = [[7] * 9, [1], list(range(40))]
     batch = Batch(model, prompts, Sampling(n=3, max_new_tokens=64, **SAMPLINGS[sampling]), N_SLOTS, page_size=4)
     with torch.no_grad():
@@ -80,6 +85,25 @@ def trace(batch, impl):
 def test_a_step_reads_no_value(impl, sampling):
     operations, launches = trace(started(QWEN2, sampling, 2), impl)
     assert len(operations) > 30 and bool(launches) == (impl != "torch")
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("raw", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_a_split_step_reads_no_value(raw, impl):
+    """One rank of two, in a process group that passes nothing on. Oracle: two sums a layer, of all slots' rows, and the
+    draw of the first rank last; the same after 1 and 30 steps."""
+    leave_ranks()  # of another test's run
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        traces = [trace(started(raw, "plain", n, Split(1, 2, dist.group.WORLD)), impl) for n in (1, 30)]
+    finally:
+        leave_ranks()
+    for operations, launches in traces:
+        assert bool(launches) == (impl == "triton")
+        passed = [(name, shape) for name, shape, *_ in operations if name.startswith("c10d")]
+        assert passed == [("c10d.allreduce_.default", (N_SLOTS, 32))] * 4 + [("c10d.broadcast_.default", (2, N_SLOTS))]
+    names = [[name for name, *_ in operations] for operations, _ in traces]
+    assert names[0] == names[1] and traces[0][1] == traces[1][1]
 
 
 @pytest.mark.parametrize("impl", ["triton", "invariant"])
