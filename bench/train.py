@@ -33,7 +33,8 @@ from common import Ranks, Tally, make_optimizers, micro_batches, optimizer_step
 from data.pairs import Pair
 from distill import Example, sft_loss
 from model import Model, forward_flops, tokens_seen
-from sample import Sampler
+from sample import Sampler, filled_copy
+from split import Split
 
 LR, KL_COEF = 1e-6, 1e-3
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -90,7 +91,7 @@ def make_ours(args, work, folder):
     cfg = grpo.Config(model="-", data="-", n_prompts=args.prompts, mini_prompts=args.prompts, group_size=args.samples,
                       max_new_tokens=max(map(max, work.lengths)), kl_coef=KL_COEF, dtype=args.dtype,
                       micro_tokens=args.micro_tokens, lr=LR)
-    sampler = Sampler(model, args.prompts * args.samples, prefill_tokens=args.micro_tokens)
+    sampler = Sampler(None, args.prompts * args.samples, prefill_tokens=args.micro_tokens)
     batch.Batch.reason_to_end = lambda self, slot, _: (
         "length" if len(slot.rollout.ids) == work.lengths[slot.prompt][slot.sample] else None)
     pairs = [Pair(str(i), [], "", "", "a", "", "") for i in range(args.prompts)]
@@ -102,7 +103,9 @@ def make_ours(args, work, folder):
 
     def step():
         began = time.perf_counter()
+        sampler.model = filled_copy(model, model.head_vd.dtype, Split()) if args.what == "step" else None
         groups = grpo.rollout(cfg, written, Words(), pairs, prompts, next(steps), ALONE)
+        sampler.model = None
         mini_batch = grpo.make_mini_batch(cfg, ALONE, groups)
         grpo.score(reference, [mini_batch], 1.0, ALONE.device)
         left_out = 0.0
@@ -131,7 +134,7 @@ def sft_step(args, work, model, optimizers):
 def fixed(work):
     """A sampler that writes the given replies."""
     class Fixed:
-        def generate(self, prompts, sampling, bar=None):
+        def generate(self, prompts, sampling, *_):
             return [[batch.Rollout(ids, [-10.0] * len(ids), "stop") for ids in group] for group in work.replies]
     return Fixed()
 
@@ -227,9 +230,10 @@ def words(args):
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
-    spelled = Tokenizer(WordLevel({f"w{i}": i for i in range(SHAPES[args.model][-1])}, unk_token="w0"))
+    vocabulary = {f"w{i}": i for i in range(2, SHAPES[args.model][-1])} | {"<pad>": 0, "<end>": 1}
+    spelled = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     spelled.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=spelled, pad_token="w0", eos_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=spelled, pad_token="<pad>", eos_token="<end>")
 
 
 def sizes(args, work):
@@ -273,7 +277,7 @@ def main():
     work, config = Work(args), geometry(*SHAPES[args.model])
     if args.side:
         if args.side == "peer":
-            import trl.trainer.grpo_trainer, trl.trainer.sft_trainer  # noqa: E401, F401
+            from trl import GRPOTrainer, SFTTrainer  # noqa: F401: what it takes to be loaded is not the work's
         return run_side(args, work, peak_bytes())
     seconds, matrix_rates, first = {"ours": [], "peer": []}, [], {}
     with tempfile.TemporaryDirectory() as folder:
