@@ -151,14 +151,15 @@ def update_moments(config, work, sizes, world):
     block, root, block_arrives, _ = whole_weights(work, sizes, world)
     stream, head = work.n * D * work.e, work.e * sizes.embedding
     saved = block_saved(config, work)
-    kept = config.num_hidden_layers * stream + saved if work.checkpointing else config.num_hidden_layers * saved
+    kept = config.num_hidden_layers * (stream if work.checkpointing else saved)
+    again = saved if work.checkpointing else 0  # of the block whose forward pass runs a second time
     reduced = 4 if root else 0  # bytes a parameter of whole gradients, in the masters' dtype, and of their sums
     leaves = max(work.e + reduced, reduced + reduced / world)
     logits = (work.e if work.triton else 4) * logit_block(config, work)
     backward = [
         {"whole weights": root + block_arrives, "activations": kept + stream,
          "logits": max(2 * head, head + logits + work.n * D * (4 + work.e))},
-        {"whole weights": root + block + block_arrives, "activations": kept + work.n * work.e * (2 * F + 2 * D),
+        {"whole weights": root + block + block_arrives, "activations": kept + again + work.n * work.e * (2 * F + 2 * D),
          "whole gradients": head + reduced * sizes.block + work.e * D * F},
         {"whole weights": root + block_arrives, "whole gradients": head + leaves * sizes.block,
          "activations": kept + 2 * stream},
