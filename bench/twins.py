@@ -24,7 +24,8 @@ SHAPES = {  # layers, width, heads, kv heads, ffn, vocabulary; qwen2.5-0.5b is t
 
 
 def options(*flags, **numbers):
-    """The benchmarks' common options, a switch for each flag, and an integer option for each keyword."""
+    """The benchmarks' common options, a switch for each flag, and an integer option for each keyword, or, for a tuple,
+    one of its words, by default the first."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=SHAPES, default="tiny")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -35,7 +36,10 @@ def options(*flags, **numbers):
     for name in flags:
         parser.add_argument(f"--{name}", action="store_true")
     for name, value in numbers.items():
-        parser.add_argument("--" + name, type=int, default=value)
+        if isinstance(value, tuple):
+            parser.add_argument("--" + name, choices=value, default=value[0])
+        else:
+            parser.add_argument("--" + name, type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     return args
@@ -66,7 +70,7 @@ def compare(name, args, work, units, ours, peer, flops=None):
     seconds, matrix_rates = {"ours": [], "peer": []}, []
     with tempfile.TemporaryDirectory() as folder:
         Model.random(geometry(*SHAPES[args.model]), dtype=getattr(torch, args.dtype)).save_pretrained(folder)
-        peak_gb = {side: measure_side(side, folder) for side in calls}
+        memory = {side: measure_side(side, folder) for side in calls}
         models = {side: load(side, args, folder) for side in calls}
     for run in range(args.runs + 1):  # the first warms up
         for side, call in calls.items():
@@ -78,13 +82,18 @@ def compare(name, args, work, units, ours, peer, flops=None):
         if run:
             matrix_rates.append(matrix_rate(args))
             print(f"run {run}: ours {seconds['ours'][-1]:.3f} s, peer {seconds['peer'][-1]:.3f} s", flush=True)
+    report(name, args, work, units, seconds, memory, matrix_rates, flops)
+
+
+def report(name, args, work, units, seconds, memory, matrix_rates, flops=None, **more):
+    """The JSON line of two sides' seconds, run by run, and their memory; more: what else stands in it."""
     rate = {side: units / statistics.median(s) for side, s in seconds.items()}
     row = {"bench": name, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
            "threads": args.threads, "dtype": args.dtype, "model": args.model, "work": work,
            "ours": round(rate["ours"], 1), "peer": round(rate["peer"], 1),
            "ratio": round(rate["ours"] / rate["peer"], 2),
            "ratios": [round(p / o, 2) for o, p in zip(seconds["ours"], seconds["peer"])],
-           "ours_gb": peak_gb["ours"], "peer_gb": peak_gb["peer"]}
+           "ours_gb": memory["ours"]["gb"], "peer_gb": memory["peer"]["gb"]} | more
     if flops:
         matrix = statistics.median(matrix_rates)
         row |= {"matrix_gflops": round(matrix / 1e9, 1),
@@ -115,12 +124,12 @@ def run_side(call, args):
     print(json.dumps({"gb": round(peak_bytes() / 1e9, 3)}))
 
 
-def measure_side(side, folder):
-    """The peak memory, in GB, of a process that does this side's work alone: this command, with --side."""
+def measure_side(side, folder, *more):
+    """{"gb": the peak memory of a process that does this side's work alone}: this command, with --side."""
     module = "bench." + Path(sys.argv[0]).stem
-    command = [sys.executable, "-m", module, *sys.argv[1:], "--side", side, "--folder", folder]
+    command = [sys.executable, "-m", module, *sys.argv[1:], "--side", side, "--folder", folder, *more]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(out.splitlines()[-1])["gb"]
+    return json.loads(out.splitlines()[-1])
 
 
 def peak_bytes():

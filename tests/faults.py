@@ -122,7 +122,8 @@ def kills(folder, loop, rng, n, seconds):
                 os.kill(rng.choice(ranks), signal.SIGKILL)
                 process.wait(timeout=60)  # torchrun, and the other rank
             else:
-                os.killpg(process.pid, signal.SIGKILL)
+                for pid in [process.pid, *ranks]:  # torchrun first, which would tell the others
+                    os.kill(pid, signal.SIGKILL)
                 process.wait()
             n_killed, done = n_killed + 1, done + 1
         if not (folder / out / "model").exists():

@@ -70,6 +70,7 @@ def config(made, out, **changes):
 
 
 def metrics(out, *dropped):
+    dropped += ("train_mfu",)  # null on a CPU
     return [{key: value for key, value in json.loads(line).items() if not key.endswith("_s") and key not in dropped}
             for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 

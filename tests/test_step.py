@@ -229,3 +229,23 @@ def test_the_gpu_benchmark_runs_at_toy_size(monkeypatch, capsys):
         after = [len(slot.rollout.ids) for slot in batch.slots]
         assert after == [n + gpu.WARM_UP + 3 for n in before]
         assert abs(row["ratio"] - row["ms"] / row["bound_ms"]) < 0.1 * row["ratio"]
+
+
+def test_the_gpu_benchmark_makes_a_step_at_toy_size(monkeypatch, capsys):
+    """A row a phase, and what it says of the update. Oracle: 2 prompts of 20 tokens, each once for its 7 rollouts of 6,
+    are 124 tokens. What the other parts start is looked at, and not run."""
+    started = []
+
+    def run(command, seconds, **environment):
+        started.append((command[0], seconds))
+        return "..\n12 passed in 3s\n" if command[0] == "pytest" else 'a table\n{"bench": "kernels", "rows": []}\n'
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--part", "tests", "kernels", "step", "--toy"])
+    gpu.main()
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["tests"] == {"line": "12 passed in 3s"} and results["kernels"]["bench"] == "kernels"
+    assert [command for command, _ in started] == ["pytest", "bench.kernels"]
+    rollout, score, update = results["step"]["phases"]
+    assert [row["phase"] for row in (rollout, score, update)] == ["rollout", "score", "update"]
+    assert update["tok_s"] == pytest.approx(2 * (20 + 7 * 6) / update["s"], rel=0.05)
+    assert update["mismatch"] < 1e-4 and update["norm"] > 0 and update["mfu"] is None
