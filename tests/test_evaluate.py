@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
             x.mul_(15)
     spec = json.loads((path / "tokenizer.json").read_text())
     vocabulary = spec["model"]["vocab"]
-    a, b = vocabulary.pop("\u0120looks\u0120better."), vocabulary.pop("\u0120Overall")  # two tokens that no prompt has
+    a, b = vocabulary.pop("\u0120right."), vocabulary.pop("\u0120wrong.")  # two tokens that no prompt has
     vocabulary |= {"[[A]]": a, "[[B]]": b}  # now each a whole verdict
     (path / "tokenizer.json").write_text(json.dumps(spec))
     verdicts = model.head_vd[[a, b]].clone()

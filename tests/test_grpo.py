@@ -721,7 +721,7 @@ def test_the_papers_recipes():
         schedule = [learning_rate(step, 60, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac) for step in range(60)]
         assert schedule == [lr] * 60
         assert cfg.prompt == ("reasoning" if name.startswith("deepseek") else None)
-    assert set(rates) | {"toy"} == set(grpo.RECIPES)
+    assert set(rates) | {"toy", "qwen2.5-7b-one-gpu"} == set(grpo.RECIPES)
     assert Config("model", "data") == Config("model", "data", **grpo.RECIPES["qwen2.5-7b"])
 
 
