@@ -243,7 +243,7 @@ def make_data(home):
     write_rows(home / "unlabelled.jsonl", [row | {"winner": None} for row in chains])
     write_rows(home / "upper.jsonl", [row | {"winner": row["winner"].upper()} for row in pairs])
     write_rows(home / "same.jsonl", [row | {"id": "x"} for row in pairs])
-    write_rows(home / "long.jsonl", [row | {"answer_a": "0 " * 2100} for row in pairs])
+    write_rows(home / "long.jsonl", [row | {"answer_a": "0 " * 4500} for row in pairs])
     write_rows(home / "messages.jsonl", [{"messages": [{"role": "user", "content": "A or B?"},
                                                        {"role": "assistant", "content": "<answer>[[A]]</answer>"}]}])
     write_rows(home / "judged.jsonl", [{"id": "1", "votes": [], "verdict": "a", "winner": "a"}])
