@@ -2,7 +2,7 @@
 
     python tests/mutants.py [part of a name]    one line each; exit code 1 if any survives
     python tests/mutants.py --bfloat16          all that tests in float32 catch, by the same tests in bfloat16
-    python tests/mutants.py --every 5           each fifth
+    python tests/mutants.py --every 8           each eighth
 
 A mistake is caught if every failure of its tests is an AssertionError, or an expected exception that did not come: one
 that merely does not run is an error of this list. Torch, Triton and pytest are imported once; a forked process per

@@ -328,6 +328,7 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.long
 def test_two_ranks_train_as_one_does(made, tmp_path):
     """Oracle: the same command on one rank. The last batch of an epoch is one chain, so that a rank is idle; a run of
     one rank goes on as a run of two; the bare verdicts are learned by Muon."""

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("options", [["--every", "5"], *([pytest.param(x, marks=pytest.mark.long) for x in
+@pytest.mark.parametrize("options", [["--every", "8"], *([pytest.param(x, marks=pytest.mark.long) for x in
                                                           ([], ["--bfloat16"])])], ids=" ".join)
 def test_every_mistake_in_the_kernels_is_caught(options):
     """Each is made alone in a copy; a test that names it must fail, and must pass without it. All of them take three

@@ -435,7 +435,8 @@ def test_a_padded_model_loaded_by_itself_draws_ids_that_exist(tmp_path):
     rollouts, = Sampler(model).generate([[1, 2]], Sampling(100, 5))
     assert all(tokenizer.decode(r.ids, skip_control=False) for r in rollouts)
     both = load_model(str(folder), dtype="float32")
-    assert torch.equal(both[0].logits([1, 2]), model.logits([1, 2])) and both[1].n_vocab == tokenizer.n_vocab
+    torch.testing.assert_close(both[0].logits([1, 2]), model.logits([1, 2]), rtol=1e-4, atol=1e-4)  # its q, k, v fused
+    assert both[1].n_vocab == tokenizer.n_vocab
     (folder / "tokenizer.json").unlink()
     assert Model.from_pretrained(folder).n_vocab == model.config.vocab_size
 

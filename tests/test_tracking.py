@@ -264,6 +264,6 @@ def test_a_training_run_logs_what_is_in_its_metrics(tmp_path):
     assert history(records) == [(row["step"], known(row)) for row in rows] and only(records, "exit").exit_code == 0
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
-    for key in rows[0].keys() - {"step"}:
+    for key in known(rows[0]).keys() - {"step"}:
         logged = {event.step: event.value for event in events.Scalars(key)}
         assert logged == pytest.approx({row["step"]: row[key] for row in rows}, rel=1e-6), key
