@@ -299,12 +299,11 @@ def main(cfg):
             run.stop("its model gives no finite log-probabilities or gradient any more")
 
         run.keep_if_best(row, model, add_files, dtype)
-        leaves = done < n_steps and any(ranks.gather(asked_to_stop()))
-        if leaves or saves and cfg.save_every:
-            run.checkpoints.save(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
-        if leaves:
-            run.leave(done)
+        if done < n_steps and any(ranks.gather(asked_to_stop())):
+            run.leave(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
             return
+        if saves and cfg.save_every:
+            run.checkpoints.save(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
     run.checkpoints.wait()
     save_model(run.folder / "model", model, ranks, add_files, dtype)
     run.close()

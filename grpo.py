@@ -472,8 +472,7 @@ def main(cfg):
         groups = rollout(cfg, sampler, tokenizer, step_pairs, prompts, step, ranks, bar)
         sampler.model = None  # the copy is let go: the updates need its memory
         if groups is None:  # the weights are the last step's: this one is made again on --resume
-            run.checkpoints.save(step, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
-            run.leave(step)
+            run.leave(step, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
             return
         rollout_s = time.perf_counter() - began
 
@@ -549,12 +548,11 @@ def main(cfg):
             run.stop("its policy gives no finite log-probabilities or gradient any more")
 
         run.keep_if_best(row, model, add_files, dtype)
-        leaves = done < n_steps and any(ranks.gather(asked_to_stop()))
-        if leaves or saves and cfg.save_every:
-            run.checkpoints.save(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
-        if leaves:
-            run.leave(done)
+        if done < n_steps and any(ranks.gather(asked_to_stop())):
+            run.leave(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
             return
+        if saves and cfg.save_every:
+            run.checkpoints.save(done, model, optimizers, {"skipped_in_a_row": n_in_a_row}, add_files)
     run.checkpoints.wait()
     save_model(run.folder / "model", model, ranks, add_files, dtype)
     run.close()

@@ -135,8 +135,9 @@ class Run:
             add_files(folder)
         save_model(self.folder / "best", model, self.ranks, add_accuracy, dtype)
 
-    def leave(self, step):
-        """After SIGTERM, when the checkpoint of `step` has been begun."""
+    def leave(self, step, *state):
+        """After SIGTERM: saves, as Checkpoints.save does, and ends the run."""
+        self.checkpoints.save(step, *state)
         self.checkpoints.wait()
         if self.ranks.main:
             print(f"{self.folder}: asked to stop (SIGTERM): step {step} is saved, --resume goes on")

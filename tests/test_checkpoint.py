@@ -15,9 +15,10 @@ import checkpoint
 import folder as folder_module
 from checkpoint import (Checkpoints, check_whole, load_sharded, local, numbered, own_rows, read_state, restore,
                         save_model)
-from common import Ranks, full, make_optimizers, optimizer_step
+from common import Ranks, full, make_optimizers
 from model import Model, ModelConfig
 from ranks import on_ranks
+from test_common import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 # sizes that neither two nor three ranks divide; with two rows of its key/value biases, one of three ranks holds none
@@ -34,17 +35,6 @@ def small_model(seed=0):
         for x in model.parameters():
             x += torch.randn(x.shape, generator=rng)
     return model
-
-
-def train(model, optimizers, steps):
-    """Some optimizer steps on losses that only the step number decides; returns the gradient norms."""
-    norms = []
-    for step in steps:
-        rng = torch.Generator().manual_seed(step)
-        loss = sum((x * torch.randn(x.shape, generator=rng)).sum() + x.square().sum() for x in model.parameters())
-        loss.backward()
-        norms.append(optimizer_step(model, optimizers, 0.01 * (step + 1), 1.0, float(loss.detach())))
-    return norms
 
 
 def optimizers_of(model, name):
