@@ -376,6 +376,46 @@ def accumulate_gradients(cfg, ranks, model, mini_batch, tally, fresh):
     return float(ranks.sum(total)), mismatches
 
 
+def update(cfg, ranks, model, optimizers, mini_batches, lr, n_in_a_row):
+    """An optimizer step for each mini-batch. After the first the policy is no longer the one that wrote the rollouts:
+    that is what the ratio and the clip are for.
+
+    n_in_a_row steps have been skipped before; at MAX_SKIPPED no more are tried. Returns what to log, how many pairs
+    were tried, and the new n_in_a_row.
+    """
+    began, tally = time.perf_counter(), Tally()
+    for name in ("loss", "entropy", "kl", "clip_frac", "mismatch"):
+        tally.add(name, 0.0, 0)  # null in the log if no group is trained on
+    norms, mismatches = [], []  # of each optimizer step; of each micro-batch before the first of them
+    n_tried, n_trained, n_skipped, flops = 0, 0, 0, 0.0
+    for mini_batch in mini_batches:
+        n_tried += cfg.mini_prompts
+        # the count of the loss, once; its sum follows from every micro-batch
+        tally.add("loss", 0.0, mini_batch.n_tokens if ranks.main else 0)
+        if not mini_batch.micros:  # no group has anything to say: no optimizer step
+            continue
+        loss, mini_mismatches = accumulate_gradients(cfg, ranks, model, mini_batch, tally, fresh=not norms)
+        n_trained += mini_batch.n_packed
+        flops += training_flops(model.config, mini_batch.micros)
+        mismatches += mini_mismatches
+        norm = optimizer_step(model, optimizers, lr, cfg.max_norm, loss)
+        if math.isfinite(norm):
+            norms.append(norm)
+            n_in_a_row = 0
+        else:
+            n_skipped += 1
+            n_in_a_row += 1  # over steps, too
+        if n_in_a_row == MAX_SKIPPED:
+            break
+    seconds = time.perf_counter() - began
+    flops = float(ranks.sum(torch.tensor(flops, dtype=torch.float64, device=ranks.device)))
+    metrics = {**tally.means(ranks), "mismatch_max": max(ranks.gather(max(mismatches, default=0.0))),
+               "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "n_skipped": n_skipped,
+               "update_s": seconds, "update_tok_s": n_trained / seconds,
+               "update_mfu": flops_utilization(flops, seconds, ranks)}
+    return metrics, n_tried, n_in_a_row
+
+
 def rollout_metrics(groups):
     """What the step's judgements earned, and their kind."""
     rewards = torch.stack([group.reward_g for group in groups])
@@ -486,44 +526,13 @@ def main(cfg):
             reference.to(waiting)
         score_s = time.perf_counter() - began
 
-        # 3. updates: one optimizer step per mini-batch. After the first the policy is no longer the one that wrote the
-        #    rollouts: that is what the ratio and the clip are for
-        began = time.perf_counter()
-        tally = Tally()
-        for name in ("loss", "entropy", "kl", "clip_frac", "mismatch"):
-            tally.add(name, 0.0, 0)  # null in the log if no group is trained on
-        norms, mismatches = [], []  # of each optimizer step; of each micro-batch before the first of them
-        n_tried, n_trained, n_skipped, flops = 0, 0, 0, 0.0
+        # 3. updates: one optimizer step per mini-batch
         lr = learning_rate(step, n_steps, cfg.lr, cfg.warmup_steps, cfg.final_lr_frac)
-        for mini_batch in mini_batches:
-            n_tried += cfg.mini_prompts
-            # the count of the loss, once; its sum follows from every micro-batch
-            tally.add("loss", 0.0, mini_batch.n_tokens if ranks.main else 0)
-            if not mini_batch.micros:  # no group has anything to say: no optimizer step
-                continue
-            loss, mini_mismatches = accumulate_gradients(cfg, ranks, model, mini_batch, tally, fresh=not norms)
-            n_trained += mini_batch.n_packed
-            flops += training_flops(model.config, mini_batch.micros)
-            mismatches += mini_mismatches
-            norm = optimizer_step(model, optimizers, lr, cfg.max_norm, loss)
-            if math.isfinite(norm):
-                norms.append(norm)
-                n_in_a_row = 0
-            else:
-                n_skipped += 1
-                n_in_a_row += 1  # over steps, too
-            if n_in_a_row == MAX_SKIPPED:
-                break
-        update_s = time.perf_counter() - began
-        flops = float(ranks.sum(torch.tensor(flops, dtype=torch.float64, device=ranks.device)))
+        updated, n_tried, n_in_a_row = update(cfg, ranks, model, optimizers, mini_batches, lr, n_in_a_row)
 
         # 4. log, evaluate, save
         done = step + 1
-        row = {"step": done, **rollout_metrics(groups), **tally.means(ranks),
-               "mismatch_max": max(ranks.gather(max(mismatches, default=0.0))),
-               "grad_norm": sum(norms) / len(norms) if norms else 0.0, "n_updates": len(norms), "n_skipped": n_skipped,
-               "lr": lr, "rollout_s": rollout_s, "score_s": score_s, "update_s": update_s,
-               "update_tok_s": n_trained / update_s, "update_mfu": flops_utilization(flops, update_s, ranks),
+        row = {"step": done, **rollout_metrics(groups), **updated, "lr": lr, "rollout_s": rollout_s, "score_s": score_s,
                **sampler.stats()}
         evaluates = held_out and (done == n_steps or cfg.eval_every and done % cfg.eval_every == 0)
         saves = done == n_steps or cfg.save_every and done % cfg.save_every == 0

@@ -283,7 +283,8 @@ class Model(nn.Module):
     @property
     def head_vd(self):
         # nobody trained the padded rows: softmax would still give them a share, and the sampler could draw one
-        return self.padded_head_vd[:self.n_vocab]
+        head_vd = self.padded_head_vd
+        return head_vd if self.n_vocab == len(head_vd) else head_vd[:self.n_vocab]  # a slice's backward pass is a copy
 
     @property
     def padded_head_vd(self):

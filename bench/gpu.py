@@ -6,7 +6,7 @@
 
 tests: the kernels' tests, compiled, bfloat16 included (`make test-gpu`), as far as they come in three minutes.
 
-kernels: each operation at Qwen2.5-7B's shapes against PyTorch and, where it is installed, Liger (bench/kernels.py).
+kernels: each operation at Qwen2.5-7B's shapes against PyTorch and, where installed, Liger and QuACK (bench/kernels.py).
 
 step: GRPO of Qwen2.5-1.5B's geometry, all parameters, 16 prompts of 1,024 tokens x 7 rollouts of 512 tokens, two
 updates: seconds and peak memory of each phase, the plan's beside them, and the update's share of the card's peak; then

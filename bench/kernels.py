@@ -1,4 +1,4 @@
-"""The operations of kernels/ against PyTorch, Liger-Kernel where it is installed, and the machine's own limits.
+"""The operations of kernels/ against PyTorch, Liger-Kernel and QuACK where installed, and the machine's own limits.
 
     python -m bench.kernels --only attention --shape 7b   a GPU: bfloat16; all operations at 0.5b, 7b, 32b by default
     python -m bench.kernels --threads 2                   a CPU: the PyTorch paths in float32, time and peak memory
@@ -38,6 +38,11 @@ try:
     from liger_kernel import ops as liger
 except ImportError:
     liger = None
+try:
+    import quack
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func
+except ImportError:
+    quack = None
 try:
     from triton.errors import TritonError
 except ImportError:
@@ -241,10 +246,17 @@ def linear_logp(setting, shape):
                 hidden_nd, weight_vd, target_n, None, None, -100, 0.0, 0.0, "sum" if sums else "none")[0]
             return loss if sums else -loss
 
+        def chunked(hidden_nd, weight_vd):  # made for sums; token by token only with all logits
+            if torch.is_grad_enabled():
+                return chunked_linear_cross_entropy(hidden_nd, weight_vd, target_n, reduction="sum")
+            return -linear_cross_entropy_func(hidden_nd, weight_vd, None, target_n, reduction="none")
+
         ours = Side(lambda h, w: kernels.linear_logp(h, w, target_n, impl=setting.impl)[0], inputs, minus_n)
         peers = {"naive": Side(naive, inputs, minus_n)}
         if liger and not setting.apart:
             peers["liger"] = Side(fused, inputs, torch.ones((), device=setting.device))
+        if quack and not setting.apart:
+            peers["quack"] = Side(chunked, inputs, torch.ones((), device=setting.device))
         memory = {"ours_gb": 1}
         goals = ({"ratio": 1, "of_peer_gb": .1},) * 2 if setting.apart else ({"share": .85, **memory}, memory)
         flop = 2 * N * V * D / 1e12
@@ -268,28 +280,33 @@ def pointwise(setting, shape):
     x, delta, weight, head = (setting.random(*s) for s in ((N, D), (N, D), (D,), (C,)))
     q, k, gate, up = (setting.random(*s) for s in ((N, H, C), (N, K, C), (N, F_), (N, F_)))
     nd, nc, nf = N * D, N * (H + K) * C, N * F_  # elements; (2, 5): each moves twice forward, 5 times in all
-    for op, function, reference, inputs, n, n_moves, peer in (
+    for op, function, reference, inputs, n, n_moves, by_liger, by_quack in (
             ("rms_norm", lambda x, w: kernels.rms_norm(x, w, EPS, impl),
              lambda x, w: kernels.add_rms_norm_ref(x, None, w, EPS)[1], [x, weight], nd, (2, 5),
-             lambda x, w: liger.LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)),
+             lambda x, w: liger.LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False),
+             lambda x, w: quack.rmsnorm(x, w, eps=EPS)),
             ("add_rms_norm", lambda x, d, w: kernels.add_rms_norm(x, d, w, EPS, impl),
-             lambda x, d, w: kernels.add_rms_norm_ref(x, d, w, EPS), [x, delta, weight], nd, (4, 8), None),
+             lambda x, d, w: kernels.add_rms_norm_ref(x, d, w, EPS), [x, delta, weight], nd, (4, 8), None,
+             lambda x, d, w: quack.rmsnorm(x, w, residual=d, eps=EPS, prenorm=True)[::-1]),
             ("rope", lambda q, k: tuple(kernels.rope(x, cos, sin, impl=impl) for x in (q, k)),
-             lambda q, k: tuple(kernels.rope_ref(x, cos, sin) for x in (q, k)), [q, k], nc, (2, 4), rotate),
+             lambda q, k: tuple(kernels.rope_ref(x, cos, sin) for x in (q, k)), [q, k], nc, (2, 4), rotate, None),
             ("norm + rope", lambda q, k, w: tuple(kernels.rope(x, cos, sin, w, EPS, impl) for x in (q, k)),
              lambda q, k, w: tuple(kernels.rope_ref(x, cos, sin, w, EPS) for x in (q, k)), [q, k, head], nc, (2, 5),
-             None),
+             None, None),
             ("swiglu", lambda a, b: kernels.swiglu(a, b, impl), kernels.swiglu_ref, [gate, up], nf, (3, 8),
-             lambda a, b: liger.LigerSiLUMulFunction.apply(a, b))):
+             lambda a, b: liger.LigerSiLUMulFunction.apply(a, b), None)):
         with torch.no_grad():
             results = reference(*inputs)
         grad = tuple(map(torch.randn_like, results)) if isinstance(results, tuple) else torch.randn_like(results)
         torch._dynamo.reset()
         compiled = torch.compile(reference, dynamic=False)
         peers = {"eager": Side(reference, inputs, grad), "compiled": Side(compiled, inputs, grad)}
-        if liger and peer:  # clones: Liger works in place
+        if liger and by_liger:  # clones: Liger works in place
             own = [t.detach().clone().requires_grad_() for t in inputs]
-            peers["liger"] = Side(peer, own, tuple(map(torch.clone, grad)) if isinstance(grad, tuple) else grad.clone())
+            own_grad = tuple(map(torch.clone, grad)) if isinstance(grad, tuple) else grad.clone()
+            peers["liger"] = Side(by_liger, own, own_grad)
+        if quack and by_quack:
+            peers["quack"] = Side(by_quack, inputs, grad)
         size = n * torch.finfo(setting.dtype).bits / 8e9
         yield Case(op, f"{N} rows", "GB/s", tuple(n * size for n in n_moves), Side(function, inputs, grad), peers)
 
@@ -457,7 +474,8 @@ def main():
                       tokens=tuple(args.tokens or setting.tokens))
     torch.set_num_threads(args.threads)
     device, limits, rows = torch.cuda.get_device_name() if setting.device == "cuda" else "cpu", ceilings(setting), []
-    print(f"{device}, torch {torch.__version__}, Liger-Kernel: {'yes' if liger else 'no'}, limits: {rounded(limits)}")
+    print(f"{device}, torch {torch.__version__}, Liger-Kernel: {'yes' if liger else 'no'}, "
+          f"QuACK: {'yes' if quack else 'no'}, limits: {rounded(limits)}")
     print(f"{'':54} {'ours':>9} {'peer':>9} {'':8} ratio    range     share  ours GB  peer GB  peer; goals; not raced")
     for shape in args.shape or (["toy"] if args.dry else ["0.5b"] if setting.apart else ["0.5b", "7b", "32b"]):
         for op in args.only:
