@@ -30,7 +30,7 @@ def options(*flags, **numbers):
     parser.add_argument("--model", choices=SHAPES, default="tiny")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="0: one each, cold, that which the memory is measured of")
     parser.add_argument("--side", choices=("ours", "peer"), help="run this side alone, and say its peak memory")
     parser.add_argument("--folder", help="the model's folder, for --side: made by whoever starts it")
     for name in flags:
@@ -71,6 +71,9 @@ def compare(name, args, work, units, ours, peer, flops=None):
     with tempfile.TemporaryDirectory() as folder:
         Model.random(geometry(*SHAPES[args.model]), dtype=getattr(torch, args.dtype)).save_pretrained(folder)
         memory = {side: measure_side(side, folder) for side in calls}
+        if not args.runs:
+            rates = [matrix_rate(args)]
+            return report(name, args, work, units, {side: [m["s"]] for side, m in memory.items()}, memory, rates, flops)
         models = {side: load(side, args, folder) for side in calls}
     for run in range(args.runs + 1):  # the first warms up
         for side, call in calls.items():
@@ -120,8 +123,10 @@ def synchronize():
 
 def run_side(call, args):
     """In its own process: the work once, and the peak."""
-    call(load(args.side, args, args.folder))
-    print(json.dumps({"gb": round(peak_bytes() / 1e9, 3)}))
+    model, began = load(args.side, args, args.folder), time.perf_counter()
+    call(model)
+    synchronize()
+    print(json.dumps({"gb": round(peak_bytes() / 1e9, 3), "s": time.perf_counter() - began}))
 
 
 def measure_side(side, folder, *more):

@@ -202,7 +202,7 @@ def is_grounded(text, judgement):
 
 def write_tokenizer(folder):
     """A Hugging Face tokenizer in which every digit and word of the task is one token, and so is what always stands
-    together, which saves a quarter of all tokens; other text falls to bytes.
+    together, which saves three tokens in ten; other text falls to bytes.
 
     Byte-level BPE without merges: `ignore_merges` looks a whole pre-token up in the vocabulary first.
     """
@@ -211,17 +211,19 @@ def write_tokenizer(folder):
     words = [*OPEN, *(" " + w for w in OPEN + SAY + CLOSE), "sort", "step", "flip", "Chat", "Reasoning", "system"]
     words += [f"{space}{name} {verb}" for name in WEIGHT for verb in ("open", "say", "close") for space in ("", " ")]
     words += ["A", "B", " A", " B", "\nA", "\nB", "A:", " B:", " right.", " wrong.", " total", "#0", " Overall"]
-    words += [" looks better.", "user\n", "assistant\n", *(f" {digit}" for digit in range(10))]
+    words += [" looks better.</eval><answer>[[", "user\n", "assistant\n", *(f" {digit}" for digit in range(10))]
+    words += ["sort ", "step ", "flip ", "\nA ", "\nB ", "A: ", " B: "]  # before digits
     words += [f"<{slash}{tag}>" for tag in ("type", "solution", "rubric", "eval", "answer") for slash in ("", "/")]
     words += ["<type>Chat</type><rubric>", "</rubric><eval>", "<type>Reasoning</type><solution>", "</solution><eval>"]
-    words += ["[[", "]]", "<answer>[[", "</eval><answer>[[", "]]</answer>"]
+    words += ["[[", "]]", "<answer>[[", "</eval><answer>[[", "]]</answer>", "A]]</answer>", "B]]</answer>"]
     byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [byte.pre_tokenize_str(word)[0][0] for word in words]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     pieces = Regex(r"<type>Chat</type><rubric>|<type>Reasoning</type><solution>|</(rubric|solution)><eval>"
-                   r"|(</eval>)?<answer>\[\[|\]\]</answer>|</?[a-z]+>|\[\[|\]\]|(user|assistant)\n|\n[AB](?= )"
-                   r"| ?(Must|Should|May) (open|say|close)| looks better\.|#0(?= )| \d(?!\d)| ?[A-Za-z]+[.:]?|\d|\s|.")
+                   r"|( looks better\.)?</eval><answer>\[\[|<answer>\[\[|[AB]?\]\]</answer>|</?[a-z]+>|\[\[|\]\]"
+                   r"|(user|assistant)\n|(sort|step|flip|\n[AB]|A:| B:) (?=\d)|\n[AB](?= )"
+                   r"| ?(Must|Should|May) (open|say|close)|#0(?= )| \d(?!\d)| ?[A-Za-z]+[.:]?|\d|\s|.")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), byte])
     tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -110,9 +110,9 @@ def test_exactly_the_judgement_and_its_end_of_turn_are_trained_on(made):
         return [tokenizer.decode([i], skip_control=False) for i in ids]
     example = encode_chain(Chain(PAIR, JUDGEMENT), load_prompt("toy"), tokenizer, False)
     trained = ["<type>Reasoning</type><solution>", "1", "5", "6", "7", "9", "</solution><eval>", " Overall", " A",
-               " looks better.", "</eval><answer>[[", "A", "]]</answer>", "<|im_end|>"]
-    prompt = ["<|im_start|>", "user\n", "sort", " ", "7", "6", "9", "1", "5", "\nA", " ", "1", "5", "6", "7", "9",
-              "\nB", " ", "1", "2", "5", "6", "8", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
+               " looks better.</eval><answer>[[", "A]]</answer>", "<|im_end|>"]
+    prompt = ["<|im_start|>", "user\n", "sort ", "7", "6", "9", "1", "5", "\nA ", "1", "5", "6", "7", "9", "\nB ", "1",
+              "2", "5", "6", "8", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
     assert spell(example.ids[:example.n_prompt]) == prompt
     assert spell(example.ids[example.n_prompt:]) == trained
 
@@ -122,7 +122,7 @@ def test_exactly_the_judgement_and_its_end_of_turn_are_trained_on(made):
     assert spell(tokens[i] for i in model.scored[1:-2]) == trained
     # the header's last token predicts the first
     assert spell(tokens[previous[i]] for i in model.scored[1:-2]) == ["assistant\n"] + trained[:-1]
-    assert [tokens[i] for i in (model.scored[0], *model.scored[-2:])] == [3, 5, 6] and len(model.scored) == 1 + 14 + 2
+    assert [tokens[i] for i in (model.scored[0], *model.scored[-2:])] == [3, 5, 6] and len(model.scored) == 1 + 12 + 2
 
 
 def test_answer_only_trains_on_the_bare_verdict(made):

@@ -251,8 +251,8 @@ def test_what_varies_is_a_token_of_its_own(rows, folder):
     """Each digit, each word and each verdict; what always stands together around them is one token."""
     tokenizer, used = Tokenizer(folder), set()
     together = ["<type>Chat</type><rubric>", "<type>Reasoning</type><solution>", "</rubric><eval>", "</solution><eval>",
-                "</eval><answer>[[", "]]</answer>", "looks better.", "#0 ", *(f"{name} {verb}" for name in toy.WEIGHT
-                                                                            for verb in ("open", "say", "close"))]
+                "looks better.</eval><answer>[[", "</eval><answer>[[", "A]]</answer>", "B]]</answer>", "#0 ",
+                *(f"{name} {verb}" for name in toy.WEIGHT for verb in ("open", "say", "close"))]
     known = re.compile("|".join(map(re.escape, together)) + r"|[A-Za-z]+[.:]?|\d")
     for row in rows["distill"]:
         question = row["prompt"][0]["content"]
@@ -263,7 +263,8 @@ def test_what_varies_is_a_token_of_its_own(rows, folder):
             words = [word.strip() for word in known.findall(text)]
             assert [piece.strip() for piece in pieces if re.search(r"[A-Za-z\d[\]]", piece)] == words, pieces
             used.update(pieces)
-    assert {"A", "B", " B:", "A:", " Overall", " total", "7", " 7", "=", "#", "\nB", " Must say", "May open"} <= used
+    assert {" A", " B", " B:", "A:", "A: ", "\nB ", "sort ", "B]]</answer>", " Overall", " total", "7", " 7", "=", "#",
+            "\nB", " Must say", "May open"} <= used
     ids = tokenizer.chat([{"role": "user", "content": "Must open Dear"}])
     assert [tokenizer.decode([i], skip_control=False) for i in ids] == [
         "<|im_start|>", "user\n", "Must open", " Dear", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
