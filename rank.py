@@ -36,7 +36,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Lists of one element an answer, in the answers' order, but for the first two and the last."""
+    """scores to intervals: lists with one element for each answer, in the order in which the answers were given."""
     order: list[int]  # the answers, best first; those of equal score in the order given, and said in ties
     ties: list[list[int]]  # groups of answers whose scores are equal: their order says nothing
     scores: list[float]  # (wins - losses) / comparisons, from -1 to 1; 0 without comparisons

@@ -10,7 +10,7 @@ errors are either
     by place     on some pairs it always says A, or always B, whatever stands there
 
     python -m experiments.rank_schedules --model runs/demo/grpo/model runs/demo/distilled/model \
-        --rmb ../shared/benchmarks/rmb/BoN_set --out runs/rank/schedules.json      three minutes on a CPU core
+        --rmb ../shared/benchmarks/rmb/BoN_set --out runs/rank/schedules.json      two minutes on a CPU core
 
 The best is found if it stands first; where it shares the first place with k - 1 others, 1/k of a time. Writes --out,
 which docs/ranking_figure.py draws, and prints the table.
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import toy
-from data.pairs import Question, read_pairs
+from data.pairs import MOST_ANSWERS, Question, read_pairs
 from files import one_line_errors, refuse_existing, write_whole
 from intervals import wilson
 from judge import Config as JudgeConfig, load_judge
-from options import check_at_least, check_between, parse_config, refuse_ranks
+from options import check_at_least, check_between, flag_of, parse_config, refuse_ranks
 from rank import SCHEDULES, n_judgements, pair_of, rank_all
 
 
@@ -35,7 +35,7 @@ from rank import SCHEDULES, n_judgements, pair_of, rank_all
 class Config:
     model: tuple[str, ...] = ()  # folders of judges of the generated task, such as a demo's
     rmb: str | None = None  # RMB's BoN_set, of which the items' sizes are taken
-    sizes: str = "16,64"  # numbers of answers beside RMB's for the simulated judge
+    sizes: str = "16"  # numbers of answers beside RMB's for the simulated judge
     accuracies: str = "0.7,0.8,0.9"  # of the simulated judge's verdicts
     out: str = "runs/rank/schedules.json"  # file to write
     questions: int = 200  # of the generated task, and of each larger size
@@ -45,9 +45,21 @@ class Config:
     def __post_init__(self):
         if not self.model and not self.rmb:
             raise ValueError("--model, judges of the generated task, or --rmb, a folder, is missing")
+        if not all(2 <= size <= MOST_ANSWERS for size in numbers(self.sizes, int, "sizes")):
+            raise ValueError(f"--sizes: {self.sizes!r}; a question has 2 to {MOST_ANSWERS} answers")
+        if not all(0.5 <= accuracy <= 1 for accuracy in numbers(self.accuracies, float, "accuracies")):
+            raise ValueError(f"--accuracies: {self.accuracies!r}; they are from 0.5 to 1")
         check_at_least(self, 2, "questions")
         check_between(self, 1, 1000, "repeats")
         check_between(self, 0, 2**40 - 1, "seed")
+
+
+def numbers(text, kind, name):
+    """[16, 64] of "16,64"."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag_of(name)}: {text!r} is not a list of numbers with commas between") from None
 
 
 @dataclass(frozen=True)
@@ -194,9 +206,9 @@ def main(cfg):
     for folder in cfg.model:
         rows += measure_judge(folder, cfg)
     sizes = {"RMB": rmb_sizes(cfg.rmb)} if cfg.rmb else {}
-    sizes |= {size: [int(size)] * cfg.questions for size in cfg.sizes.split(",") if size}
+    sizes |= {str(size): [size] * cfg.questions for size in numbers(cfg.sizes, int, "sizes")}
     for name, its_sizes in sizes.items():
-        for accuracy in map(float, cfg.accuracies.split(",")):
+        for accuracy in numbers(cfg.accuracies, float, "accuracies"):
             for by_place in (False, True):
                 questions, verdicts = simulated(its_sizes, accuracy, by_place, cfg.seed)
                 errors = "place" if by_place else "chance"

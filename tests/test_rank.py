@@ -4,6 +4,7 @@ was asked and answered; an interrupted file of rankings against one written in o
 import json
 import random
 import sys
+import xml.etree.ElementTree as ElementTree
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -17,11 +18,14 @@ sys.path.insert(0, str(ROOT))
 import judge as judging  # noqa: E402
 from data.pairs import Question, read_questions  # noqa: E402
 from data import toy  # noqa: E402
+from docs.ranking_figure import PANELS, figure  # noqa: E402
+from experiments.rank_schedules import measure, share_found, simulated, toy_questions  # noqa: E402
 from files import one_line_errors  # noqa: E402
 from judge import Config, JudgementFile, main  # noqa: E402
 from options import parse_config  # noqa: E402
 from rank import SCHEDULES, Comparison, n_comparisons, rank, rank_all, ranking, record_of, table, tally  # noqa: E402
 from rank import inconsistencies, swiss_round, tournament  # noqa: E402
+from test_figure import SVG, to_numbers  # noqa: E402
 from test_sample import make_folder  # noqa: E402
 
 
@@ -367,6 +371,8 @@ def test_one_question_on_the_command_line(folder, by_text, tmp_path, capsys):
     for options in ({"answers": ("01478", "87410")},
                     {"answer_files": (str(tmp_path / "1.txt"), str(tmp_path / "2.txt"))}):
         main(config(folder, question="sort 40718", both_orders=True, **options))
+    with pytest.raises(ValueError, match="prompt 0 has [0-9]+ tokens; the model can read 1024"):
+        main(config(folder, question="sort 1", answers=("1", "1 " * 800, "2"), schedule="swiss"))
     first, second = capsys.readouterr().out.split("answer  score")[1:]
     assert first == second and '"01478"' in first and '"87410"' in first and "\n2 judgements, " in first
 
@@ -396,7 +402,6 @@ def test_mistakes_are_one_line(argv, words, capsys):
 
 
 def test_the_experiments_answers_have_the_merit_it_says():
-    from experiments.rank_schedules import toy_questions
     questions, best = toy_questions(40, 1)
     assert len({q.id for q in questions}) == 40
     for q, b in zip(questions, best):
@@ -411,7 +416,6 @@ def test_the_experiments_answers_have_the_merit_it_says():
 
 
 def test_the_simulated_judge_errs_as_it_says():
-    from experiments.rank_schedules import simulated
     for by_place in (False, True):
         questions, verdicts = simulated([30] * 10, 0.8, by_place, 0)
         pairs = [(f"{k}/{i}-{j}", f"{k}/{j}-{i}") for k in range(10) for j in range(30) for i in range(j)]
@@ -427,7 +431,6 @@ def test_the_simulated_judge_errs_as_it_says():
 def test_the_experiment_counts_as_by_hand():
     """A perfect judge of four answers: all and swiss find the best; a ring does, unless two win both their pairs, which
     happens in one ring of three: 0 and 1 opposite, where they share the first place."""
-    from experiments.rank_schedules import measure, share_found, simulated
     questions, verdicts = simulated([4] * 60, 1.0, False, 0)
     rows = {(row["schedule"], row["both_orders"]): row for row in measure("x", questions, [0] * 60, verdicts, 10, 0)}
     assert [rows[schedule, False]["judgements"] for schedule in SCHEDULES] == [6, 4, 4]
@@ -437,3 +440,24 @@ def test_the_experiment_counts_as_by_hand():
     comparisons = [Comparison(0, 1, 0), Comparison(2, 3, 2)]
     tied = ranking(*tally(4, comparisons), inconsistencies(4, comparisons))
     assert [share_found(tied, k) for k in range(4)] == [0.5, 0, 0.5, 0]
+
+
+def test_the_pictures_points_are_where_its_axes_say():
+    rng = random.Random(0)
+    rows = [{"task": task, "schedule": schedule, "both_orders": both, "judgements": (3 + k) * (1 + both),
+             "found": rng.random(), "low": 0.1, "high": 0.9}
+            for task, _ in PANELS for k, schedule in enumerate(SCHEDULES) for both in (True, False)]
+    groups = list(ElementTree.fromstring(figure(rows)).iter(f"{SVG}g"))
+    for number, (task, title) in enumerate(PANELS):
+        panel, = (group for group in groups if group.get("id") == f"panel-{number}")
+        assert title in [text.text for text in panel.iter(f"{SVG}text")]
+        read = to_numbers(panel)
+        for schedule in SCHEDULES:
+            lines, = (group for group in panel.iter(f"{SVG}g") if group.get("class") == schedule)
+            dots = {dot.get("class"): read(dot.get("cx"), dot.get("cy")) for dot in lines.iter(f"{SVG}circle")}
+            for row in rows:
+                if (row["task"], row["schedule"]) == (task, schedule):
+                    dot = dots["both" if row["both_orders"] else "one"]
+                    assert dot == pytest.approx((row["judgements"], 100 * row["found"]), abs=0.1)
+    with pytest.raises(ValueError, match="0 rows are of the task 'grpo: reasoning', not 6"):
+        figure(rows[6:])
