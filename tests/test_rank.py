@@ -372,7 +372,7 @@ def test_one_question_on_the_command_line(folder, by_text, tmp_path, capsys):
                     {"answer_files": (str(tmp_path / "1.txt"), str(tmp_path / "2.txt"))}):
         main(config(folder, question="sort 40718", both_orders=True, **options))
     with pytest.raises(ValueError, match="prompt 0 has [0-9]+ tokens; the model can read 1024"):
-        main(config(folder, question="sort 1", answers=("1", "1 " * 800, "2"), schedule="swiss"))
+        main(config(folder, question="sort 1", answers=("1", "1 " * 1200, "2"), schedule="swiss"))
     first, second = capsys.readouterr().out.split("answer  score")[1:]
     assert first == second and '"01478"' in first and '"87410"' in first and "\n2 judgements, " in first
 
