@@ -91,7 +91,7 @@ def test_one_answer_and_its_reference_are_two_pairs(tmp_path):
 def test_the_given_rubric_is_for_pairs_without_their_own(capsys):
     plain, own = (Pair(name, USER, "x", "y", "a", "s", "d", rubric=rubric) for name, rubric in (("1", ""), ("2", "own")))
     assert with_rubric([plain, own], "given") == [replace(plain, rubric="given"), own]
-    assert capsys.readouterr().out.startswith("note: 1 of 2 pairs have a rubric of their own")
+    assert capsys.readouterr().out.startswith("note: 1 of 2 records have a rubric of their own")
     assert with_rubric([plain], "given") == [replace(plain, rubric="given")]
     assert with_rubric([plain, own], "") == [plain, own]
     with_rubric([plain, own], "given", say=False)
