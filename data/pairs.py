@@ -401,6 +401,8 @@ def _own(record):
 
 def _ready(record, place, messages, name, winner):
     """A pair that is known only as the judge was shown it, in messages that came under this name."""
+    if _rubric(record):
+        raise Bad(f'"rubric" beside "{name}", messages in which it has no place any more: remove it')
     return Pair(_id(record, place), prompt=[], answer_a="", answer_b="", winner=winner,
                 source=text_or(record, "source", place.file.stem), domain=text_or(record, "domain", ""),
                 rendered=_prompt(messages, name), subset=text_or(record, "subset", ""))
@@ -437,7 +439,7 @@ def _reward_bench(record, prompt, chosen, rejected, winner):
         raise Bad(f'{show(subset)} is no subset of RewardBench: correct it; in other data, rename the key "subset"')
     name = f"{subset}/{_id(record)}"  # the released ids repeat: 3692 is in donotanswer and in hep-python
     a, b = _in_order(chosen, rejected, winner)
-    return _pair(name, prompt, a, b, winner, "reward-bench", SECTION_OF[subset], subset=subset)
+    return _pair(name, prompt, a, b, winner, "reward-bench", SECTION_OF[subset], subset=subset, rubric=_rubric(record))
 
 
 def rm_bench_pair(record, place, row, column, rejected, winner="a"):
