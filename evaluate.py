@@ -28,12 +28,12 @@ from pathlib import Path
 from benchmarks import scores
 from benchmarks.records import read_benchmark, read_recorded
 from common import init_ranks
-from data.pairs import SWAPPED, note_one_label, read_pairs, swapped, write_pairs
+from data.pairs import SWAPPED, both_orders, note_one_label, read_pairs, with_rubric, write_pairs
 from ending import together
 from files import check_settings, one_line_errors, refuse_file, write_records, write_whole
 from folder import read_json
 from judge import (check_judging, encode_all, judge_file, judge_settings, judged, key_of, load_judge, prompt_for,
-                   refuse_others)
+                   refuse_others, rubric_of)
 from options import check_choice, check_sampler_ranks, flag_of, parse_config
 from sample import make_split
 
@@ -49,6 +49,7 @@ class Config:
     out: str = "runs/eval"  # folder for pairs.jsonl, judgements.jsonl and scores.json
     prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
     order: str = "balanced"  # which answer is A: balanced (seeded), or published, as in RM-R1's recorded runs
+    rubric: str | None = None  # a file: what to weigh by, where a pair has no rubric of its own
     swap: bool = False  # judge every pair in the other order too: consistency and position bias
     limit: int = 0  # only the first so many records of each benchmark, 0 = all
     skip_bad: bool = False  # skip unreadable records and count them, instead of stopping before any work
@@ -122,7 +123,7 @@ def judge_all(cfg, pairs, out, ranks, split):
     judge = load_judge(cfg, budgets_of(cfg), split)
     settings = judge_settings(cfg, judge) | {"order": cfg.order}
     file = out / "judgements.jsonl"
-    exchanged = [replace(swapped(pair), id=pair.id + SWAPPED) for pair in pairs] if cfg.swap else []
+    exchanged = [both_orders(pair)[1] for pair in pairs] if cfg.swap else []
     encoded = encode_all(judge, pairs + exchanged, cfg.skip_bad, quiet=not ranks.main)
     if ranks.main and file.exists():
         reopen(file, settings, {key_of(pair, ids) for pair, ids in encoded})
@@ -236,11 +237,11 @@ def sources_of(path):
 
 def evaluate_models(cfg, ranks):
     """Judges with one model after another; returns what stands in their scores.json (on rank 0)."""
-    pairs, results = read_all(cfg), []
+    pairs, results = with_rubric(read_all(cfg), rubric_of(cfg), ranks.main), []
     if ranks.main:
         note_one_label([pair.winner for pair in pairs], cfg.data or "the pairs")
     for folder in cfg.model:
-        prompt_for(folder, cfg.prompt)  # what is wrong is told before hours of judging with another model
+        prompt_for(folder, cfg.prompt, cfg.rubric)  # what is wrong is told before hours of judging with another model
     split = make_split(ranks, *cfg.model)
     for folder, name, out in places(cfg.model, cfg.out):
         began = time.perf_counter()

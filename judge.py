@@ -4,7 +4,10 @@
     python judge.py --model DIR --pairs pairs.jsonl --out judgements.jsonl            resumable: started again, goes on
     python judge.py --model DIR --question "..." --answers "..." "..." "..."          ranks 2 to 64 answers (rank.py)
     python judge.py --model DIR --rank questions.jsonl --out rankings.jsonl           resumable, too
-    load_judge(Config(model=DIR)).judge_one(question, answer_a, answer_b)             the same as a function
+    python judge.py --model DIR --question "..." --answer "..." --reference "..."     one answer (one_answer.py)
+    load_judge(Config(model=DIR)).judge_one(question, answer_a, answer_b)             the first as a function
+
+--rubric FILE tells the judge what to weigh by, where a pair has no rubric of its own.
 
 A judgement record is what is kept of it: the pair's id, label and places, a hash of the prompt, each vote's text,
 tokens, verdict and whether it was finished, and the majority's verdict. It can be scored again without the model.
@@ -22,10 +25,12 @@ import torch
 from tqdm import tqdm
 
 from common import Ranks
-from data.pairs import MOST_ANSWERS, SWAPPED, Pair, Question, note_one_label, read_pairs, read_questions, texts_of
+from data.pairs import (MOST_ANSWERS, NO_REFERENCE, SWAPPED, Question, note_one_label, pair_of_texts, read_pairs,
+                        read_questions, texts_of, with_rubric)
 from draw import Sampling, prompt_key
 from files import append, check_settings, fail, one_line_errors, refuse_existing, write_records, write_whole
 from folder import check_context, check_folder
+from one_answer import answer_pairs, counts_in_words, in_words, with_outcomes
 from options import check_at_least, check_between, check_choice, flag_of, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
 from rank import SCHEDULES, n_judgements, pair_of, rank_all, record_of, table
@@ -56,10 +61,9 @@ class Judge:
         for i, rollouts in self.sampler.stream(prompts, self.sampling, on_token, bar):
             yield i, self.record(pairs[i], prompts[i], [self.vote(rollout) for rollout in rollouts])
 
-    def judge_one(self, question, answer_a, answer_b, on_token=None):
+    def judge_one(self, question, answer_a, answer_b, on_token=None, rubric=""):
         """The judgement record of one question with two answers, all texts."""
-        pair = Pair("pair", [{"role": "user", "content": question}], answer_a, answer_b, None, "", "")
-        (_, record), = self.judge([pair], on_token)
+        (_, record), = self.judge([pair_of_texts(question, answer_a, answer_b, rubric)], on_token)
         return record
 
     def vote(self, rollout):
@@ -139,7 +143,7 @@ def note_verdicts(chains, path, answer_only):
 def contents(pair):
     """What a pair holds, whichever answer is A."""
     answers = sorted(json.dumps(answer) for answer in (pair.answer_a, pair.answer_b))
-    return json.dumps([pair.prompt, answers, pair.rendered])
+    return json.dumps([pair.prompt, answers, pair.rendered, pair.rubric])
 
 
 def accuracy(records):
@@ -277,6 +281,7 @@ def judge_file(judge, encoded, out, settings, ranks=ALONE, begin=lambda: None):
         file = JudgementFile(out, settings)  # opened again, it takes the other ranks' shares in
     # the labels may have been corrected since an interrupted run
     records = [file.done[key] | {"winner": pair.winner} for (pair, _), key in zip(encoded, keys)]
+    records = with_outcomes(records)
     file.finish(records)
     return records
 
@@ -291,16 +296,21 @@ class Config:
     question: str | None = None  # judge one pair: the question ...
     answer_a: str | None = None  # ... the first answer ...
     answer_b: str | None = None  # ... and the second
+    answer: str | None = None  # or judge one answer to the question, in both orders, against ...
+    reference: str | None = None  # ... this one
     question_file: str | None = None  # read the question from a file
     answer_a_file: str | None = None  # read the first answer from a file
     answer_b_file: str | None = None  # read the second answer from a file
+    answer_file: str | None = None  # read the one answer from a file
+    reference_file: str | None = None  # read its reference from a file
+    rubric: str | None = None  # a file: what to weigh by, where a pair has no rubric of its own
     pairs: str | None = None  # judge a file or folder of pairs, in any format that data/pairs.py reads ...
     answers: tuple[str, ...] = ()  # rank these answers to --question, 2 to 64 ...
     answer_files: tuple[str, ...] = ()  # ... or the ones in these files
     rank: str | None = None  # rank the answers of a file of questions: {"id", "prompt", "answers": [...]} a line
     schedule: str = "all"  # of a ranking: all pairs, circular (as many as answers), or swiss (N/2 log2 N, adaptive)
     both_orders: bool = False  # of a ranking: judge a pair in both orders, and count a win only if they agree
-    out: str | None = None  # ... into this judgements file (JSON lines); with --rank, the file of rankings
+    out: str | None = None  # ... into this file (JSON lines) of judgements, or of rankings; also for --answer
     limit: int = 0  # only the first so many pairs or questions, 0 = all
     skip_bad: bool = False  # skip unreadable records and count them, instead of stopping before any work
     votes: int = 1  # judgements per pair; the verdict is their majority
@@ -323,18 +333,21 @@ class Config:
         if self.pairs and self.rank:
             raise ValueError("--pairs and --rank are both given; judge pairs or rank answers")
         file = "--rank" if self.rank else "--pairs"
-        for name in ("question", "answer_a", "answer_b"):
-            flag = flag_of(name)
-            given, from_file = getattr(self, name) is not None, getattr(self, name + "_file") is not None
-            if given and from_file:
-                raise ValueError(f"{flag} and its -file are both given; give one")
-            if (self.pairs or self.rank) and (given or from_file):
-                raise ValueError(f"{file} and {flag} are both given; judge a file or one pair")
-            if (self.answers or self.answer_files) and name != "question" and (given or from_file):
-                raise ValueError(f"{flag} is one of a pair to judge; give all answers to rank as --answers")
-        if bool(self.pairs or self.rank) != bool(self.out):
+        for name in TEXTS:
+            if getattr(self, name) is not None and getattr(self, name + "_file") is not None:
+                raise ValueError(f"{flag_of(name)} and its -file are both given; give one")
+            if (self.pairs or self.rank) and is_given(self, name):
+                raise ValueError(f"{file} and {flag_of(name)} are both given; judge a file or one pair")
+            if (self.answers or self.answer_files) and name != "question" and is_given(self, name):
+                raise ValueError(f"{flag_of(name)} is one of a pair to judge; give all answers to rank as --answers")
+        one = is_given(self, "answer")
+        if one and not is_given(self, "reference"):
+            raise ValueError(f"--answer needs --reference: {NO_REFERENCE}")
+        if is_given(self, "reference") and (not one or is_given(self, "answer_a") or is_given(self, "answer_b")):
+            raise ValueError("--reference goes with --answer, the one answer to compare with it, and with no other")
+        if bool(self.pairs or self.rank) != bool(self.out) and not one:
             raise ValueError("--pairs or --rank, the file to judge, and --out, the file to write, need each other")
-        if not self.out and (self.limit or self.skip_bad):
+        if not (self.pairs or self.rank) and (self.limit or self.skip_bad):
             raise ValueError("--limit and --skip-bad are about the records of --pairs or --rank, a file to judge")
         check_ranking(self)
 
@@ -354,6 +367,13 @@ def check_ranking(cfg):
                          "--answers")
 
 
+TEXTS = ("question", "answer_a", "answer_b", "answer", "reference")  # options that have a twin, NAME_file
+
+
+def is_given(cfg, name):
+    return getattr(cfg, name) is not None or getattr(cfg, name + "_file") is not None
+
+
 def check_judging(cfg):
     """The options of judging, this script's or evaluate.py's."""
     check_options(cfg)
@@ -367,20 +387,25 @@ def load_judge(cfg, budgets=(), split=Split()):
     """The Judge that a script's options describe (this script's Config or evaluate.py's)."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    prompt = prompt_for(cfg.model, cfg.prompt)
+    prompt = prompt_for(cfg.model, cfg.prompt, cfg.rubric)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant, split)
     sampling = sampling_of(cfg, cfg.votes, tokenizer)
     return Judge(Sampler(model, cfg.n_slots, cfg.kv_gb, graphs=not cfg.eager), tokenizer, prompt, sampling, budgets)
 
 
-def prompt_for(folder, given):
-    """The Prompt with which the model in a folder is asked; ValueError if it is no model's, or nothing says how."""
+def prompt_for(folder, given, rubric=None):
+    """The Prompt with which the model in a folder is asked; ValueError if it is no model's, or nothing says how, or
+    there is a --rubric that it cannot show."""
     check_folder(folder)
     prompt = prompt_of(folder, given)
     if prompt is None:
         raise ValueError(f"{folder}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, "
                          "direct or a file")
-    return load_prompt(prompt)
+    prompt = load_prompt(prompt)
+    if rubric and prompt.rubric is None:
+        raise ValueError(f"prompt {prompt.name} has no section [rubric], which --rubric needs: add it, the top of "
+                         "prompt.py tells the format, or give another --prompt")
+    return prompt
 
 
 def judge_settings(cfg, judge):
@@ -390,6 +415,8 @@ def judge_settings(cfg, judge):
                 "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
     for name in ("votes", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "batch_invariant"):
         settings[name] = getattr(cfg, name)
+    if cfg.rubric:
+        settings["rubric"] = rubric_of(cfg)
     return settings | {"budgets": list(judge.budgets)} if judge.budgets else settings
 
 
@@ -397,6 +424,10 @@ def weights_in(folder):
     """What tells that a model's files are still the same: name, bytes and time of each."""
     files = sorted(Path(folder).glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def rubric_of(cfg):
+    return text_of_file(cfg.rubric, "--rubric") if cfg.rubric else ""
 
 
 def texts_from_options(cfg, names=("question", "answer_a", "answer_b")):
@@ -408,6 +439,13 @@ def texts_from_options(cfg, names=("question", "answer_a", "answer_b")):
             fail(f"{flag_of(name)} is missing: give a question and two answers, or --pairs FILE --out FILE")
         return getattr(cfg, name)
     return [text(name) for name in names]
+
+
+def first_pairs(pairs, limit):
+    """The first `limit` pairs, all if it is 0; and one more if it is the last one's other order."""
+    if not 0 < limit < len(pairs):
+        return pairs
+    return pairs[:limit + (pairs[limit].id == pairs[limit - 1].id + SWAPPED)]
 
 
 def text_of_file(file, flag):
@@ -424,39 +462,63 @@ def judge_pairs(cfg):
     """--pairs FILE --out FILE."""
     refuse_existing(cfg.out)
     pairs = read_pairs(cfg.pairs, cfg.seed, cfg.skip_bad)
-    pairs = pairs[:cfg.limit] if cfg.limit else pairs
+    pairs = with_rubric(first_pairs(pairs, cfg.limit), rubric_of(cfg))
     judge = load_judge(cfg)
     settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.pairs).resolve())}
     records = judge_file(judge, encode_all(judge, pairs, cfg.skip_bad), cfg.out, settings)
     n_none = sum(record["verdict"] is None for record in records)
     print(f"{len(records)} pairs judged, {n_none} without a verdict: {cfg.out}")
+    if counts := counts_in_words(records):
+        print(counts)
 
 
 def show_one(cfg):
-    """A question and two answers; the first vote is shown as it is written."""
-    texts = texts_from_options(cfg)
+    """A question and two answers."""
+    texts, rubric = texts_from_options(cfg), rubric_of(cfg)
     judge = load_judge(cfg)
+    show_judging(judge, pair_of_texts(*texts, rubric))
+
+
+def show_answer(cfg):
+    """A question, one answer and a reference."""
+    texts, rubric = texts_from_options(cfg, ["question", "answer", "reference"]), rubric_of(cfg)
+    if cfg.out:
+        refuse_existing(cfg.out)
+    judge, records = load_judge(cfg), []
+    for pair in answer_pairs(*texts, rubric):
+        print("reference as A, answer as B:" if records else "answer as A, reference as B:")
+        records.append(show_judging(judge, pair))
+        print()
+    records = with_outcomes(records)
+    if cfg.out:
+        write_records(cfg.out, records)
+    print(f"the answer is {in_words(records)}")
+
+
+def show_judging(judge, pair):
+    """Judges a pair; the first vote is shown as it is written. Returns the judgement record."""
     stream = StreamDecoder(judge.tokenizer)
 
     def show(_, sample, token):
         if sample == 0:
             print(stream.push(token), end="", flush=True)
-    record = judge.judge_one(*texts, show)
+    (_, record), = judge.judge([pair], show)
     print(stream.flush())
     verdict = record["verdict"].upper() if record["verdict"] else "none"
     counted = ""
-    if cfg.votes > 1:
+    if judge.sampling.n > 1:
         verdicts = [vote["verdict"] for vote in record["votes"]]
         counted = f" (A {verdicts.count('a')}, B {verdicts.count('b')}, none {verdicts.count(None)})"
     n_tokens = sum(vote["n_tokens"] for vote in record["votes"])
     print(f"verdict: {verdict}{counted}, {n_tokens} tokens in {record['seconds']:.1f} s")
+    return record
 
 
 def rank_one(cfg):
     """--question TEXT --answers TEXT TEXT ..."""
     question, = texts_from_options(cfg, ["question"])
     answers = list(cfg.answers) or [text_of_file(file, "--answer-files") for file in cfg.answer_files]
-    question = Question("question", [{"role": "user", "content": question}], answers)
+    question = Question("question", [{"role": "user", "content": question}], answers, rubric_of(cfg))
     judge = load_judge(cfg)
     check_prompts([judge.encode(longest_pair(judge, question))], judge.sampler.model)
     (_, found), = rank_all(judge, [question], cfg.schedule, cfg.both_orders, cfg.seed)
@@ -469,7 +531,7 @@ def rank_file(cfg):
     """--rank FILE --out FILE."""
     refuse_existing(cfg.out)
     questions = read_questions(cfg.rank, cfg.skip_bad)
-    questions = questions[:cfg.limit] if cfg.limit else questions
+    questions = with_rubric(questions[:cfg.limit] if cfg.limit else questions, rubric_of(cfg))
     judge = load_judge(cfg)
     settings = judge_settings(cfg, judge) | {"questions": str(Path(cfg.rank).resolve()), "schedule": cfg.schedule,
                                              "both_orders": cfg.both_orders}
@@ -538,6 +600,8 @@ def main(cfg):
         rank_file(cfg)
     elif cfg.answers or cfg.answer_files:
         rank_one(cfg)
+    elif is_given(cfg, "answer"):
+        show_answer(cfg)
     else:
         show_one(cfg)
 

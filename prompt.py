@@ -1,9 +1,10 @@
 """How a pair is shown to the judge: prompt files, and the chat messages that a pair makes with one.
 
-A prompt is a text file of sections, each introduced by a line of its own: [system] (optional), [user], and
-[user multi-turn] (needed only for conversations). [user] must hold {question}, {answer_a} and {answer_b};
-[user multi-turn] must hold {conversation_a} and {conversation_b}. Everything else is literal, other braces and
-bracketed lines too; blank lines around a section are dropped.
+A prompt is a text file of sections, each introduced by a line of its own: [system] (optional), [user],
+[user multi-turn] (needed only for conversations), and [rubric] (needed only for pairs that bring a rubric of the
+user's own). [user] must hold {question}, {answer_a} and {answer_b}; [user multi-turn] must hold {conversation_a} and
+{conversation_b}; [rubric] must hold {rubric}. Everything else is literal, other braces and bracketed lines too; blank
+lines around a section are dropped.
 
 A file whose first line is [exact] keeps every section to the byte: all between its header line and the line break
 before the next header (or at the end of the file), blank lines too. In such a file a line that begins with a backslash
@@ -12,7 +13,8 @@ loses it, so that a text can hold the line [user]. prompt_file writes files of t
 A pair is single-turn if its prompt is one user message, after a system message or not, and each answer is one message.
 Then the question is the user's text; with a system message it is both, as lines "System: ..." and "User: ...", since
 the answers were written under that system message and cannot be judged without it. Every other pair is shown as two
-whole conversations, as lines "User: ..." and "Chatbot A: ..." (or B) joined by one newline.
+whole conversations, as lines "User: ..." and "Chatbot A: ..." (or B) joined by one newline. Below either kind of user
+message, after a blank line, a pair with a rubric has the section [rubric]; a pair without one shows nothing of it.
 """
 
 import os
@@ -22,9 +24,9 @@ from pathlib import Path
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 PLACEHOLDERS = {"system": set(), "user": {"question", "answer_a", "answer_b"},
-                "user multi-turn": {"conversation_a", "conversation_b"}}
-PLACEHOLDER = re.compile(r"\{(question|answer_a|answer_b|conversation_a|conversation_b)\}")
-HEADER = r"^\[(system|user|user multi-turn)\][ \t]*$"
+                "user multi-turn": {"conversation_a", "conversation_b"}, "rubric": {"rubric"}}
+PLACEHOLDER = re.compile(r"\{(question|answer_a|answer_b|conversation_a|conversation_b|rubric)\}")
+HEADER = r"^\[(system|user|user multi-turn|rubric)\][ \t]*$"
 EXACT = "[exact]\n"    # no older file begins so: text before the first section was refused
 
 
@@ -34,6 +36,7 @@ class Prompt:
     system: str | None
     user: str
     user_multi_turn: str | None
+    rubric: str | None = None
 
 
 def prompt_path(name_or_path):
@@ -79,6 +82,8 @@ def could_show(prompt, messages):
     if [m["role"] for m in messages] != roles or len(roles) == 2 and messages[0]["content"] != prompt.system:
         return False
     templates = [template for template in (prompt.user, prompt.user_multi_turn) if template]
+    if prompt.rubric:
+        templates += [below(template, prompt.rubric) for template in templates]
     return any(fits(template, messages[-1]["content"]) for template in templates)
 
 
@@ -121,7 +126,8 @@ def load_prompt(name_or_path):
         faults += [f"section [{name}] is empty"] if not body.strip() else []
     if faults:
         raise ValueError(f"{path}: {', '.join(faults)}: the top of prompt.py tells the format")
-    return Prompt(str(name_or_path), sections.get("system"), sections["user"], sections.get("user multi-turn"))
+    return Prompt(str(name_or_path), sections.get("system"), sections["user"], sections.get("user multi-turn"),
+                  sections.get("rubric"))
 
 
 def _exact(part):
@@ -132,7 +138,8 @@ def _exact(part):
 def prompt_file(prompt):
     """The text of a file that holds a prompt: what load_prompt reads from it is equal to the byte."""
     text = EXACT
-    sections = {"system": prompt.system, "user": prompt.user, "user multi-turn": prompt.user_multi_turn}
+    sections = {"system": prompt.system, "user": prompt.user, "user multi-turn": prompt.user_multi_turn,
+                "rubric": prompt.rubric}
     for name, body in sections.items():
         if body is not None:
             escaped = re.sub(rf"(?=^\\|{HEADER})", r"\\", body, flags=re.MULTILINE)
@@ -147,20 +154,37 @@ def render(prompt, pair):
     if prompt is None:
         raise ValueError("--prompt is missing: give instruct, reasoning, direct or a file of your own, which shows "
                          f"pairs such as {pair.id} to the model")
+    lacking = missing_section(prompt, pair)
+    if lacking:
+        why = "has a rubric" if lacking == "rubric" else "is a conversation"
+        raise ValueError(f"prompt {prompt.name} has no section [{lacking}], and pair {pair.id} {why}: add the section; "
+                         "the top of prompt.py tells the format")
     answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
                for answer in (pair.answer_a, pair.answer_b)]
     if is_single_turn(pair):
         question = pair.prompt[0]["content"] if len(pair.prompt) == 1 else _dialogue(pair.prompt, "")
         template, (a, b) = prompt.user, [answer[0]["content"] for answer in answers]
         values = {"question": question, "answer_a": a, "answer_b": b}
-    elif prompt.user_multi_turn is None:
-        raise ValueError(f"prompt {prompt.name}: pair {pair.id} is a conversation: add a section [user multi-turn]")
     else:
         template = prompt.user_multi_turn
         values = {f"conversation_{side}": _dialogue(pair.prompt + answer, side) for side, answer in zip("ab", answers)}
+    if pair.rubric:
+        template, values = below(template, prompt.rubric), values | {"rubric": pair.rubric}
     # One pass over the template only: an answer that spells a placeholder stays as it is.
     user = {"role": "user", "content": PLACEHOLDER.sub(lambda match: values[match[1]], template)}
     return [user] if prompt.system is None else [{"role": "system", "content": prompt.system}, user]
+
+
+def below(template, rubric):
+    """The template of a user message with the section [rubric] under it."""
+    return f"{template}\n\n{rubric}"
+
+
+def missing_section(prompt, pair):
+    """The section that the prompt lacks to show this pair (not a ready-made one), or None."""
+    if prompt.user_multi_turn is None and not is_single_turn(pair):
+        return "user multi-turn"
+    return "rubric" if pair.rubric and prompt.rubric is None else None
 
 
 def is_single_turn(pair):

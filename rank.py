@@ -269,7 +269,7 @@ class Contest:
 def pair_of(question, i, j):
     """The pair that shows answer i as A and j as B."""
     return Pair(f"{question.id}/{i}-{j}", question.prompt, question.answers[i], question.answers[j], None, "", "",
-                item=question.id)
+                item=question.id, rubric=question.rubric)
 
 
 def places_of(answers):
