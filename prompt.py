@@ -5,6 +5,9 @@ A prompt is a text file of sections, each introduced by a line of its own: [syst
 [user multi-turn] must hold {conversation_a} and {conversation_b}. Everything else is literal, other braces and
 bracketed lines too; blank lines around a section are dropped.
 
+Two more sections are for RewardBench 2, and are shown alone, without [system], which speaks of pairs: [user four
+answers] must hold {question} and {answer_a} to {answer_d}, [user rating] {question} and {answer}.
+
 A file whose first line is [exact] keeps every section to the byte: all between its header line and the line break
 before the next header (or at the end of the file), blank lines too. In such a file a line that begins with a backslash
 loses it, so that a text can hold the line [user]. prompt_file writes files of this kind.
@@ -22,9 +25,13 @@ from pathlib import Path
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 PLACEHOLDERS = {"system": set(), "user": {"question", "answer_a", "answer_b"},
-                "user multi-turn": {"conversation_a", "conversation_b"}}
+                "user multi-turn": {"conversation_a", "conversation_b"},
+                "user four answers": {"question", "answer_a", "answer_b", "answer_c", "answer_d"},
+                "user rating": {"question", "answer"}}
 PLACEHOLDER = re.compile(r"\{(question|answer_a|answer_b|conversation_a|conversation_b)\}")
-HEADER = r"^\[(system|user|user multi-turn)\][ \t]*$"
+HEADER = r"^\[(system|user|user multi-turn|user four answers|user rating)\][ \t]*$"
+# In the sections of pairs {answer} and {answer_c} are literal
+NO_PAIR = {name: re.compile("{(" + "|".join(PLACEHOLDERS[name]) + ")}") for name in ("user four answers", "user rating")}
 EXACT = "[exact]\n"    # no older file begins so: text before the first section was refused
 
 
@@ -34,6 +41,8 @@ class Prompt:
     system: str | None
     user: str
     user_multi_turn: str | None
+    user_four_answers: str | None = None
+    user_rating: str | None = None
 
 
 def prompt_path(name_or_path):
@@ -115,13 +124,15 @@ def load_prompt(name_or_path):
     faults += ["no section [user]"] if "user" not in sections else []
     faults += ["the same section twice"] if len(sections) < len(names) else []
     for name, body in sections.items():
-        found, wanted = set(PLACEHOLDER.findall(body)), PLACEHOLDERS[name]
+        placeholder = NO_PAIR[name] if name in NO_PAIR else PLACEHOLDER
+        found, wanted = set(placeholder.findall(body)), PLACEHOLDERS[name]
         faults += [f"section [{name}] lacks {{{x}}}" for x in sorted(wanted - found)]
         faults += [f"section [{name}] cannot have {{{x}}}" for x in sorted(found - wanted)]
         faults += [f"section [{name}] is empty"] if not body.strip() else []
     if faults:
         raise ValueError(f"{path}: {', '.join(faults)}: the top of prompt.py tells the format")
-    return Prompt(str(name_or_path), sections.get("system"), sections["user"], sections.get("user multi-turn"))
+    return Prompt(str(name_or_path), sections.get("system"), sections["user"], sections.get("user multi-turn"),
+                  sections.get("user four answers"), sections.get("user rating"))
 
 
 def _exact(part):
@@ -132,7 +143,8 @@ def _exact(part):
 def prompt_file(prompt):
     """The text of a file that holds a prompt: what load_prompt reads from it is equal to the byte."""
     text = EXACT
-    sections = {"system": prompt.system, "user": prompt.user, "user multi-turn": prompt.user_multi_turn}
+    sections = {"system": prompt.system, "user": prompt.user, "user multi-turn": prompt.user_multi_turn,
+                "user four answers": prompt.user_four_answers, "user rating": prompt.user_rating}
     for name, body in sections.items():
         if body is not None:
             escaped = re.sub(rf"(?=^\\|{HEADER})", r"\\", body, flags=re.MULTILINE)
@@ -161,6 +173,16 @@ def render(prompt, pair):
     # One pass over the template only: an answer that spells a placeholder stays as it is.
     user = {"role": "user", "content": PLACEHOLDER.sub(lambda match: values[match[1]], template)}
     return [user] if prompt.system is None else [{"role": "system", "content": prompt.system}, user]
+
+
+def render_answers(prompt, question, answers):
+    """The chat messages that show four answers to choose from, or one to rate."""
+    name = "user four answers" if len(answers) == 4 else "user rating"
+    template = prompt.user_four_answers if len(answers) == 4 else prompt.user_rating
+    if template is None:
+        raise ValueError(f"prompt {prompt.name}: has no section [{name}]: add one, or give --prompt instruct")
+    values = {"question": question, "answer": answers[0]} | dict(zip(("answer_a", "answer_b", "answer_c", "answer_d"), answers))
+    return [{"role": "user", "content": NO_PAIR[name].sub(lambda match: values[match[1]], template)}]
 
 
 def is_single_turn(pair):
