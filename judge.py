@@ -3,6 +3,9 @@
     python judge.py --model DIR --question "..." --answer-a "..." --answer-b "..."    streams the judgement
     python judge.py --model DIR --pairs pairs.jsonl --out judgements.jsonl            resumable: started again, goes on
     load_judge(Config(model=DIR)).judge_one(question, answer_a, answer_b)             the same as a function
+    python judge.py --model DIR --question "..." --answer "..." --reference "..."     one answer: one_answer.py
+
+--rubric FILE tells the judge what to weigh by, where a pair has no rubric of its own.
 
 A judgement record is what is kept of it: the pair's id, label and places, a hash of the prompt, each vote's text,
 tokens, verdict and whether it was finished, and the majority's verdict. It can be scored again without the model.
@@ -12,6 +15,7 @@ import json
 import sys
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,10 +23,11 @@ import torch
 from tqdm import tqdm
 
 from common import Ranks
-from data.pairs import SWAPPED, Pair, note_one_label, read_pairs
+from data.pairs import NO_REFERENCE, SWAPPED, note_one_label, pair_of_texts, read_pairs, with_rubric
 from draw import Sampling, prompt_key
 from files import append, check_settings, fail, one_line_errors, refuse_existing, write_records, write_whole
 from folder import check_context, check_folder
+from one_answer import answer_pairs, counts_in_words, in_words, with_outcomes
 from options import check_at_least, check_between, flag_of, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
 from reward import benchmark_verdict, majority, training_verdict
@@ -41,6 +46,7 @@ class Judge:
     prompt: Prompt
     sampling: Sampling  # its n is the number of votes
     budgets: tuple[int, ...] = ()  # also record the verdict that each vote's first so many tokens hold
+    verdict_of: Callable = benchmark_verdict  # of a vote's text
 
     def encode(self, pair):
         return self.tokenizer.chat(render(self.prompt, pair))
@@ -52,18 +58,17 @@ class Judge:
         for i, rollouts in self.sampler.stream(prompts, self.sampling, on_token, bar):
             yield i, self.record(pairs[i], prompts[i], [self.vote(rollout) for rollout in rollouts])
 
-    def judge_one(self, question, answer_a, answer_b, on_token=None):
+    def judge_one(self, question, answer_a, answer_b, on_token=None, rubric=""):
         """The judgement record of one question with two answers, all texts."""
-        pair = Pair("pair", [{"role": "user", "content": question}], answer_a, answer_b, None, "", "")
-        (_, record), = self.judge([pair], on_token)
+        (_, record), = self.judge([pair_of_texts(question, answer_a, answer_b, rubric)], on_token)
         return record
 
     def vote(self, rollout):
         text = self.tokenizer.decode(rollout.ids)
         vote = {"text": text, "n_tokens": len(rollout.ids), "finished": rollout.finished,
-                "verdict": benchmark_verdict(text), "seconds": round(rollout.seconds, 3)}
+                "verdict": self.verdict_of(text), "seconds": round(rollout.seconds, 3)}
         if self.budgets:
-            vote["at"] = {str(n): benchmark_verdict(self.tokenizer.decode(rollout.ids[:n])) for n in self.budgets}
+            vote["at"] = {str(n): self.verdict_of(self.tokenizer.decode(rollout.ids[:n])) for n in self.budgets}
         return vote
 
     def record(self, pair, prompt_ids, votes):
@@ -135,7 +140,7 @@ def note_verdicts(chains, path, answer_only):
 def contents(pair):
     """What a pair holds, whichever answer is A."""
     answers = sorted(json.dumps(answer) for answer in (pair.answer_a, pair.answer_b))
-    return json.dumps([pair.prompt, answers, pair.rendered])
+    return json.dumps([pair.prompt, answers, pair.rendered, pair.rubric])
 
 
 def accuracy(records):
@@ -273,6 +278,7 @@ def judge_file(judge, encoded, out, settings, ranks=ALONE, begin=lambda: None):
         file = JudgementFile(out, settings)  # opened again, it takes the other ranks' shares in
     # the labels may have been corrected since an interrupted run
     records = [file.done[key] | {"winner": pair.winner} for (pair, _), key in zip(encoded, keys)]
+    records = with_outcomes(records)
     file.finish(records)
     return records
 
@@ -287,11 +293,16 @@ class Config:
     question: str | None = None  # judge one pair: the question ...
     answer_a: str | None = None  # ... the first answer ...
     answer_b: str | None = None  # ... and the second
+    answer: str | None = None  # or judge one answer to the question, in both orders, against ...
+    reference: str | None = None  # ... this one
     question_file: str | None = None  # read the question from a file
     answer_a_file: str | None = None  # read the first answer from a file
     answer_b_file: str | None = None  # read the second answer from a file
+    answer_file: str | None = None  # read the one answer from a file
+    reference_file: str | None = None  # read its reference from a file
+    rubric: str | None = None  # a file: what to weigh by, where a pair has no rubric of its own
     pairs: str | None = None  # judge a file or folder of pairs, in any format that data/pairs.py reads ...
-    out: str | None = None  # ... into this judgements file (JSON lines)
+    out: str | None = None  # ... into this judgements file (JSON lines); also for --answer
     limit: int = 0  # only the first so many pairs, 0 = all
     skip_bad: bool = False  # skip unreadable records and count them, instead of stopping before any work
     votes: int = 1  # judgements per pair; the verdict is their majority
@@ -311,17 +322,27 @@ class Config:
     def __post_init__(self):
         check_judging(self)
         check_model(self)
-        for name in ("question", "answer_a", "answer_b"):
-            flag = flag_of(name)
-            given, from_file = getattr(self, name) is not None, getattr(self, name + "_file") is not None
-            if given and from_file:
-                raise ValueError(f"{flag} and its -file are both given; give one")
-            if self.pairs and (given or from_file):
-                raise ValueError(f"--pairs and {flag} are both given; judge a file or one pair")
-        if bool(self.pairs) != bool(self.out):
+        for name in TEXTS:
+            if getattr(self, name) is not None and getattr(self, name + "_file") is not None:
+                raise ValueError(f"{flag_of(name)} and its -file are both given; give one")
+            if self.pairs and is_given(self, name):
+                raise ValueError(f"--pairs and {flag_of(name)} are both given; judge a file or one pair")
+        one = is_given(self, "answer")
+        if one and not is_given(self, "reference"):
+            raise ValueError(f"--answer needs --reference: {NO_REFERENCE}")
+        if is_given(self, "reference") and (not one or is_given(self, "answer_a") or is_given(self, "answer_b")):
+            raise ValueError("--reference goes with --answer, the one answer to compare with it, and with no other")
+        if bool(self.pairs) != bool(self.out) and not one:
             raise ValueError("--pairs, the file to judge, and --out, the judgements file to write, need each other")
         if not self.pairs and (self.limit or self.skip_bad):
             raise ValueError("--limit and --skip-bad are about the records of --pairs, a file to judge")
+
+
+TEXTS = ("question", "answer_a", "answer_b", "answer", "reference")  # options that have a twin, NAME_file
+
+
+def is_given(cfg, name):
+    return getattr(cfg, name) is not None or getattr(cfg, name + "_file") is not None
 
 
 def check_judging(cfg):
@@ -337,20 +358,25 @@ def load_judge(cfg, budgets=(), split=Split()):
     """The Judge that a script's options describe (this script's Config or evaluate.py's)."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    prompt = prompt_for(cfg.model, cfg.prompt)
+    prompt = prompt_for(cfg.model, cfg.prompt, cfg.rubric)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant, split)
     sampling = sampling_of(cfg, cfg.votes, tokenizer)
     return Judge(Sampler(model, cfg.n_slots, cfg.kv_gb, graphs=not cfg.eager), tokenizer, prompt, sampling, budgets)
 
 
-def prompt_for(folder, given):
-    """The Prompt with which the model in a folder is asked; ValueError if it is no model's, or nothing says how."""
+def prompt_for(folder, given, rubric=None):
+    """The Prompt with which the model in a folder is asked; ValueError if it is no model's, or nothing says how, or
+    there is a --rubric that it cannot show."""
     check_folder(folder)
     prompt = prompt_of(folder, given)
     if prompt is None:
         raise ValueError(f"{folder}: has no prompt.txt, so --prompt must say how to ask it: instruct, reasoning, "
                          "direct or a file")
-    return load_prompt(prompt)
+    prompt = load_prompt(prompt)
+    if rubric and prompt.rubric is None:
+        raise ValueError(f"prompt {prompt.name} has no section [rubric], which --rubric needs: add it, the top of "
+                         "prompt.py tells the format, or give another --prompt")
+    return prompt
 
 
 def judge_settings(cfg, judge):
@@ -360,6 +386,8 @@ def judge_settings(cfg, judge):
                 "dtype": str(judge.sampler.model.head_vd.dtype).removeprefix("torch.")}
     for name in ("votes", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "batch_invariant"):
         settings[name] = getattr(cfg, name)
+    if cfg.rubric:
+        settings["rubric"] = rubric_of(cfg)
     return settings | {"budgets": list(judge.budgets)} if judge.budgets else settings
 
 
@@ -369,59 +397,101 @@ def weights_in(folder):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def texts_from_options(cfg):
-    """Question, answer A, answer B."""
+def read_text(file, flag):
+    """The text of the file that an option names."""
+    try:
+        content = Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # that ends its last line
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file}: byte {e.start} is not UTF-8: convert the file") from None
+    if not content.strip():
+        raise ValueError(f"{file}: is empty; {flag} is a file with the text")
+    return content
+
+
+def rubric_of(cfg):
+    return read_text(cfg.rubric, "--rubric") if cfg.rubric else ""
+
+
+def texts_from_options(cfg, *names):
+    """The texts that these options, or their -file, give."""
     def text(name):
         if file := getattr(cfg, name + "_file"):
-            try:
-                content = Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # that ends its last line
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{file}: byte {e.start} is not UTF-8: convert the file") from None
-            if not content.strip():
-                raise ValueError(f"{file}: is empty; {flag_of(name)}-file is a file with the text")
-            return content
+            return read_text(file, f"{flag_of(name)}-file")
         if getattr(cfg, name) is None:
             fail(f"{flag_of(name)} is missing: give a question and two answers, or --pairs FILE --out FILE")
         return getattr(cfg, name)
-    return text("question"), text("answer_a"), text("answer_b")
+    return [text(name) for name in names]
+
+
+def first_pairs(pairs, limit):
+    """The first `limit` pairs, all if it is 0; and one more if it is the last one's other order."""
+    if not 0 < limit < len(pairs):
+        return pairs
+    return pairs[:limit + (pairs[limit].id == pairs[limit - 1].id + SWAPPED)]
 
 
 def judge_pairs(cfg):
     """--pairs FILE --out FILE."""
     refuse_existing(cfg.out)
     pairs = read_pairs(cfg.pairs, cfg.seed, cfg.skip_bad)
-    pairs = pairs[:cfg.limit] if cfg.limit else pairs
+    pairs = with_rubric(first_pairs(pairs, cfg.limit), rubric_of(cfg))
     judge = load_judge(cfg)
     settings = judge_settings(cfg, judge) | {"pairs": str(Path(cfg.pairs).resolve())}
     records = judge_file(judge, encode_all(judge, pairs, cfg.skip_bad), cfg.out, settings)
     n_none = sum(record["verdict"] is None for record in records)
     print(f"{len(records)} pairs judged, {n_none} without a verdict: {cfg.out}")
+    if counts := counts_in_words(records):
+        print(counts)
 
 
 def show_one(cfg):
-    """A question and two answers; the first vote is shown as it is written."""
-    texts = texts_from_options(cfg)
+    """A question and two answers."""
+    texts, rubric = texts_from_options(cfg, "question", "answer_a", "answer_b"), rubric_of(cfg)
     judge = load_judge(cfg)
+    show_judging(judge, pair_of_texts(*texts, rubric))
+
+
+def show_answer(cfg):
+    """A question, one answer and a reference."""
+    texts, rubric = texts_from_options(cfg, "question", "answer", "reference"), rubric_of(cfg)
+    if cfg.out:
+        refuse_existing(cfg.out)
+    judge, records = load_judge(cfg), []
+    for pair in answer_pairs(*texts, rubric):
+        print("reference as A, answer as B:" if records else "answer as A, reference as B:")
+        records.append(show_judging(judge, pair))
+        print()
+    records = with_outcomes(records)
+    if cfg.out:
+        write_records(cfg.out, records)
+    print(f"the answer is {in_words(records)}")
+
+
+def show_judging(judge, pair):
+    """Judges a pair; the first vote is shown as it is written. Returns the judgement record."""
     stream = StreamDecoder(judge.tokenizer)
 
     def show(_, sample, token):
         if sample == 0:
             print(stream.push(token), end="", flush=True)
-    record = judge.judge_one(*texts, show)
+    (_, record), = judge.judge([pair], show)
     print(stream.flush())
     verdict = record["verdict"].upper() if record["verdict"] else "none"
     counted = ""
-    if cfg.votes > 1:
+    if judge.sampling.n > 1:
         verdicts = [vote["verdict"] for vote in record["votes"]]
         counted = f" (A {verdicts.count('a')}, B {verdicts.count('b')}, none {verdicts.count(None)})"
     n_tokens = sum(vote["n_tokens"] for vote in record["votes"])
     print(f"verdict: {verdict}{counted}, {n_tokens} tokens in {record['seconds']:.1f} s")
+    return record
 
 
 def main(cfg):
     refuse_ranks("judge.py")  # evaluate.py shares pairs out
     if cfg.pairs:
         judge_pairs(cfg)
+    elif is_given(cfg, "answer"):
+        show_answer(cfg)
     else:
         show_one(cfg)
 

@@ -1,12 +1,13 @@
 """How a pair is shown to the judge: prompt files, and the chat messages that a pair makes with one.
 
-A prompt is a text file of sections, each introduced by a line of its own: [system] (optional), [user], and
-[user multi-turn] (needed only for conversations). [user] must hold {question}, {answer_a} and {answer_b};
-[user multi-turn] must hold {conversation_a} and {conversation_b}. Everything else is literal, other braces and
-bracketed lines too; blank lines around a section are dropped.
+A prompt is a text file of sections, each introduced by a line of its own: [system] (optional), [user],
+[user multi-turn] (needed only for conversations), and [rubric] (needed only for pairs that bring a rubric of the
+user's own). [user] must hold {question}, {answer_a} and {answer_b}; [user multi-turn] must hold {conversation_a} and
+{conversation_b}; [rubric] must hold {rubric}. Everything else is literal, other braces and bracketed lines too; blank
+lines around a section are dropped.
 
-Two more sections are for RewardBench 2, and are shown alone, without [system], which speaks of pairs: [user four
-answers] must hold {question} and {answer_a} to {answer_d}, [user rating] {question} and {answer}.
+Two more sections, for RewardBench 2, are shown alone, without [system], which speaks of pairs: [four answers] must
+hold {question} and {answer_a} to {answer_d}, [rating] must hold {question} and {answer}.
 
 A file whose first line is [exact] keeps every section to the byte: all between its header line and the line break
 before the next header (or at the end of the file), blank lines too. In such a file a line that begins with a backslash
@@ -15,7 +16,8 @@ loses it, so that a text can hold the line [user]. prompt_file writes files of t
 A pair is single-turn if its prompt is one user message, after a system message or not, and each answer is one message.
 Then the question is the user's text; with a system message it is both, as lines "System: ..." and "User: ...", since
 the answers were written under that system message and cannot be judged without it. Every other pair is shown as two
-whole conversations, as lines "User: ..." and "Chatbot A: ..." (or B) joined by one newline.
+whole conversations, as lines "User: ..." and "Chatbot A: ..." (or B) joined by one newline. Below either kind of user
+message, after a blank line, a pair with a rubric has the section [rubric]; a pair without one shows nothing of it.
 """
 
 import os
@@ -25,13 +27,12 @@ from pathlib import Path
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 PLACEHOLDERS = {"system": set(), "user": {"question", "answer_a", "answer_b"},
-                "user multi-turn": {"conversation_a", "conversation_b"},
-                "user four answers": {"question", "answer_a", "answer_b", "answer_c", "answer_d"},
-                "user rating": {"question", "answer"}}
-PLACEHOLDER = re.compile(r"\{(question|answer_a|answer_b|conversation_a|conversation_b)\}")
-HEADER = r"^\[(system|user|user multi-turn|user four answers|user rating)\][ \t]*$"
-# In the sections of pairs {answer} and {answer_c} are literal
-NO_PAIR = {name: re.compile("{(" + "|".join(PLACEHOLDERS[name]) + ")}") for name in ("user four answers", "user rating")}
+                "user multi-turn": {"conversation_a", "conversation_b"}, "rubric": {"rubric"},
+                "four answers": {"question", "answer_a", "answer_b", "answer_c", "answer_d"},
+                "rating": {"question", "answer"}}
+PLACEHOLDER = re.compile(r"\{(question|answer_a|answer_b|conversation_a|conversation_b|rubric)\}")
+NO_PAIR = {name: re.compile(r"\{(%s)\}" % "|".join(PLACEHOLDERS[name])) for name in ("four answers", "rating")}
+HEADER = r"^\[(system|user|user multi-turn|rubric|four answers|rating)\][ \t]*$"
 EXACT = "[exact]\n"    # no older file begins so: text before the first section was refused
 
 
@@ -41,8 +42,9 @@ class Prompt:
     system: str | None
     user: str
     user_multi_turn: str | None
-    user_four_answers: str | None = None
-    user_rating: str | None = None
+    rubric: str | None = None
+    four_answers: str | None = None
+    rating: str | None = None
 
 
 def prompt_path(name_or_path):
@@ -88,6 +90,8 @@ def could_show(prompt, messages):
     if [m["role"] for m in messages] != roles or len(roles) == 2 and messages[0]["content"] != prompt.system:
         return False
     templates = [template for template in (prompt.user, prompt.user_multi_turn) if template]
+    if prompt.rubric:
+        templates += [below(template, prompt.rubric) for template in templates]
     return any(fits(template, messages[-1]["content"]) for template in templates)
 
 
@@ -132,7 +136,7 @@ def load_prompt(name_or_path):
     if faults:
         raise ValueError(f"{path}: {', '.join(faults)}: the top of prompt.py tells the format")
     return Prompt(str(name_or_path), sections.get("system"), sections["user"], sections.get("user multi-turn"),
-                  sections.get("user four answers"), sections.get("user rating"))
+                  sections.get("rubric"), sections.get("four answers"), sections.get("rating"))
 
 
 def _exact(part):
@@ -144,7 +148,7 @@ def prompt_file(prompt):
     """The text of a file that holds a prompt: what load_prompt reads from it is equal to the byte."""
     text = EXACT
     sections = {"system": prompt.system, "user": prompt.user, "user multi-turn": prompt.user_multi_turn,
-                "user four answers": prompt.user_four_answers, "user rating": prompt.user_rating}
+                "rubric": prompt.rubric, "four answers": prompt.four_answers, "rating": prompt.rating}
     for name, body in sections.items():
         if body is not None:
             escaped = re.sub(rf"(?=^\\|{HEADER})", r"\\", body, flags=re.MULTILINE)
@@ -159,30 +163,48 @@ def render(prompt, pair):
     if prompt is None:
         raise ValueError("--prompt is missing: give instruct, reasoning, direct or a file of your own, which shows "
                          f"pairs such as {pair.id} to the model")
+    lacking = missing_section(prompt, pair)
+    if lacking:
+        why = "has a rubric" if lacking == "rubric" else "is a conversation"
+        raise ValueError(f"prompt {prompt.name} has no section [{lacking}], and pair {pair.id} {why}: add the section; "
+                         "the top of prompt.py tells the format")
     answers = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
                for answer in (pair.answer_a, pair.answer_b)]
     if is_single_turn(pair):
         question = pair.prompt[0]["content"] if len(pair.prompt) == 1 else _dialogue(pair.prompt, "")
         template, (a, b) = prompt.user, [answer[0]["content"] for answer in answers]
         values = {"question": question, "answer_a": a, "answer_b": b}
-    elif prompt.user_multi_turn is None:
-        raise ValueError(f"prompt {prompt.name}: pair {pair.id} is a conversation: add a section [user multi-turn]")
     else:
         template = prompt.user_multi_turn
         values = {f"conversation_{side}": _dialogue(pair.prompt + answer, side) for side, answer in zip("ab", answers)}
+    if pair.rubric:
+        template, values = below(template, prompt.rubric), values | {"rubric": pair.rubric}
     # One pass over the template only: an answer that spells a placeholder stays as it is.
     user = {"role": "user", "content": PLACEHOLDER.sub(lambda match: values[match[1]], template)}
     return [user] if prompt.system is None else [{"role": "system", "content": prompt.system}, user]
 
 
-def render_answers(prompt, question, answers):
-    """The chat messages that show four answers to choose from, or one to rate."""
-    name = "user four answers" if len(answers) == 4 else "user rating"
-    template = prompt.user_four_answers if len(answers) == 4 else prompt.user_rating
+def below(template, rubric):
+    """The template of a user message with the section [rubric] under it."""
+    return f"{template}\n\n{rubric}"
+
+
+def missing_section(prompt, pair):
+    """The section that the prompt lacks to show this pair (not a ready-made one), or None."""
+    if prompt.user_multi_turn is None and not is_single_turn(pair):
+        return "user multi-turn"
+    return "rubric" if pair.rubric and prompt.rubric is None else None
+
+
+def render_answers(prompt, section, question, answers):
+    """The chat messages of the section [four answers], which asks which of them is best, or [rating], of one answer."""
+    template = {"four answers": prompt.four_answers, "rating": prompt.rating}[section]
     if template is None:
-        raise ValueError(f"prompt {prompt.name}: has no section [{name}]: add one, or give --prompt instruct")
-    values = {"question": question, "answer": answers[0]} | dict(zip(("answer_a", "answer_b", "answer_c", "answer_d"), answers))
-    return [{"role": "user", "content": NO_PAIR[name].sub(lambda match: values[match[1]], template)}]
+        raise ValueError(f"prompt {prompt.name} has no section [{section}]: add it, the top of prompt.py tells the "
+                         "format, or give --prompt instruct")
+    names = ("answer_a", "answer_b", "answer_c", "answer_d") if section == "four answers" else ("answer",)
+    values = {"question": question} | dict(zip(names, answers))
+    return [{"role": "user", "content": NO_PAIR[section].sub(lambda match: values[match[1]], template)}]
 
 
 def is_single_turn(pair):

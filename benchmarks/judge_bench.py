@@ -14,10 +14,11 @@ scores 55.1 (gpt) and 53.0 (claude).
 
 import re
 
-from benchmarks.rows import both_orders, grouped, in_first_order, is_right, make_row, output_record, wilson
+from benchmarks.rows import grouped, in_both_orders, in_first_order, is_right, make_row, output_record
 from data.fields import Bad, need, need_text, text_or
 from data.pairs import (JUDGE_BENCH, OTHER, SWAPPED, Pair, balanced_order, judge_bench_category, judge_bench_label,
                         judge_bench_pair, judge_bench_source, read_records, swapped)
+from intervals import wilson
 
 TITLES = {source: f"JudgeBench ({name})" for name, source in JUDGE_BENCH.items()}
 SIZE = {"judgebench-gpt": {"Knowledge": 154, "Reasoning": 98, "Math": 56, "Coding": 42},
@@ -123,7 +124,7 @@ def judge_bench(records, order=None):
     alone = [[r] for r in in_first_order(records)]
     recorded = all("decision" in vote for [r] in alone for vote in r["votes"])
     one_order = "one order, official" if order == "published" or recorded else "one pass (ours)"
-    both = [list(games) for games in both_orders(records)]
+    both = [list(games) for games in in_both_orders(records)]
     if not both:
         return [_share("overall", one_order, alone), *_categories("section", alone), *_subsets(alone)]
     return [_share("overall", "both orders, official", both), *_categories("section", both), *_subsets(both),

@@ -187,7 +187,7 @@ def _verdict_again(vote, source):
     if source == reward_bench_2.FOUR_WAY:
         return reward_bench_2.four_way_verdict(text)
     if source == reward_bench_2.RATINGS:
-        return None  # a rating is none; the scores read it themselves
+        return None
     return judge_bench.game_verdict(vote) if "judge" in vote else benchmark_verdict(text)
 
 

@@ -18,7 +18,9 @@ import numpy as np
 
 from benchmarks.rows import grouped, in_first_order, interval, is_right, is_swapped, make_row, mean_row
 from data.fields import Bad, need_text
-from data.pairs import REWARD_BENCH_2_SUBSETS, balanced_order, pairs_in, read_records, reward_bench_2_answers, swapped
+from data.pairs import (REWARD_BENCH_2_SUBSETS, Pair, balanced_order, pairs_in, read_records, reward_bench_2_answers,
+                        swapped)
+from prompt import render_answers
 
 PAIRWISE, FOUR_WAY, RATINGS = "reward-bench-2", "reward-bench-2-four-way", "reward-bench-2-ratings"
 TITLES = {PAIRWISE: "RewardBench 2, pairwise (ours)", FOUR_WAY: "RewardBench 2, four-way",
@@ -34,10 +36,10 @@ N_RESAMPLES = 1000  # for the interval of the Ties score
 # ---- rows to what is judged
 
 @dataclass(frozen=True)
-class Question:
+class Task:
     """One question with four answers to choose from, or with one to rate."""
     id: str
-    prompt: str
+    question: str
     answers: list[str]
     winner: str | None     # the letter of the right one of four
     source: str
@@ -46,7 +48,7 @@ class Question:
     item: str
 
 
-def read_reward_bench_2(path, seed=0, skip_bad=False, ties=False):
+def read_pairwise(path, seed=0, skip_bad=False, ties=False):
     """The pairs of the pairwise protocol; half of them, drawn by the seed, have the right answer as B. With `ties`
     those of Ties too, which have a draw of their own."""
     def convert(record, place):
@@ -63,34 +65,46 @@ def read_reward_bench_2(path, seed=0, skip_bad=False, ties=False):
 
 
 def read_four_way(path, seed=0, skip_bad=False):
-    """A Question for each item of the first five subsets. Of the right answer and the three wrong ones as A to D, the
+    """A Task for each item of the first five subsets. Of the right answer and the three wrong ones as A to D, the
     right one changes places with the letter that the seed draws, each letter equally often."""
     def convert(record, place):
         subset, name, right, wrong = row_of(record)
-        return [(Question(name, need_text(record, "prompt"), right + wrong, "a", FOUR_WAY, subset, subset, ""), None)]
+        question = need_text(record, "prompt")
+        return [(Task(name, question, right + wrong, "a", FOUR_WAY, subset, subset, ""), None)]
 
-    found = [question for question, _ in read_records(path, convert, skip_bad) if question.subset != "Ties"]
+    found = [task for task, _ in read_records(path, convert, skip_bad) if task.subset != "Ties"]
     places = np.random.default_rng(seed).permutation(len(found)) % len(LETTERS)
-    return need_some([right_one_at(int(place), question) for place, question in zip(places, found)], path)
+    return need_some([right_one_at(int(place), task) for place, task in zip(places, found)], path)
 
 
-def right_one_at(place, question):
-    answers = list(question.answers)
+def right_one_at(place, task):
+    """The task with its first answer, the right one, and the one at this place exchanged."""
+    answers = list(task.answers)
     answers[0], answers[place] = answers[place], answers[0]
-    return replace(question, answers=answers, winner=LETTERS[place])
+    return replace(task, answers=answers, winner=LETTERS[place])
+
+
+def as_shown(tasks, prompt):
+    """A ready-made Pair for each task, as this prompt shows it; its winner may be any of four letters, or None."""
+    pairs = []
+    for task in tasks:
+        section = "four answers" if task.source == FOUR_WAY else "rating"
+        messages = render_answers(prompt, section, task.question, task.answers)
+        pairs.append(Pair(task.id, [], "", "", task.winner, task.source, task.domain, messages, task.subset, task.item))
+    return pairs
 
 
 def read_to_rate(path, skip_bad=False):
-    """A Question for each answer of all six subsets, without a label. Its id ends in c0, c1, ... (the right answers of
+    """A Task for each answer of all six subsets, without a label. Its id ends in c0, c1, ... (the right answers of
     the row) or r0, r1, ... (the wrong ones)."""
     def convert(record, place):
         subset, name, right, wrong = row_of(record)
         answers = {f"c{i}": answer for i, answer in enumerate(right)} | {f"r{k}": x for k, x in enumerate(wrong)}
-        prompt = need_text(record, "prompt")
-        return [(Question(f"{name}/{number}", prompt, [answer], None, RATINGS, subset, subset, name), None)
+        question = need_text(record, "prompt")
+        return [(Task(f"{name}/{number}", question, [answer], None, RATINGS, subset, subset, name), None)
                 for number, answer in answers.items()]
 
-    return [question for question, _ in read_records(path, convert, skip_bad)]
+    return [task for task, _ in read_records(path, convert, skip_bad)]
 
 
 def row_of(record):
@@ -111,6 +125,14 @@ def four_way_verdict(text):
     """"a" to "d": the only one of [[A]] to [[D]] in the text, or None. Ours: several letters are none."""
     found = [letter for letter in LETTERS if f"[[{letter.upper()}]]" in text]
     return found[0] if len(found) == 1 else None
+
+
+def no_verdict(text):
+    """A rating is none; the scores read it."""
+    return None
+
+
+VERDICT_OF = {"four-way": four_way_verdict, "ratings": no_verdict}
 
 
 def four_way_official(text):

@@ -11,6 +11,7 @@ import numpy as np
 
 from data.fields import Bad
 from data.pairs import SWAPPED
+from intervals import wilson
 
 # ---- judgement records
 
@@ -23,7 +24,7 @@ def in_first_order(records):
     return [r for r in records if not is_swapped(r)]
 
 
-def both_orders(records):
+def in_both_orders(records):
     """[(record in the first order, record in the second)] of the pairs that were judged in both."""
     first = {r["id"]: r for r in in_first_order(records)}
     second = {r["id"].removesuffix(SWAPPED): r for r in records if is_swapped(r)}
@@ -40,17 +41,6 @@ def output_record(pair, votes, verdict, recorded):
 
 
 # ---- intervals
-
-def wilson(right, n, z=1.96):
-    """95% interval of a share, (low, high) in [0, 1] (Wilson 1927): honest near 0 and 1, unlike +-z sqrt(pq/n)."""
-    if n == 0:
-        return 0.0, 1.0
-    p = right / n
-    zz = z * z / n
-    middle = (p + zz / 2) / (1 + zz)
-    half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
 
 def interval(values, n_cells=1):
     """95% interval of the mean of independent items' values, each the mean of n_cells yes-or-no outcomes.

@@ -11,9 +11,10 @@ import numpy as np
 
 from benchmarks import judge_bench, reward_bench_2
 from benchmarks.records import STYLES, TITLES, styles_of
-from benchmarks.rows import (both_orders, grouped, in_first_order, interval, is_right, make_row, mean, mean_row,
-                             share_row, wilson)
+from benchmarks.rows import (grouped, in_both_orders, in_first_order, interval, is_right, make_row, mean, mean_row,
+                             share_row)
 from data.pairs import JUDGE_BENCH, OTHER, REWARD_BENCH_SECTIONS
+from intervals import wilson
 from reward import majority
 
 # Items of the published benchmarks
@@ -234,8 +235,8 @@ BENCHMARKS = (*PAPERS, *JUDGE_BENCH.values(), *reward_bench_2.TITLES)
 def score(records, order=None):
     """The rows of every benchmark that the records hold, and the paper's average if they hold its three.
 
-    Records without a label are left out (but ratings have none). order: which answer was A in the first order,
-    "balanced" or "published", if it is known.
+    Records without a label are left out, but for ratings. order: which answer was A in the first order, "balanced" or
+    "published", if it is known.
     """
     by_benchmark = _by_benchmark(records)
     rows = []
@@ -261,10 +262,14 @@ def score(records, order=None):
                    mean_row("average", "overall", "with RM-Bench as published", published, counted, of)]
 
 
+def counts(record):
+    """Is there anything to score in it: a label, or a rating?"""
+    return record["winner"] is not None or record["source"] == reward_bench_2.RATINGS
+
+
 def _by_benchmark(records):
-    """{source: labelled records}, the benchmarks first; all other sources as one, under None. Ratings have no label."""
-    labelled = [r for r in records if r["winner"] or r["source"] == reward_bench_2.RATINGS]
-    groups = grouped(labelled, lambda r: r["source"] if r["source"] in BENCHMARKS else None)
+    """{source: records that count}, the benchmarks first; all other sources as one, under None."""
+    groups = grouped(filter(counts, records), lambda r: r["source"] if r["source"] in BENCHMARKS else None)
     return {source: groups[source] for source in (*BENCHMARKS, None) if source in groups}
 
 
@@ -292,7 +297,7 @@ def swap_rows(records):
     of A among all verdicts; every answer stands at A once, so half is even."""
     rows = []
     for source, members in _by_benchmark(r for r in records if r["votes"]).items():
-        both = both_orders(members)
+        both = in_both_orders(members)
         if both:
             rows.append(_swap_row(TITLES.get(source, "pairs"), both))
     return rows
@@ -317,12 +322,13 @@ def _swap_row(benchmark, both):
             "a_share_both_orders": mean([verdict == "a" for pair in verdicts for verdict in pair if verdict])}
 
 
-def budget_rows(records, budgets):
+def budget_rows(records, budgets, order=None):
     """Every benchmark's headline and sections, had each judgement been cut off after so many tokens."""
     rows = []
     for budget in budgets:
         cut = [_cut_off(r, budget) for r in records]
-        rows += [{"budget": budget, **row} for row in score(cut) if row["kind"] in ("overall", "section", "domain")]
+        rows += [{"budget": budget, **row} for row in score(cut, order)
+                 if row["kind"] in ("overall", "section", "domain")]
     return rows
 
 

@@ -45,7 +45,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ itself would be searched
 from files import one_line_errors, refuse_file, whole, write_records, write_whole  # noqa: E402
 from options import check_at_least, check_between, parse_config, refuse_ranks  # noqa: E402
-from prompt import is_single_turn, load_prompt, prompt_path  # noqa: E402
+from prompt import load_prompt, missing_section, prompt_path  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from data.fetch import SOURCES  # noqa: E402
 from data.fields import Bad, keys_of  # noqa: E402
@@ -124,8 +124,9 @@ def reader_of(source, prompt):
         for pair, undecided in pairs_in(record, place):
             if pair.rendered is not None:
                 raise Bad("a ready-made prompt, whose answers cannot change places: give the pairs that it was made of")
-            if prompt and not prompt.user_multi_turn and not is_single_turn(pair):
-                raise Bad(f"a conversation, and the prompt {prompt.name} has no section [user multi-turn]: add one")
+            if prompt and (lacking := missing_section(prompt, pair)):
+                kind = "a pair with a rubric" if lacking == "rubric" else "a conversation"
+                raise Bad(f"{kind}, and the prompt {prompt.name} has no section [{lacking}]: add one")
             if not source.fetched:
                 pair = replace(pair, id=f"{source.name}/{pair.id}", source=source.name,
                                domain=source.domain or pair.domain)

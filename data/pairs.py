@@ -5,6 +5,7 @@ folder of such files, walked in sorted order. The form of each record is recogni
 
     ours            id, prompt, answer_a, answer_b, winner, source, domain; with "judgement" it is also a chain
     TRL             prompt, chosen, rejected; or chosen, rejected as whole conversations that share their start
+    one answer      prompt, answer, reference: a pair without a label in either order, the second's id "ID/swapped"
     RM-R1           context_messages and winner: "model_a" or "model_b" for a pair, else a chain's judgement
     RMB             conversation_input with chosen, reject (one pair), or with bon_best, loser_list (a pair per loser)
     RM-Bench        prompt with three chosen and three rejected (nine pairs)
@@ -18,6 +19,8 @@ Where a source says chosen/rejected, or has a label as JudgeBench's, ONE shuffle
 order: of n such pairs exactly n // 2 have the chosen answer as B, and numpy's default_rng(seed) decides which. So a
 constant verdict scores 1/2, and the order in a pair depends on the seed and on the pair's place in the list, not on its
 texts. RM-R1's logs keep the order they record.
+
+Our records and TRL's may have a "rubric": a text by which this pair is to be judged.
 
 A record without an id gets "<file>/<its number in the file, from 1>", <file> being relative to the path given.
 """
@@ -35,6 +38,8 @@ from files import NotJson, parse_json, write_records
 from data.fields import Bad, clean, keys_of, kind_of, need, need_keys, need_object, need_side, need_text, show, text_or
 
 ROLES = ("system", "user", "assistant")
+NO_REFERENCE = ("a judge of pairs says which of two answers is better, and cannot score one alone: give a reference "
+                "answer to compare it with, or rank several answers (judge.py --rank), or ask a scalar reward model")
 SWAPPED = "/swapped"  # ends the id of a pair's judgement in the other order
 OTHER = {"a": "b", "b": "a", None: None}  # a label or verdict with the answers in the other order
 RM_BENCH_DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
@@ -64,12 +69,21 @@ class Pair:
     rendered: list[dict] | None = None    # what the judge is shown, ready-made; then prompt and answers are empty
     subset: str = ""                      # RewardBench's subset, RMB's category, RM-Bench's hard, normal or easy, ...
     item: str = ""                        # what the pairs of one best-of-n or RM-Bench record share
+    rubric: str = ""                      # what the judge is told to weigh by; "" leaves that to the judge
 
 
 @dataclass(frozen=True)
 class Chain:
     pair: Pair
     judgement: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something with answers to rank."""
+    id: str
+    prompt: list[dict]                    # as in a Pair
+    answers: list[str | list[dict]]
 
 
 def read_pairs(path, seed=0, skip_bad=False):
@@ -89,6 +103,31 @@ def balanced_order(candidates, seed):
 def swapped(pair):
     """The same pair with its answers in the other order."""
     return replace(pair, answer_a=pair.answer_b, answer_b=pair.answer_a, winner=OTHER[pair.winner])
+
+
+def pair_of_texts(question, answer_a, answer_b, rubric="", item=""):
+    """An unlabelled pair of two texts that answer one."""
+    prompt = [{"role": "user", "content": question}]
+    return Pair("pair", prompt, answer_a, answer_b, None, "", "", item=item, rubric=rubric)
+
+
+def both_orders(pair):
+    """The pair as it is, and with its answers in the other order."""
+    return [pair, replace(swapped(pair), id=pair.id + SWAPPED)]
+
+
+def with_rubric(pairs, rubric, say=True):
+    """The same pairs, to be judged by this rubric where they have none of their own; how many have is said. "" is no
+    rubric, and changes nothing."""
+    if not rubric:
+        return pairs
+    if ready_made := [pair.id for pair in pairs if pair.rendered is not None]:
+        raise ValueError(f"--rubric: pair {ready_made[0]} brings its own messages, which have no place for a rubric: "
+                         "give the pairs that they were made of, or leave --rubric out")
+    n_own = sum(pair.rubric != "" for pair in pairs)
+    if n_own and say:
+        print(f"note: {n_own} of {len(pairs)} pairs have a rubric of their own and are judged by that, not by --rubric")
+    return [pair if pair.rubric else replace(pair, rubric=rubric) for pair in pairs]
 
 
 def read_chains(path, skip_bad=False):
@@ -126,7 +165,8 @@ def to_json(item):
     """The dict that stands for a Pair or a Chain on disk; reading it gives an equal Pair or Chain."""
     if isinstance(item, Chain):
         return {**to_json(item.pair), "judgement": item.judgement}
-    return {key: value for key, value in asdict(item).items() if value or key not in ("rendered", "subset", "item")}
+    optional = ("rendered", "subset", "item", "rubric")
+    return {key: value for key, value in asdict(item).items() if value or key not in optional}
 
 
 def write_pairs(path, pairs):
@@ -298,6 +338,8 @@ def pairs_in(record, place):
         if isinstance(chosen, list) and any(isinstance(answer, str) for answer in chosen):
             return [(pair, True) for pair in _rm_bench(record, place)]
         return [(_preference(record, place), True)]
+    if "answer" in record or "reference" in record:
+        return [(pair, False) for pair in _both_orders(record, place)]
     if "messages" in record:
         raise Bad('"messages" alone is a chain, not a pair: read it as a chain, or give prompt, chosen and rejected')
     raise Bad(f"unknown format, its keys are {keys_of(record)}: data/pairs.py lists the known ones")
@@ -332,13 +374,14 @@ def _own(record):
     need_keys(record, "id", "prompt", "answer_a", "answer_b", "winner", "source", "domain")
     fields = {"winner": need_side(record, "winner"), "id": _id(record),
               "source": need_text(record, "source"), "domain": need_text(record, "domain"),
-              "subset": text_or(record, "subset", ""), "item": text_or(record, "item", "")}
+              "subset": text_or(record, "subset", ""), "item": text_or(record, "item", ""), "rubric": _rubric(record)}
     a, b = need(record, "answer_a", str, list), need(record, "answer_b", str, list)
     prompt = need(record, "prompt", list, str)
     if record.get("rendered") is None:
         return _pair(**fields, answer_a=a, answer_b=b, prompt=prompt, plain=False)
-    if (prompt, a, b) != ([], "", ""):
-        raise Bad('with "rendered", the prompt must be [] and the answers "": empty them, or remove "rendered"')
+    if (prompt, a, b, fields["rubric"]) != ([], "", "", ""):
+        raise Bad('with "rendered", the prompt must be [], the answers "", and no rubric there: empty them, or remove '
+                  '"rendered"')
     return Pair(**fields, answer_a="", answer_b="", prompt=[], rendered=_prompt(record["rendered"], "rendered"))
 
 
@@ -360,7 +403,18 @@ def _preference(record, place):
         raise Bad('an answer is a string, and there is no "prompt": add it, or make both answers whole conversations')
     else:
         prompt, chosen, rejected = _split(chosen, rejected, "chosen", "rejected")
-    return _pair(_id(record, place), prompt, chosen, rejected, "a", source, domain)
+    return _pair(_id(record, place), prompt, chosen, rejected, "a", source, domain, rubric=_rubric(record))
+
+
+def _both_orders(record, place):
+    """One answer and its reference: the answer as A, then as B, an item that is judged whole or not at all."""
+    if "reference" not in record:
+        raise Bad(f'"answer" without "reference": {NO_REFERENCE}')
+    answer, reference = need(record, "answer", str, list), need(record, "reference", str, list)
+    name, prompt = _id(record, place), need(record, "prompt", str, list)
+    source, domain = text_or(record, "source", place.file.stem), text_or(record, "domain", "")
+    pair = _pair(name, prompt, answer, reference, None, source, domain, item=name, rubric=_rubric(record))
+    return both_orders(pair)
 
 
 def _reward_bench(record, prompt, chosen, rejected, winner):
@@ -525,13 +579,20 @@ def _split(one, other, name, other_name):
 
 # ---- checks
 
-def _pair(id, prompt, answer_a, answer_b, winner, source, domain, plain=True, subset="", item=""):
+def _pair(id, prompt, answer_a, answer_b, winner, source, domain, plain=True, subset="", item="", rubric=""):
     """A checked Pair; with `plain`, an answer of one message becomes its text (our own records keep their form)."""
     prompt = _prompt([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "prompt")
     a, b = _answer(answer_a, prompt, plain), _answer(answer_b, prompt, plain)
     if not any(text.strip() for side in (a, b) for text in texts_of(side)):
         raise Bad("both answers are blank: remove the record")
-    return Pair(id, prompt, a, b, winner, source, domain, subset=subset, item=item)
+    return Pair(id, prompt, a, b, winner, source, domain, subset=subset, item=item, rubric=rubric)
+
+
+def _rubric(record):
+    rubric = text_or(record, "rubric", "")
+    if "rubric" in record and record["rubric"] is not None and not rubric.strip():
+        raise Bad('"rubric" is blank: write one, or leave the key out')
+    return rubric
 
 
 def texts_of(answer):

@@ -55,10 +55,10 @@ class Pool:
         prompt = "\0".join(f"{m['role']} {grams.plain(m['content'])}" for m in pair.prompt)
         self.row.append(row)
         self.is_multi.append(not is_single_turn(pair))
-        self.texts.append(grams.digest(f"{prompt}\0{min(answers)} {max(answers)}"))
+        self.texts.append(grams.digest(f"{prompt}\0{min(answers)} {max(answers)}\0{grams.plain(pair.rubric)}"))
         self.side.append(answers[0] > answers[1])
         self.question.append(question_of(pair))
-        of_prompt, of_answers = gram_sets(pair)
+        of_prompt, of_answers, _ = gram_sets(pair)
         both = np.concatenate([of_prompt, ~of_answers])  # ~: the same words in both are two things; of both together,
         self.band.frombytes(grams.bands(both).tobytes())  # since many prompts have one answer, and the reverse
         self.is_dropped.append(False)
@@ -101,10 +101,10 @@ def question_of(pair):
 
 
 def gram_sets(pair):
-    """(the grams of a pair's prompt, those of its two answers together)"""
+    """(the grams of a pair's prompt, those of its two answers together, those of its rubric)"""
     of_prompt = grams.grams("\n".join(m["content"] for m in pair.prompt), NEAR_GRAM)
     of_answers = [grams.grams("\n".join(texts_of(side)), NEAR_GRAM) for side in (pair.answer_a, pair.answer_b)]
-    return of_prompt, np.union1d(*of_answers)
+    return of_prompt, np.union1d(*of_answers), grams.grams(pair.rubric, NEAR_GRAM)
 
 
 def unfit(pair, benchmarks, max_overlap):
@@ -187,7 +187,7 @@ def drop_long(pool, tokenizer, prompt, limit):
 
 
 def drop_near(pool, threshold):
-    """Drops each pair that is like an earlier one which stays: in its prompt and in its answers."""
+    """Drops each pair that is like an earlier one which stays: in its prompt, in its answers and in its rubric."""
     numbers = pool.kept()
 
     @lru_cache(maxsize=256)

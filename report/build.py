@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.records import TITLES
 from benchmarks.scores import QUANTITIES, section, wilson
-from data.fields import SIDES, at, is_of, need, need_side
+from data.fields import SIDES, at, is_of, need, need_side, text_or
 from data.pairs import SWAPPED
 from data.quality import Tally, measure, side_by_side
 from files import whole
@@ -41,6 +41,8 @@ COLUMNS = ("id", "model", *NAMED, "outcome", "type", "verdict", "label", "swappe
 
 def pair_item(record):
     item = {"prompt": messages(record, "prompt")}
+    if rubric := text_or(record, "rubric", ""):
+        item["prompt"].append(("rubric", rubric))  # the page names each message's role
     for key in ("a", "b"):
         answer = need(record, f"answer_{key}", str, list)
         item[key] = answer if isinstance(answer, str) else messages(record, f"answer_{key}")

@@ -474,3 +474,20 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "none.jsonl: no such file" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rubric_for_every_pair(folder, data, tmp_path, capsys):
+    """--rubric gives what a file gives whose pairs have it; without a section for it, nothing is begun."""
+    (tmp_path / "r.txt").write_text("silver\n")
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text((folder / "prompt.txt").read_text() + "\n[rubric]\nsay {rubric}\n")
+    write_pairs(tmp_path / "told.jsonl", [replace(pair, rubric="silver") for pair in read_pairs(data)])
+    given = config(folder, data, tmp_path / "given", prompt=str(prompt), rubric=str(tmp_path / "r.txt"))
+    main(given)
+    main(config(folder, tmp_path / "told.jsonl", tmp_path / "told", prompt=str(prompt)))
+    assert without_time(judged(tmp_path / "given")) == without_time(judged(tmp_path / "told"))
+    assert (tmp_path / "given/pairs.jsonl").read_bytes() == (tmp_path / "told.jsonl").read_bytes()
+    assert saved_scores(tmp_path / "given")["settings"]["rubric"] == "silver"
+    with pytest.raises(ValueError, match=r"prompt.txt has no section \[rubric\], which --rubric needs"):
+        main(replace(given, prompt=None, out=str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()

@@ -708,6 +708,23 @@ def test_pairs_with_long_prompts_are_dropped_and_counted(made, tmp_path, capsys)
     assert f"dropped {n} of 8 pairs with over {limit} prompt tokens" in capsys.readouterr().out and 1 <= n <= 3
 
 
+def test_pairs_with_a_rubric_are_trained_on_as_they_are_shown(made, tmp_path, recorded):
+    """Each rollout answers the prompt that has its pair's rubric; a prompt without the section refuses by name."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text((made / "distilled/model/prompt.txt").read_text() + "\n[rubric]\nsay {rubric}\n")
+    rows = [row | {"rubric": "silver" if i % 2 else "Peace"} for i, row in enumerate(toy.make("rl", 4, seed=5))]
+    options = dict(data=str(write_rows(tmp_path / "rl.jsonl", rows)), steps=1)
+    with pytest.raises(ValueError, match=r"has no section \[rubric\], and pair "):
+        grpo.main(config(made, tmp_path / "refused", **options))
+    grpo.main(config(made, tmp_path / "run", prompt=str(prompt), **options))
+    tokenizer = Tokenizer(made / "distilled/model")
+    for group in recorded[0]:
+        asked = {row["id"]: f"{row['prompt'][0]['content']}\nA {row['answer_a']}\nB {row['answer_b']}\n\nsay "
+                            f"{row['rubric']}" for row in rows}[group.pair.id]
+        assert list(group.prompt_ids) == tokenizer.chat([{"role": "user", "content": asked}])
+    assert (tmp_path / "run/model/prompt.txt").read_text() == prompt.read_text()
+
+
 def test_the_papers_recipes():
     """Sizes and rates as in paper.md section 4."""
     rates = {"qwen2.5-7b": 1e-6, "qwen2.5-14b": 7e-7, "qwen2.5-32b": 5e-7, "deepseek-distill-7b": 1e-6,

@@ -164,6 +164,20 @@ def test_a_long_shared_text_does_not_make_two_questions_alike(tmp_path):
     assert dropped(run(tmp_path / "out", math=path)[2]) == {}
 
 
+def test_pairs_that_differ_in_their_rubric_are_different_pairs(tmp_path):
+    """The same texts: with rubrics apart, they are not against each other; with one rubric, they are."""
+    rng = random.Random(0)
+    row = line("math-step-dpo", 0, text(rng, 40), text(rng, 40), text(rng, 40)) | {"source": "s"}
+    turned = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    rows = [row | {"id": "1", "rubric": "be brief"}, turned | {"id": "2", "rubric": "be kind"}, turned | {"id": "3"},
+            row | {"id": "4", "rubric": "be  brief"}, row | {"id": "5", "rubric": "be just"},
+            turned | {"id": "6", "rubric": "be just"}]
+    chains, pairs, record = run(tmp_path / "out", others=(f"mine:chat:{save(tmp_path / 'm.jsonl', rows)}",))
+    assert {(pair.id, pair.rubric) for pair in chains + pairs} == {
+        ("mine/1", "be brief"), ("mine/2", "be kind"), ("mine/3", "")}
+    assert dropped(record)["mine"] == {"duplicate": 1, "contradictory": 2}
+
+
 # ---- every reason, by hand
 
 def hand_made(folder):
@@ -530,6 +544,9 @@ def test_a_ready_made_benchmark_and_a_prompt_without_turns_are_refused(tmp_path,
     sky = save(tmp_path / "s.jsonl", [talk(1, "helpsteer2", ["q", "a", "b", "c"], ["q", "a", "b", "d"])])
     with pytest.raises(ValueError, match=r"s.jsonl:1: a conversation, and the prompt .* has no section"):
         run(tmp_path / "out", skywork=sky, tokenizer=str(tokens), prompt=str(tmp_path / "short.txt"))
+    told = save(tmp_path / "t.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b", "rubric": "r"}])
+    with pytest.raises(ValueError, match=r"t.jsonl:1: a pair with a rubric, and the prompt .* has no section \[rubric\]"):
+        run(tmp_path / "out", others=(f"mine:chat:{told}",), tokenizer=str(tokens), prompt=str(tmp_path / "short.txt"))
     with pytest.raises(ValueError, match="no pair is left"):
         run(tmp_path / "out", math=save(tmp_path / "e.jsonl", [{**GOOD, "chosen": "y"}]))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.tmp"))

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import fields  # noqa: E402
-from data.pairs import Chain, Pair, read_chains, read_pairs, to_json, write_pairs, without_equal_answers  # noqa: E402
+from data.pairs import (Chain, Pair, read_chains, read_pairs, swapped, to_json, with_rubric, without_equal_answers,  # noqa: E402
+                        write_pairs)
 
 BENCHMARKS = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared")) / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no records at {BENCHMARKS}: set RM_SHARED")
@@ -60,6 +62,42 @@ def test_own_records_with_every_kind_of_field(tmp_path, name):
     assert read_pairs(path) == [Pair("p1", USER, "Hello", "Go", "a", "s", "d"),
                                 Pair("2", USER, "Hello", talk, None, "s", "d"),
                                 Pair("r", [], "", "", "b", "s", "d", RENDERED)]
+
+
+def test_a_rubric_of_the_users_own_is_kept(tmp_path):
+    rubric = " Be brief.\n\nBe kind. "
+    own = {**OWN, "rubric": rubric}
+    path = save(tmp_path / "x.jsonl", own, {**TRL, "rubric": "r"}, {**OWN, "id": "p2", "rubric": None}, {**TRL, "id": 3})
+    pairs = read_pairs(path)
+    assert pairs[0] == Pair("p1", USER, "Hello", "Go", "a", "s", "d", rubric=rubric) != read_pairs(save(path, OWN))[0]
+    assert [pair.rubric for pair in pairs] == [rubric, "r", "", ""]
+    assert swapped(pairs[0]) == Pair("p1", USER, "Go", "Hello", "b", "s", "d", rubric=rubric)
+    assert to_json(pairs[0]) == own and "rubric" not in to_json(pairs[2])
+    chain, = read_chains(save(path, {**own, "judgement": "so"}))
+    assert chain == Chain(pairs[0], "so") and to_json(chain) == {**own, "judgement": "so"}
+
+
+def test_one_answer_and_its_reference_are_two_pairs(tmp_path):
+    path = save(tmp_path / "mine.jsonl", {"prompt": "Hi", "answer": "Hello", "reference": "Go"},
+                {"id": 7, "prompt": USER, "answer": said("assistant", "x"), "reference": "y", "source": "s",
+                 "domain": "d", "rubric": "r"})
+    first = Pair("mine.jsonl/1", USER, "Hello", "Go", None, "mine", "", item="mine.jsonl/1")
+    second = Pair("7", USER, "x", "y", None, "s", "d", item="7", rubric="r")
+    assert read_pairs(path) == [
+        first, replace(first, id="mine.jsonl/1/swapped", answer_a="Go", answer_b="Hello"),
+        second, replace(second, id="7/swapped", answer_a="y", answer_b="x")]
+
+
+def test_the_given_rubric_is_for_pairs_without_their_own(capsys):
+    plain, own = (Pair(name, USER, "x", "y", "a", "s", "d", rubric=rubric) for name, rubric in (("1", ""), ("2", "own")))
+    assert with_rubric([plain, own], "given") == [replace(plain, rubric="given"), own]
+    assert capsys.readouterr().out.startswith("note: 1 of 2 pairs have a rubric of their own")
+    assert with_rubric([plain], "given") == [replace(plain, rubric="given")]
+    assert with_rubric([plain, own], "") == [plain, own]
+    with_rubric([plain, own], "given", say=False)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="--rubric: pair r brings its own messages, which have no place"):
+        with_rubric([plain, Pair("r", [], "", "", "b", "s", "d", RENDERED)], "given")
 
 
 @pytest.mark.parametrize("record, prompt, chosen, rejected", [
@@ -199,7 +237,9 @@ def test_write_then_read_gives_the_same(tmp_path):
         prompt = head + said("user", *(random_text(rng, 1) for _ in range(rng.choice([1, 3, 5]))))
         name, labels = f"{random_text(rng)}{n}", (rng.choice(["a", "b", None]), random_text(rng), random_text(rng))
         ready = rng.random() < .2
-        return Pair(name, [], "", "", *labels, prompt) if ready else Pair(name, prompt, answer(), answer(), *labels)
+        if ready:
+            return Pair(name, [], "", "", *labels, prompt)
+        return Pair(name, prompt, answer(), answer(), *labels, rubric=rng.choice(["", random_text(rng, 1)]))
 
     pairs = [pair(n) for n in range(300)]
     write_pairs(tmp_path / "p.jsonl", pairs)
@@ -246,6 +286,11 @@ BAD = {
     "with an assistant turn": {**OWN, "answer_a": []},
     "holds a lone surrogate": {**OWN, "answer_a": "half \ud83d"},
     'with "rendered", the prompt must be []': {**OWN, "rendered": RENDERED},
+    "and no rubric there": {**OWN, "prompt": [], "answer_a": "", "answer_b": "", "rendered": RENDERED, "rubric": "r"},
+    '"rubric" is blank: write one': {**OWN, "rubric": " \n"},
+    '"rubric" is a list': {**TRL, "rubric": ["r"]},
+    '"answer" without "reference": a judge of pairs': {"prompt": "Hi", "answer": "x"},
+    'no "answer" (found': {"prompt": "Hi", "reference": "x"},
     '"winner" is neither "model_a" nor "model_b"': {"context_messages": RENDERED, "winner": "model_c"},
     '"context_messages" is a string': {"context_messages": "x", "winner": "model_a"},
     '"messages" alone is a chain': {"messages": RENDERED + said("assistant", "why")},

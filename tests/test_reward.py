@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -275,8 +276,25 @@ def test_multi_turn():
     longer = [{"role": role, "content": text} for role, text in (("assistant", "x"), ("user", "y"), ("assistant", "z"))]
     assert render(PROMPT, pair(USER, longer, "two"))[1]["content"] == (
         "User: Q?\nChatbot A: x\nUser: y\nChatbot A: z|User: Q?\nChatbot B: two")
-    with pytest.raises(ValueError, match=r"mine: pair p is a conversation: add a section \[user multi-turn\]"):
+    with pytest.raises(ValueError, match=r"mine has no section \[user multi-turn\], and pair p is a conversation: add"):
         render(Prompt("mine", None, PROMPT.user, None), pair(talk, "one", "two"))
+
+
+def test_a_rubric_stands_below_either_kind_of_user_message():
+    """By hand; and a pair without one shows nothing of the section."""
+    told = replace(PROMPT, rubric="Weigh by {rubric}, {x}.")
+    talk = [*USER, {"role": "assistant", "content": "A1"}, *USER]
+    for asked in (USER, talk):
+        plain = render(PROMPT, pair(asked, "one", "two"))
+        assert render(told, pair(asked, "one", "two")) == plain
+        system, user = render(told, pair(asked, "one", "two", rubric="{answer_a}\n{rubric} \\1"))
+        assert system == plain[0]
+        assert user == {"role": "user", "content": plain[1]["content"] + "\n\nWeigh by {answer_a}\n{rubric} \\1, {x}."}
+        with pytest.raises(ValueError, match=r"prompt mine has no section \[rubric\], and pair p has a rubric: add the"):
+            render(PROMPT, pair(asked, "one", "two", rubric="be brief"))
+    evil = "{rubric} {question}"
+    shown = render(told, pair(USER, evil, "two", rubric="be brief"))[1]["content"]
+    assert shown == "q=Q? a={rubric} {question} b=two {other}\n\nWeigh by be brief, {x}."
 
 
 def test_substitution_is_one_pass():
@@ -300,7 +318,7 @@ def test_our_prompts(name):
     """All show both kinds of pairs and ask for the verdict in the form that is rewarded; echoing them earns nothing."""
     prompt = load_prompt(name)
     assert prompt.user_multi_turn and (prompt.system is None) == (name == "reasoning")
-    for user in (prompt.user, prompt.user_multi_turn):
+    for user in (prompt.user, prompt.user_multi_turn, f"{prompt.user}\n\n{prompt.rubric}"):
         everything = f"{prompt.system or ''}\n{user}"
         assert everything.count(A) == everything.count(B) == 1
         for text in (prompt.system or "", user, everything):
@@ -314,6 +332,9 @@ def test_a_prompt_of_ones_own(tmp_path):
     user = "[system prompt] {x} {answer_a}{answer_b} {question}"
     path.write_text(f"[user]\n\n{user}\n\n[system]\r\nS \u00fc\n", encoding="utf-8-sig")
     assert load_prompt(path) == load_prompt(str(path)) == Prompt(str(path), "S \u00fc", user, None)
+    with open(path, "a") as file:
+        file.write("\n[rubric]\n\nBy this:\n\n{rubric}\n")
+    assert load_prompt(path) == Prompt(str(path), "S \u00fc", user, None, "By this:\n\n{rubric}")
 
 
 GOOD = "[user]\n{question}{answer_a}{answer_b}\n"
@@ -326,6 +347,8 @@ GOOD = "[user]\n{question}{answer_a}{answer_b}\n"
     (GOOD + "{conversation_a}", "section [user] cannot have {conversation_a}"),
     ("[system]\n \n" + GOOD, "section [system] is empty"),
     ("[system]\n{question}\n" + GOOD, "section [system] cannot have {question}"),
+    (GOOD + "{rubric}", "section [user] cannot have {rubric}"), (GOOD + "[rubric]\nx", "section [rubric] lacks {rubric}"),
+    (GOOD + "[rubric]\n{rubric}{question}", "section [rubric] cannot have {question}"),
     (GOOD + "[user multi-turn]\n{conversation_a}", "section [user multi-turn] lacks {conversation_b}"),
 ])
 def test_bad_prompt_files(tmp_path, text, message):
@@ -375,9 +398,9 @@ def test_each_prompt_could_have_shown_what_it_rendered_and_no_other_could():
     turns = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate("abc")]
     talk = Pair("2", turns, "d", "e", "a", "", "")
     prompts = {name: load_prompt(name) for name in ("instruct", "reasoning", "direct", "toy")}
-    for pair in (one, talk):
+    for pair in (one, talk, replace(one, rubric="Short\n\nand {rubric}"), replace(talk, rubric="Short")):
         for name, prompt in prompts.items():
-            if prompt.user_multi_turn or pair is one:
+            if name != "toy" or pair is one:
                 messages = render(prompt, pair)
                 assert [other for other in prompts if could_show(prompts[other], messages)] == [name]
     assert not could_show(prompts["toy"], [{"role": "system", "content": "x"}] + render(prompts["toy"], one))

@@ -272,14 +272,16 @@ def test_the_length_of_the_system_prompt_is_compared(tmp_path, capsys):
 # ---- prompt files kept to the byte
 
 @pytest.mark.parametrize("text", ["a", "\na\n\n", "[user]\n\\[user]\n\\\\", "[exact]\n\\", "\r\n[system]\r\na\r", " \t",
-                                  "[user multi-turn] \t\n[User]\n [user]", "\u2028\x0c[user]\x85\u00e4\U0001f600"])
+                                  "[user multi-turn] \t\n[User]\n [user]", "[rubric]", "\u2028\x0c[user]\x85\u00e4\U0001f600"])
 def test_a_written_prompt_is_read_back_to_the_byte(tmp_path, text):
     path = tmp_path / "p.txt"
     for system in (None, text) if text.strip() else (None,):
         for several in (None, f"{text}{{conversation_a}}{text}{{conversation_b}}{text}"):
-            prompt = Prompt(str(path), system, f"{text}{{question}}{text}{{answer_a}}{{answer_b}}{text}", several)
-            path.write_bytes(prompt_file(prompt).encode())
-            assert load_prompt(path) == prompt
+            for rubric in (None, f"{text}{{rubric}}{text}"):
+                prompt = Prompt(str(path), system, f"{text}{{question}}{text}{{answer_a}}{{answer_b}}{text}", several,
+                                rubric)
+                path.write_bytes(prompt_file(prompt).encode())
+                assert load_prompt(path) == prompt
 
 
 def test_exact_files_by_hand_and_older_files_as_before(tmp_path):

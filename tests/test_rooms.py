@@ -11,6 +11,7 @@ ROOMS = ("benchmarks", "data", "experiments", "kernels", "report")  # packages; 
 MAY_IMPORT = {
     "files": "",
     "reward": "",
+    "intervals": "",
     "prompt": "",
     "kernels": "",
     "split": "",
@@ -30,12 +31,14 @@ MAY_IMPORT = {
     "plan_table": "model options pages plan split",
     "batch": "draw kernels model pages",
     "sample": "batch common draw files folder kernels model options pages split tokenizer",
-    "judge": "common data draw files folder options prompt reward sample split tokenizer",
+    "rank": "data intervals",
+    "one_answer": "data rank",
+    "judge": "common data draw files folder one_answer options prompt reward sample split tokenizer",
     "distill": "checkpoint common data ending files folder judge model options plan plan_table prompt run sample tokenizer",
     # distill: stage 1 of the generated task
     "grpo": "batch checkpoint common data distill draw ending files folder judge model options plan plan_table prompt "
             "reward run sample tokenizer",
-    "benchmarks": "data reward",
+    "benchmarks": "data intervals reward",
     "evaluate": "benchmarks common data ending files folder judge options sample",
     "report": "benchmarks data files options reward",
     "traces": "",
@@ -96,7 +99,7 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "batch", "draw", "pages", "model", "kernels", "tokenizer",
                        "reward", "data", "common", "checkpoint", "ending", "run", "options", "tracking", "prompt",
-                       "folder", "files", "split", "plan", "plan_table"}
+                       "folder", "files", "split", "plan", "plan_table", "rank", "one_answer", "intervals"}
 
 
 def test_readme_counts_the_lines_as_they_are():
