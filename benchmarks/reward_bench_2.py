@@ -231,7 +231,7 @@ def pairwise(records):
     five = [r for r in records if r["subset"] != "Ties"]
     items = whole_items(in_first_order(five))
     rows = _means("overall", "section", "beats all three, mean without Ties", items, all_won)
-    rows += _means("win rate", "win rate", "mean without Ties", items, share_won, n_cells=N_WRONG)
+    rows += _means("win rate", "win rate", "mean without Ties", items, n_won, N_WRONG)
     both = whole_items(five, 2 * N_WRONG)
     first = {name: in_first_order(members) for name, members in both.items()}
     second = {name: [r for r in members if is_swapped(r)] for name, members in both.items()}
@@ -308,8 +308,8 @@ def all_won(members):
     return float(all(is_right(r) for r in members))
 
 
-def share_won(members):
-    return sum(is_right(r) for r in members) / len(members)
+def n_won(members):
+    return sum(is_right(r) for r in members)
 
 
 def official_result(members):
@@ -339,17 +339,18 @@ def _means(kind, kind_of_each, name, items, value_of, n_cells=1):
 
 
 def _sections(kind, items, value_of, n_cells=1):
-    """A row for each of the first five subsets. items: {name: its records}; value_of(its records): from 0 to 1."""
+    """A row for each of the first five subsets. items: {name: its records}; value_of(its records): from 0 to n_cells.
+    """
     by_subset = grouped(items.values(), lambda members: members[0]["subset"])
     return [_share(kind, subset, by_subset[subset], value_of, of, n_cells) for subset, of in SIZE.items()
             if subset in by_subset]
 
 
 def _share(kind, name, items, value_of, of, n_cells=1):
-    """The mean value of some items, each a list of its records."""
+    """The mean value of some items, each a list of its records, as a share of n_cells."""
     values = [value_of(members) for members in items]
-    low, high = interval(values, n_cells)
+    low, high = interval([value / n_cells for value in values], n_cells)
     records = [r for members in items for r in members]
-    right = int(sum(values)) if set(values) <= {0.0, 1.0} else None
-    return make_row(TITLES[records[0]["source"]], kind, name, sum(values) / len(values), low, high, records,
+    right = int(sum(values)) if n_cells == 1 and set(values) <= {0.0, 1.0} else None
+    return make_row(TITLES[records[0]["source"]], kind, name, sum(values) / (n_cells * len(values)), low, high, records,
                     n=len(values), of=of, right=right)
