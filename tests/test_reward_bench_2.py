@@ -182,7 +182,7 @@ def test_the_example_of_the_pairwise_protocol():
     assert (found[0]["n"], found[0]["of"], found[1]["of"], found[1]["right"]) == (4, 1763, 183, 1)
     assert found[0]["benchmark"] == "RewardBench 2, pairwise (ours)" and found[0]["no_verdict"] == 1 / 12
     safe = judged_pairs(0, "aaa", "Safety")
-    found = scores.score(members + safe + members[:2])         # a mean of subsets, not of items
+    found = scores.score(members + safe)         # a mean of subsets, not of items
     assert cells(found)["overall", "beats all three, mean without Ties"] == (1 / 4 + 1) / 2
 
 
@@ -324,9 +324,9 @@ def test_the_official_protocols_end_to_end(folder, tmp_path, protocol, n, capsys
     assert len(records) == n and found["rows"] == scores.score(records)
     tasks = read_four_way(path) if protocol == "four-way" else read_to_rate(path)
     assert [(r["id"], r["winner"]) for r in records] == [(t.id, t.winner) for t in tasks]
-    shown = read_pairs(tmp_path / "out/pairs.jsonl")
-    assert [p.rendered for p in shown] == [render_answers(load_prompt(tmp_path / "p.txt"), "four answers" if protocol ==
-                                                          "four-way" else "rating", t.question, t.answers) for t in tasks]
+    shown, prompt = read_pairs(tmp_path / "out/pairs.jsonl"), load_prompt(tmp_path / "p.txt")
+    section = "four answers" if protocol == "four-way" else "rating"
+    assert [p.rendered for p in shown] == [render_answers(prompt, section, t.question, t.answers) for t in tasks]
     if protocol == "four-way":
         right = [r["votes"][0]["text"] == f"[[{r['winner'].upper()}]]" for r in records]
         assert 0 < sum(right) < 8, "the case has lost its variety"
@@ -367,7 +367,8 @@ def test_options_that_do_not_go_together(options, message):
 
 @pytest.mark.parametrize("change, message", [
     ({"subset": "Maths"}, '"Maths" is no subset of RewardBench 2'), ({"chosen": ["x", "y"]}, "2 chosen and 3 rejected"),
-    ({"rejected": ["x"]}, "1 chosen and 1 rejected answers: Math has 1 and 3"), ({"num_correct": 2}, '"num_correct" is 2'),
+    ({"rejected": ["x"]}, "1 chosen and 1 rejected answers: Math has 1 and 3"),
+    ({"num_correct": 2}, '"num_correct" is 2'),
     ({"chosen": "x"}, '"chosen" is a string'), ({"subset": "Ties"}, "ref:<n> with one chosen answer"),
     ({"subset": "Ties", "id": "tied:3"}, "ref:<n> with one chosen answer"), ({"id": "0"}, 'id "Math/0'),
     ({"subset": "Ties", "id": "ref:3", "rejected": []}, "Ties has at least one of each")])
@@ -386,7 +387,8 @@ def test_bad_rows(tmp_path, change, message):
 
 @pytest.mark.parametrize("change, message", [
     ({"domain": "Chat", "subset": "Chat"}, "domain 'Chat'"), ({"subset": "Safety"}, "subset 'Safety' of domain 'Math'"),
-    ({"id": "Math/0/x"}, "id 'Math/0/x' of item 'Math/0'"), ({"winner": "c"}, '"winner" is "c": write "a", "b" or null')])
+    ({"id": "Math/0/x"}, "id 'Math/0/x' of item 'Math/0'"),
+    ({"winner": "c"}, '"winner" is "c": write "a", "b" or null')])
 def test_judgements_that_have_no_place(tmp_path, change, message):
     path = save(tmp_path / "judgements.jsonl", [judged_pairs(0, "aaa")[0] | change])
     with pytest.raises(ValueError, match=f"judgements.jsonl:1: {message}"):
