@@ -20,7 +20,7 @@ order: of n such pairs exactly n // 2 have the chosen answer as B, and numpy's d
 constant verdict scores 1/2, and the order in a pair depends on the seed and on the pair's place in the list, not on its
 texts. RM-R1's logs keep the order they record.
 
-Our records and TRL's may have a "rubric": a text by which this pair is to be judged.
+Our records, TRL's and those of one answer may have a "rubric": a text by which the pair is to be judged.
 
 A record without an id gets "<file>/<its number in the file, from 1>", <file> being relative to the path given.
 """
@@ -41,6 +41,7 @@ ROLES = ("system", "user", "assistant")
 NO_REFERENCE = ("a judge of pairs says which of two answers is better, and cannot score one alone: give a reference "
                 "answer to compare it with, or rank several answers (judge.py --rank), or ask a scalar reward model")
 SWAPPED = "/swapped"  # ends the id of a pair's judgement in the other order
+MOST_ANSWERS = 64  # of a question, to rank
 OTHER = {"a": "b", "b": "a", None: None}  # a label or verdict with the answers in the other order
 RM_BENCH_DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
 REWARD_BENCH_SECTIONS = {
@@ -84,6 +85,7 @@ class Question:
     id: str
     prompt: list[dict]                    # as in a Pair
     answers: list[str | list[dict]]
+    rubric: str = ""                      # as in a Pair
 
 
 def read_pairs(path, seed=0, skip_bad=False):
@@ -116,23 +118,29 @@ def both_orders(pair):
     return [pair, replace(swapped(pair), id=pair.id + SWAPPED)]
 
 
-def with_rubric(pairs, rubric, say=True):
-    """The same pairs, to be judged by this rubric where they have none of their own; how many have is said. "" is no
-    rubric, and changes nothing."""
+def with_rubric(items, rubric, say=True):
+    """The same Pairs or Questions, to be judged by this rubric where they have none of their own; how many have is
+    said. "" is no rubric, and changes nothing."""
     if not rubric:
-        return pairs
-    if ready_made := [pair.id for pair in pairs if pair.rendered is not None]:
+        return items
+    if ready_made := [item.id for item in items if isinstance(item, Pair) and item.rendered is not None]:
         raise ValueError(f"--rubric: pair {ready_made[0]} brings its own messages, which have no place for a rubric: "
                          "give the pairs that they were made of, or leave --rubric out")
-    n_own = sum(pair.rubric != "" for pair in pairs)
+    n_own = sum(item.rubric != "" for item in items)
     if n_own and say:
-        print(f"note: {n_own} of {len(pairs)} pairs have a rubric of their own and are judged by that, not by --rubric")
-    return [pair if pair.rubric else replace(pair, rubric=rubric) for pair in pairs]
+        print(f"note: {n_own} of {len(items)} records have a rubric of their own, and are judged by that and not by "
+              "--rubric")
+    return [item if item.rubric else replace(item, rubric=rubric) for item in items]
 
 
 def read_chains(path, skip_bad=False):
     """All chains under path; errors as in read_pairs."""
     return [Chain(pair, judgement) for pair, judgement in read_records(path, chains_in, skip_bad)]
+
+
+def read_questions(path, skip_bad=False):
+    """All Questions under path, {"id", "prompt" or "question", "answers"}; errors as in read_pairs."""
+    return [question for question, _ in read_records(path, questions_in, skip_bad)]
 
 
 def without_equal_answers(items, path, drop, say):
@@ -370,6 +378,22 @@ def chains_in(record, place):
     raise Bad(f"no judgement in this record, its keys are {keys_of(record)}: data/pairs.py lists the forms of chains")
 
 
+def questions_in(record, place):
+    """[(Question, None)] of one record."""
+    if "prompt" in record and "question" in record:
+        raise Bad('"prompt" and "question" are the same thing: remove one')
+    name = "question" if "question" in record else "prompt"
+    need_keys(record, name, "answers")
+    value = need(record, name, str, list)
+    prompt = _prompt([{"role": "user", "content": value}] if isinstance(value, str) else value, name)
+    answers = [_answer(answer, prompt, True) for answer in need(record, "answers", list, of=(str, list))]
+    if not 2 <= len(answers) <= MOST_ANSWERS:
+        raise Bad(f'"answers" holds {len(answers)}: from 2 to {MOST_ANSWERS} can be ranked')
+    if not any(text.strip() for answer in answers for text in texts_of(answer)):
+        raise Bad("all answers are blank: remove the record")
+    return [(Question(_id(record, place), prompt, answers, _rubric(record)), None)]
+
+
 def _own(record):
     need_keys(record, "id", "prompt", "answer_a", "answer_b", "winner", "source", "domain")
     fields = {"winner": need_side(record, "winner"), "id": _id(record),
@@ -387,6 +411,8 @@ def _own(record):
 
 def _ready(record, place, messages, name, winner):
     """A pair that is known only as the judge was shown it, in messages that came under this name."""
+    if _rubric(record):
+        raise Bad(f'"rubric" beside "{name}", messages in which it has no place any more: remove it')
     return Pair(_id(record, place), prompt=[], answer_a="", answer_b="", winner=winner,
                 source=text_or(record, "source", place.file.stem), domain=text_or(record, "domain", ""),
                 rendered=_prompt(messages, name), subset=text_or(record, "subset", ""))
@@ -423,7 +449,7 @@ def _reward_bench(record, prompt, chosen, rejected, winner):
         raise Bad(f'{show(subset)} is no subset of RewardBench: correct it; in other data, rename the key "subset"')
     name = f"{subset}/{_id(record)}"  # the released ids repeat: 3692 is in donotanswer and in hep-python
     a, b = _in_order(chosen, rejected, winner)
-    return _pair(name, prompt, a, b, winner, "reward-bench", SECTION_OF[subset], subset=subset)
+    return _pair(name, prompt, a, b, winner, "reward-bench", SECTION_OF[subset], subset=subset, rubric=_rubric(record))
 
 
 def rm_bench_pair(record, place, row, column, rejected, winner="a"):

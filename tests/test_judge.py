@@ -235,14 +235,14 @@ def test_a_pair_from_files_is_the_pair_from_flags(folder, tmp_path):
     files = {f"{name}_file": str(tmp_path / f"{x}.txt")
              for name, x in (("question", "q"), ("answer_a", "a"), ("answer_b", "b"))}
     names = ("question", "answer_a", "answer_b")
-    texts = texts_from_options(config(folder, **files), *names)
+    texts = texts_from_options(config(folder, **files), names)
     assert texts == ["sort 76915", "15679", "12568\n"]
-    assert texts == texts_from_options(config(folder, **dict(zip(names, texts))), *names)
+    assert texts == texts_from_options(config(folder, **dict(zip(names, texts))), names)
     (tmp_path / "a.txt").write_bytes(b"1567\xff")
     with pytest.raises(ValueError, match=r"a\.txt: byte 4 is not UTF-8"):
-        texts_from_options(config(folder, **files), *names)
+        texts_from_options(config(folder, **files), names)
     with pytest.raises(FileNotFoundError, match="none.txt"):
-        texts_from_options(config(folder, **files | {"answer_a_file": str(tmp_path / "none.txt")}), *names)
+        texts_from_options(config(folder, **files | {"answer_a_file": str(tmp_path / "none.txt")}), names)
 
 
 def test_a_judgement_is_streamed_as_it_is_written(folder, monkeypatch):

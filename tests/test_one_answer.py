@@ -142,11 +142,29 @@ def test_a_rubric_is_in_the_prompt_and_the_settings(folder, tmp_path, capsys):
     write_pairs(tmp_path / "pairs.jsonl", [pair, replace(pair, id="own", rubric="say")])
     capsys.readouterr()
     main(replace(given, pairs=str(tmp_path / "pairs.jsonl"), out=str(tmp_path / "out.jsonl")))
-    assert "note: 1 of 2 pairs have a rubric of their own" in capsys.readouterr().out
+    assert "note: 1 of 2 records have a rubric of their own" in capsys.readouterr().out
     own = judge.judge_one("sort 31", "13", "31", rubric="say")
     assert [r["prompt_hash"] for r in without_seconds(tmp_path / "out.jsonl")] == [told["prompt_hash"],
                                                                                   own["prompt_hash"]]
     assert judge_settings(given, judge) == judge_settings(plain, judge) | {"rubric": RUBRIC}
+
+
+def test_answers_are_ranked_by_a_rubric(folder, tmp_path, capsys):
+    """Each comparison is of pairs that have the rubric: the given one, or the question's own."""
+    (tmp_path / "r.txt").write_text(RUBRIC)
+    cfg = config(folder, rubric=str(tmp_path / "r.txt"), votes=1, temperature=0.0)
+    rows = [{"id": "1", "prompt": "sort 31", "answers": ["13", "31"]},
+            {"id": "2", "prompt": "sort 31", "answers": ["13", "31"], "rubric": "say"}]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(replace(cfg, rank=str(tmp_path / "questions.jsonl"), both_orders=True, out=str(tmp_path / "out.jsonl")))
+    assert "note: 1 of 2 records have a rubric of their own" in capsys.readouterr().out
+    judge = load_judge(cfg)
+    for record, rubric in zip(without_seconds(tmp_path / "out.jsonl"), (RUBRIC, "say")):
+        one, other = record["judgements"]
+        assert {one["a"], other["a"]} == {0, 1}
+        for judgement in (one, other):
+            texts = [rows[0]["answers"][judgement[side]] for side in "ab"]
+            assert judgement["prompt_hash"] == judge.judge_one("sort 31", *texts, rubric=rubric)["prompt_hash"]
 
 
 def test_a_prompt_without_the_section_refuses_before_the_model_is_read(folder, tmp_path, monkeypatch):

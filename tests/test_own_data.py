@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
 
 
-def commands():
-    """What the page's indented blocks do: ("python", source) of a snippet, ("run", words) of a command."""
-    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE, re.M)
+def commands(page=PAGE):
+    """What a page's indented blocks do: ("python", source) of a snippet, ("run", words) of a command."""
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", page, re.M)
     text = "\n".join(textwrap.dedent(block) for block in blocks).replace("\\\n", " ")
     for snippet, line in re.findall(r"^python - <<'END'\n(.*?)^END$|^(\S[^\n]*)$", text, re.M | re.S):
-        yield ("python", snippet) if snippet else ("run", shlex.split(line))
+        yield ("python", snippet) if snippet else ("run", shlex.split(line, comments=True))
 
 
 def rows(folder):

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import fields  # noqa: E402
-from data.pairs import (Chain, Pair, read_chains, read_pairs, swapped, to_json, with_rubric, without_equal_answers,  # noqa: E402
-                        write_pairs)
+from data.pairs import (Chain, Pair, read_chains, read_pairs, swapped, to_json, with_rubric,  # noqa: E402
+                        without_equal_answers, write_pairs)
 
 BENCHMARKS = Path(os.environ.get("RM_SHARED", ROOT.parent / "shared")) / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no records at {BENCHMARKS}: set RM_SHARED")
@@ -67,10 +67,13 @@ def test_own_records_with_every_kind_of_field(tmp_path, name):
 def test_a_rubric_of_the_users_own_is_kept(tmp_path):
     rubric = " Be brief.\n\nBe kind. "
     own = {**OWN, "rubric": rubric}
-    path = save(tmp_path / "x.jsonl", own, {**TRL, "rubric": "r"}, {**OWN, "id": "p2", "rubric": None}, {**TRL, "id": 3})
+    path = save(tmp_path / "x.jsonl", own, {**TRL, "rubric": "r"}, {**OWN, "id": "p2", "rubric": None},
+                {**TRL, "id": 3})
     pairs = read_pairs(path)
     assert pairs[0] == Pair("p1", USER, "Hello", "Go", "a", "s", "d", rubric=rubric) != read_pairs(save(path, OWN))[0]
     assert [pair.rubric for pair in pairs] == [rubric, "r", "", ""]
+    row = {**TRL, "subset": "hep-go", "id": 1, "rubric": "r"}
+    assert read_pairs(save(tmp_path / "y.jsonl", row))[0].rubric == "r"
     assert swapped(pairs[0]) == Pair("p1", USER, "Go", "Hello", "b", "s", "d", rubric=rubric)
     assert to_json(pairs[0]) == own and "rubric" not in to_json(pairs[2])
     chain, = read_chains(save(path, {**own, "judgement": "so"}))
@@ -89,9 +92,10 @@ def test_one_answer_and_its_reference_are_two_pairs(tmp_path):
 
 
 def test_the_given_rubric_is_for_pairs_without_their_own(capsys):
-    plain, own = (Pair(name, USER, "x", "y", "a", "s", "d", rubric=rubric) for name, rubric in (("1", ""), ("2", "own")))
+    plain = Pair("1", USER, "x", "y", "a", "s", "d")
+    own = replace(plain, id="2", rubric="own")
     assert with_rubric([plain, own], "given") == [replace(plain, rubric="given"), own]
-    assert capsys.readouterr().out.startswith("note: 1 of 2 pairs have a rubric of their own")
+    assert capsys.readouterr().out.startswith("note: 1 of 2 records have a rubric of their own")
     assert with_rubric([plain], "given") == [replace(plain, rubric="given")]
     assert with_rubric([plain, own], "") == [plain, own]
     with_rubric([plain, own], "given", say=False)
@@ -289,6 +293,7 @@ BAD = {
     "and no rubric there": {**OWN, "prompt": [], "answer_a": "", "answer_b": "", "rendered": RENDERED, "rubric": "r"},
     '"rubric" is blank: write one': {**OWN, "rubric": " \n"},
     '"rubric" is a list': {**TRL, "rubric": ["r"]},
+    '"rubric" beside "context_messages"': {"context_messages": RENDERED, "winner": "model_a", "rubric": "r"},
     '"answer" without "reference": a judge of pairs': {"prompt": "Hi", "answer": "x"},
     'no "answer" (found': {"prompt": "Hi", "reference": "x"},
     '"winner" is neither "model_a" nor "model_b"': {"context_messages": RENDERED, "winner": "model_c"},

@@ -390,6 +390,14 @@ def test_pairs_that_nobody_has_judged_stay_out(tmp_path):
     assert index["models"][0]["name"] == "m" and index["models"][0]["folder"] == str(tmp_path)
 
 
+def test_a_pairs_rubric_stands_below_its_question(tmp_path):
+    pairs = [pair(1, rubric="be brief"), pair(2)]
+    evaluation(tmp_path, pairs, [judgement(p) for p in pairs])
+    _, items = unpack(built(tmp_path, tmp_path / "r.html"))
+    asked = [("user", p["prompt"][0]["content"]) for p in pairs]
+    assert [[tuple(m) for m in p["prompt"]] for p in items["pair"]] == [[asked[0], ("rubric", "be brief")], [asked[1]]]
+
+
 def test_files_are_known_as_chains_by_their_first_record(tmp_path):
     """The forms of data/pairs.py; RM-R1's pairs, ours, and a file that ends with its first bracket are none."""
     shown, said = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
