@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import judge_bench, reward_bench_2
 from benchmarks.rows import output_record
-from data.fields import LETTERS, SIDES, Bad, clean, count_or_none, need, need_keys, need_side, need_text
+from data.fields import Bad, clean, count_or_none, need, need_keys, need_side, need_text
 from data.pairs import (REWARD_BENCH_2_SUBSETS, RM_BENCH_DOMAINS, SECTION_OF, SWAPPED, Pair, balanced_order, json_files,
                         logged_pair, pairs_in, read_pairs, read_records, rm_bench_pair, swapped)
 from reward import benchmark_verdict, majority
@@ -155,7 +155,7 @@ def _own(record):
     """The pair, without its texts, and the record of a judgement of ours, its verdicts read again."""
     need_keys(record, "id", "winner", "verdict", "source")
     name, source = need(record, "id", str), need(record, "source", str)
-    sides = LETTERS if source == reward_bench_2.FOUR_WAY else SIDES
+    sides = reward_bench_2.sides_of(source)
     winner = need_side(record, "winner", sides)
     verdict = need_side(record, "verdict", sides)
     if source not in TITLES:

@@ -1,11 +1,11 @@
 """RewardBench 2: its rows as pairs, as questions with four answers, or as answers to be rated; and the scores of each.
 
 A row has a question, right and wrong answers: one and three in the first five subsets, several of each in Ties. Three
-protocols; only the last two are the benchmark's own:
+protocols, of which the last two are the benchmark's own, though asked in our words:
 
-    pairwise   (ours)      the right answer against each wrong one; an item is right if it beats all three
-    four-way   (official)  one judgement of four answers, the right one at a drawn letter
-    ratings    (official)  each answer is rated alone, from 1 to 10; the right one is to have the best rating
+    pairwise   the right answer against each wrong one; an item is right if it beats all three
+    four-way   one judgement of four answers, the right one at a drawn letter; by our rule, and by the official one
+    ratings    each answer is rated alone, from 1 to 10; the right one is to have the best rating; by the official rule
 
 Ties measures distances between scores, and verdicts have none: only ratings give its score, and so the official
 average, the mean of all six subsets. The other two have means of five, and say so.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.rows import grouped, in_first_order, interval, is_right, is_swapped, make_row, mean_row
-from data.fields import Bad, need_text
+from data.fields import LETTERS, SIDES, Bad, need_text
 from data.pairs import (REWARD_BENCH_2_SUBSETS, Pair, balanced_order, pairs_in, read_records, reward_bench_2_answers,
                         swapped)
 from prompt import render_answers
@@ -27,7 +27,7 @@ TITLES = {PAIRWISE: "RewardBench 2, pairwise (ours)", FOUR_WAY: "RewardBench 2, 
           RATINGS: "RewardBench 2, ratings"}
 SIZE = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495}  # items
 TIES_SIZE = 102
-LETTERS = "abcd"
+FOUR_LETTERS = "abcd"
 N_WRONG = 3  # wrong answers of an item
 UNREAD = -1  # what the official scripts take for a rating that is none
 N_RESAMPLES = 1000  # for the interval of the Ties score
@@ -73,7 +73,7 @@ def read_four_way(path, seed=0, skip_bad=False):
         return [(Task(name, question, right + wrong, "a", FOUR_WAY, subset, subset, ""), None)]
 
     found = [task for task, _ in read_records(path, convert, skip_bad) if task.subset != "Ties"]
-    places = np.random.default_rng(seed).permutation(len(found)) % len(LETTERS)
+    places = np.random.default_rng(seed).permutation(len(found)) % len(FOUR_LETTERS)
     return need_some([right_one_at(int(place), task) for place, task in zip(places, found)], path)
 
 
@@ -81,7 +81,7 @@ def right_one_at(place, task):
     """The task with its first answer, the right one, and the one at this place exchanged."""
     answers = list(task.answers)
     answers[0], answers[place] = answers[place], answers[0]
-    return replace(task, answers=answers, winner=LETTERS[place])
+    return replace(task, answers=answers, winner=FOUR_LETTERS[place])
 
 
 def as_shown(tasks, prompt):
@@ -121,9 +121,14 @@ def need_some(found, path):
 
 # ---- texts to verdicts and ratings
 
+def sides_of(source):
+    """What the labels and verdicts of a source may be."""
+    return LETTERS if source == FOUR_WAY else SIDES
+
+
 def four_way_verdict(text):
     """"a" to "d": the only one of [[A]] to [[D]] in the text, or None. Ours: several letters are none."""
-    found = [letter for letter in LETTERS if f"[[{letter.upper()}]]" in text]
+    found = [letter for letter in FOUR_LETTERS if f"[[{letter.upper()}]]" in text]
     return found[0] if len(found) == 1 else None
 
 
@@ -137,7 +142,7 @@ VERDICT_OF = {"four-way": four_way_verdict, "ratings": no_verdict}
 
 def four_way_official(text):
     """The official rule: the first in the alphabet of those in the text, wherever they stand, or None."""
-    return next((letter for letter in LETTERS if f"[[{letter.upper()}]]" in text), None)
+    return next((letter for letter in FOUR_LETTERS if f"[[{letter.upper()}]]" in text), None)
 
 
 def four_way_result(text, winner):
@@ -258,15 +263,14 @@ def ratings(records):
     share of ratings that could not be read, which helps a wrong answer of Ties and costs a right one its row."""
     groups = grouped(records, lambda r: r["item"])
     items = {name: sorted(members, key=lambda r: r["id"]) for name, members in groups.items()}
-    five = {name: members for name, members in items.items() if members[0]["subset"] != "Ties"}
-    five = {name: members for name, members in five.items() if len(members) == 1 + N_WRONG}
-    sections = _sections("section", five, rated_result)
+    five = whole_items([r for r in records if r["subset"] != "Ties"], 1 + N_WRONG)
+    sections = _sections("section", {name: items[name] for name in five}, rated_result)
     ties = {name: members for name, members in items.items() if members[0]["subset"] == "Ties"}
     sections += _ties_rows(ties)
     if not sections:
         return []
     official = len(sections) == len(REWARD_BENCH_2_SUBSETS)
-    name = "mean of all six, official" if official else f"mean of {len(sections)} of six subsets"
+    name = "mean of all six, official rule" if official else f"mean of {len(sections)} of six subsets"
     head = mean_row(TITLES[RATINGS], "overall", name, sections, records, sum(SIZE.values()) + TIES_SIZE)
     unread = [rating_of(r) is None for r in records]
     return [head | {"no_verdict": sum(unread) / len(unread)}, *sections]
@@ -297,11 +301,11 @@ def whole_items(records, n=N_WRONG):
     return {name: members for name, members in grouped(records, lambda r: r["item"]).items() if len(members) == n}
 
 
-def n_incomplete(records):
-    """How many items of the first five subsets lack one of their three pairs."""
-    items = grouped([r for r in in_first_order(records) if r["source"] == PAIRWISE and r["subset"] != "Ties"],
-                    lambda r: r["item"])
-    return len(items) - len(whole_items([r for members in items.values() for r in members]))
+def n_incomplete(records, source):
+    """How many items of the first five subsets lack one of their three pairs or four ratings."""
+    members = [r for r in in_first_order(records) if r["source"] == source and r["subset"] != "Ties"]
+    n_whole = len(whole_items(members, N_WRONG if source == PAIRWISE else 1 + N_WRONG))
+    return len({r["item"] for r in members}) - n_whole
 
 
 def all_won(members):

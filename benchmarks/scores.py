@@ -120,11 +120,12 @@ def rm_bench(records):
 
 
 def n_incomplete(records):
-    """How many items lack one of their pairs, and are left out: of RM-Bench's nine, of RewardBench 2's three."""
+    """How many items lack some of their pairs or ratings, and are left out."""
     first = [r for r in in_first_order(records) if r["winner"]]
     rm_bench = grouped([r for r in first if r["source"] == "rm-bench"], lambda r: r["item"]).values()
     return {TITLES["rm-bench"]: sum(len(nine) != STYLES**2 for nine in rm_bench),
-            TITLES[reward_bench_2.PAIRWISE]: reward_bench_2.n_incomplete(first)}
+            **{TITLES[source]: reward_bench_2.n_incomplete(records, source)
+               for source in (reward_bench_2.PAIRWISE, reward_bench_2.RATINGS)}}
 
 
 def win_matrix(nine):
@@ -375,9 +376,12 @@ def _ends(low, high):
 
 
 def quantity_table(rows, title):
-    """Rows of QUANTITIES[title] as text: a line for each quantity, a column for each benchmark; 100 columns at most."""
+    """Rows of QUANTITIES[title] as text: a line for each quantity, a column for each benchmark; in 100 columns for the
+    paper's three and other pairs."""
+    widths = [max(13, len(r["benchmark"]) + 2) for r in rows]
+
     def line(what, cells):
-        return f"{what:48}" + "".join(f"{cell:>13}" for cell in cells)
+        return f"{what:48}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
 
     lines = [line(title, [r["benchmark"] for r in rows])]
     for name, what in QUANTITIES[title].items():

@@ -17,6 +17,7 @@ from itertools import chain, count, zip_longest
 from pathlib import Path
 
 from benchmarks.records import TITLES
+from benchmarks.reward_bench_2 import sides_of
 from benchmarks.scores import NO_PAIRS, QUANTITIES, section, wilson
 from data.fields import LETTERS, at, is_of, need, need_side, text_or
 from data.pairs import SWAPPED
@@ -57,16 +58,18 @@ def messages(record, key):
 
 def vote_items(record):
     """The votes of a judgement record, whose own verdict and label are checked too."""
-    need_side(record, "verdict", LETTERS)
-    need_side(record, "winner", LETTERS)
+    sides = sides_of(record["source"] if "source" in record else "")
+    need_side(record, "verdict", sides)
+    need_side(record, "winner", sides)
     votes = []
     for v in need(record, "votes", list, of=(dict,)):
-        vote = {"text": need(v, "text", str), "verdict": need_side(v, "verdict", LETTERS), "n_tokens": number(v, "n_tokens"),
-                "seconds": number(v, "seconds"), "finished": None, "parts": parts(v["text"])}
+        vote = {"text": need(v, "text", str), "verdict": need_side(v, "verdict", sides),
+                "n_tokens": number(v, "n_tokens"), "seconds": number(v, "seconds"), "finished": None,
+                "parts": parts(v["text"])}
         if "finished" in v and isinstance(v["finished"], bool):
             vote["finished"] = v["finished"]
         if "at" in v:
-            vote["at"] = {budget: need_side(v["at"], budget, LETTERS) for budget in need(v, "at", dict)}
+            vote["at"] = {budget: need_side(v["at"], budget, sides) for budget in need(v, "at", dict)}
         votes.append(vote)
     return votes
 

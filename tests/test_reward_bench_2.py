@@ -189,7 +189,9 @@ def test_the_example_of_the_pairwise_protocol():
 def test_items_that_lack_a_pair_are_left_out_and_counted():
     members = judged_pairs(0, "aaa") + judged_pairs(1, "bbb")[:2] + judged_pairs(2, "aab", swapped=True)
     assert cells(scores.score(members))["section", "Math"] == 1
-    assert scores.n_incomplete(members) == {"RM-Bench": 0, "RewardBench 2, pairwise (ours)": 1}
+    members += [rated("Math/7/c0", "1"), rated("Math/7/r0", "1")]
+    assert scores.n_incomplete(members) == {"RM-Bench": 0, "RewardBench 2, pairwise (ours)": 1,
+                                            "RewardBench 2, ratings": 1}
 
 
 def test_both_orders_of_the_pairwise_protocol():
@@ -254,7 +256,7 @@ def test_ratings_count_as_the_official_functions_do():
     found = scores.score(members)
     wanted = ties_score({"ref:0": ([9], [3, 1]), "tied:0": ([8, 7, 6], [2, -1]), "ref:1": ([-1], [2, 1])}).score
     assert cells(found)["section", "Ties"] == wanted
-    assert cells(found)["overall", "mean of all six, official"] == pytest.approx((4 + 1.75 / 3 + wanted) / 6)
+    assert cells(found)["overall", "mean of all six, official rule"] == pytest.approx((4 + 1.75 / 3 + wanted) / 6)
     assert next(r for r in found if r["name"] == "Ties")["no_verdict"] == 2 / 11
 
 
