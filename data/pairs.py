@@ -337,15 +337,14 @@ def pairs_in(record, place):
         return [(_own(record), False)]
     if "conversation_input" in record:
         return [(pair, True) for pair in _rmb(record, place)]
-    if "response_A" in record or "response_B" in record:
-        return [(judge_bench_pair(record), True)]
-    if "chosen" in record and "num_correct" in record:
-        return [(pair, True) for pair in _reward_bench_2(record)]
     if "chosen" in record or "rejected" in record:
         chosen = record.get("chosen")
         if isinstance(chosen, list) and any(isinstance(answer, str) for answer in chosen):
-            return [(pair, True) for pair in _rm_bench(record, place)]
+            found = _reward_bench_2(record) if "num_correct" in record else _rm_bench(record, place)
+            return [(pair, True) for pair in found]
         return [(_preference(record, place), True)]
+    if "response_A" in record or "response_B" in record:
+        return [(judge_bench_pair(record), True)]
     if "answer" in record or "reference" in record:
         return [(pair, False) for pair in _both_orders(record, place)]
     if "messages" in record:
