@@ -1,6 +1,9 @@
-"""How often a judge agrees with people: RewardBench, RM-Bench, RMB by their own rules, or any labelled pairs.
+"""How often a judge is right: on RewardBench, RM-Bench, RMB, JudgeBench, RewardBench 2 by their own rules, or on any
+labelled pairs.
 
     python evaluate.py --model DIR --rewardbench FILE --rmbench FILE --rmb FOLDER --out runs/eval
+    python evaluate.py --model DIR --judgebench FOLDER --swap --out runs/judgebench             its official score
+    python evaluate.py --model DIR --rewardbench2 FILE --protocol four-way --out runs/four      pairwise, ratings
     python evaluate.py --model DIR --data heldout.jsonl --votes 8 --temperature 1 --out runs/eval
     python evaluate.py --from eval/result/RM-R1-Qwen2.5-Instruct-32B --out runs/rescored      scores recorded outputs
     torchrun --nproc_per_node 8 evaluate.py ...                                               the pairs shared out
@@ -17,6 +20,7 @@ Departures from RM-R1's evaluation:
    stands beside it under its own name.
 3. RMB's folder is walked in sorted order, not in the file system's.
 4. A model is asked with the prompt that it was trained with, or the one given; never by the letters of its path.
+5. JudgeBench and RewardBench 2 are none of RM-R1's; which of their scores are official and which ours, the rows say.
 """
 
 import json
@@ -25,10 +29,11 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from benchmarks import scores
+from benchmarks import reward_bench_2, scores
+from benchmarks.judge_bench import read_judge_bench
 from benchmarks.records import read_benchmark, read_recorded
 from common import init_ranks
-from data.pairs import SWAPPED, both_orders, note_one_label, read_pairs, with_rubric, write_pairs
+from data.pairs import JUDGE_BENCH, SWAPPED, both_orders, note_one_label, read_pairs, with_rubric, write_pairs
 from ending import together
 from files import check_settings, one_line_errors, refuse_file, write_records, write_whole
 from folder import read_json
@@ -44,11 +49,15 @@ class Config:
     rewardbench: str | None = None  # RewardBench's rows as JSON lines
     rmbench: str | None = None  # RM-Bench's total_dataset.json, or the file of a domain, or a folder of such
     rmb: str | None = None  # RMB's folder, with Pairwise_set and BoN_set in it
+    judgebench: str | None = None  # a file of JudgeBench, or the folder with both, which are scored apart
+    rewardbench2: str | None = None  # RewardBench 2's rows as JSON lines
+    protocol: str = "pairwise"  # of RewardBench 2: pairwise (ours), four-way (one of four), ratings (each alone)
+    ties: bool = False  # pairwise also for RewardBench 2's Ties, a diagnostic; only ratings give its score
     data: str | None = None  # labelled pairs in any format that data/pairs.py reads
-    from_: tuple[str, ...] = ()  # score recorded outputs instead: judgements.jsonl, RM-R1's logs (a file or a folder)
+    from_: tuple[str, ...] = ()  # score recorded outputs instead: judgements.jsonl, RM-R1's logs, JudgeBench's outputs
     out: str = "runs/eval"  # folder for pairs.jsonl, judgements.jsonl and scores.json
     prompt: str | None = None  # name in data/prompts or a file; without it, the prompt that the model was trained with
-    order: str = "balanced"  # which answer is A: balanced (seeded), or published, as in RM-R1's recorded runs
+    order: str = "balanced"  # which answer is A: balanced (seeded), or published, as in recorded runs
     rubric: str | None = None  # a file: what to weigh by, where a pair has no rubric of its own
     swap: bool = False  # judge every pair in the other order too: consistency and position bias
     limit: int = 0  # only the first so many records of each benchmark, 0 = all
@@ -77,15 +86,35 @@ class Config:
         others = [name for name in changed if name not in ("from_", "out", "skip_bad", "threads")]
         if self.from_ and others:
             raise ValueError(f"--from scores what was recorded: {flag_of(others[0])} does not go with it")
-        to_judge = self.rewardbench or self.rmbench or self.rmb or self.data
+        to_judge = [name for name in ("data", *PUBLISHED, "rewardbench2") if getattr(self, name)]
         if bool(self.model) != bool(to_judge):
-            raise ValueError("--model and what it is to judge (--data, --rewardbench, --rmbench or --rmb) need each "
-                             "other; without both, the generated task's")
-        if self.order == "published" and (self.skip_bad or not {"rewardbench", "rmbench", "rmb"} & set(changed)):
-            raise ValueError("--order published is of the three benchmarks, and of all their records: give one of "
-                             "--rewardbench, --rmbench and --rmb, without --skip-bad")
+            raise ValueError("--model and what it is to judge (--data, --rewardbench, --rmbench, --rmb, --judgebench "
+                             "or --rewardbench2) need each other; without both, the generated task's")
+        if self.order == "published" and (self.skip_bad or self.rewardbench2 or not set(PUBLISHED) & set(to_judge)):
+            raise ValueError("--order published is of these benchmarks, and of all their records: give some of "
+                             "--rewardbench, --rmbench, --rmb and --judgebench, without --skip-bad; RewardBench 2 has "
+                             "none")
+        check_protocol(self, to_judge)
         if max(budgets_of(self), default=0) > self.max_new_tokens:
             raise ValueError(f"--budgets: the largest is above --max-new-tokens {self.max_new_tokens}")
+
+
+PUBLISHED = ("rewardbench", "rmbench", "rmb", "judgebench")  # whose A/B order is known
+
+
+def check_protocol(cfg, to_judge):
+    check_choice(cfg, "protocol", "pairwise", "four-way", "ratings")
+    if cfg.ties and not (cfg.rewardbench2 and cfg.protocol == "pairwise"):
+        raise ValueError("--ties is about the pairs of --rewardbench2; --protocol ratings has its Ties anyway")
+    if cfg.protocol == "pairwise":
+        return
+    if to_judge != ["rewardbench2"]:
+        raise ValueError(f"--protocol {cfg.protocol} judges no pairs: give --rewardbench2, and no others beside it")
+    for name in ("swap", "budgets", "rubric"):
+        if getattr(cfg, name):
+            raise ValueError(f"{flag_of(name)} is about pairs: --protocol {cfg.protocol} has none")
+    if cfg.protocol == "ratings" and cfg.votes > 1:
+        raise ValueError("--votes is about verdicts, and --protocol ratings has none: one rating for each answer")
 
 
 def budgets_of(cfg):
@@ -96,13 +125,22 @@ def budgets_of(cfg):
 
 
 def read_all(cfg):
-    """The pairs of every file given, in the order in which they will be judged."""
+    """The pairs of every file given, in the order in which they will be judged; in a protocol without pairs, Tasks."""
     files = {"reward-bench": cfg.rewardbench, "rm-bench": cfg.rmbench, "rmb": cfg.rmb}
     parts = [read_benchmark(path, source, cfg.order, cfg.seed, cfg.skip_bad) for source, path in files.items() if path]
     if cfg.data:
         parts.append(read_pairs(cfg.data, cfg.seed, cfg.skip_bad))
         if all(pair.winner is None for pair in parts[-1]):
             raise ValueError(f"{cfg.data}: no pair has a winner, nothing to score; judge.py judges unlabelled pairs")
+    if cfg.judgebench:
+        found = read_judge_bench(cfg.judgebench, cfg.order, cfg.seed, cfg.skip_bad)
+        parts += [[pair for pair in found if pair.source == source] for source in JUDGE_BENCH.values()]
+    if cfg.rewardbench2 and cfg.protocol == "pairwise":
+        parts.append(reward_bench_2.read_pairwise(cfg.rewardbench2, cfg.seed, cfg.skip_bad, cfg.ties))
+    elif cfg.rewardbench2 and cfg.protocol == "four-way":
+        parts.append(reward_bench_2.read_four_way(cfg.rewardbench2, cfg.seed, cfg.skip_bad))
+    elif cfg.rewardbench2:
+        parts.append(reward_bench_2.read_to_rate(cfg.rewardbench2, cfg.skip_bad))
     pairs = []
     for part in parts:
         names = [pair.item or pair.id for pair in part]  # whole items: nine pairs, or a best-of-n
@@ -122,6 +160,12 @@ def judge_all(cfg, pairs, out, ranks, split):
     refuse_pairs(out)
     judge = load_judge(cfg, budgets_of(cfg), split)
     settings = judge_settings(cfg, judge) | {"order": cfg.order}
+    shown = pairs
+    if cfg.protocol != "pairwise":
+        pairs = reward_bench_2.as_shown(pairs, judge.prompt)
+        shown = [replace(pair, winner=None) for pair in pairs]  # one letter of four is no pair's label
+        judge = replace(judge, verdict_of=reward_bench_2.VERDICT_OF[cfg.protocol])
+        settings["protocol"] = cfg.protocol
     file = out / "judgements.jsonl"
     exchanged = [both_orders(pair)[1] for pair in pairs] if cfg.swap else []
     encoded = encode_all(judge, pairs + exchanged, cfg.skip_bad, quiet=not ranks.main)
@@ -130,7 +174,7 @@ def judge_all(cfg, pairs, out, ranks, split):
 
     def begin():
         write_whole(out / "settings.json", json.dumps(settings))
-        write_pairs(out / "pairs.jsonl", pairs)
+        write_pairs(out / "pairs.jsonl", shown)
 
     return judge_file(judge, encoded, file, settings, ranks, begin), settings, judge.sampler.stats()
 
@@ -177,13 +221,14 @@ def compare_recorded(records):
 
 def write_scores(out, model, records, settings, extra):
     """Scores the records, writes out/scores.json and returns what stands in it; extra: what else is to stand there."""
-    if not any(r["winner"] for r in records):
+    if not any(map(scores.counts, records)):
         raise ValueError(f"{out}: none of {len(records)} judgements has a label, nothing to score")
     votes = [vote for r in records for vote in r["votes"]]
     tokens = [vote["n_tokens"] for vote in votes]
-    result = {"model": model, "settings": settings, "rows": scores.score(records),
+    order = settings["order"] if "order" in settings else None
+    result = {"model": model, "settings": settings, "rows": scores.score(records, order),
               "positions": scores.position_rows(records), "swap": scores.swap_rows(records),
-              "budgets": scores.budget_rows(records, budgets_in(votes)), "judgements": len(votes),
+              "budgets": scores.budget_rows(records, budgets_in(votes), order), "judgements": len(votes),
               "left_out": scores.n_incomplete(records), "tokens": None if None in tokens else sum(tokens)} | extra
     if not result["rows"]:
         raise ValueError(f"{out}: nothing to score among {len(records)} judgements: no item is whole")
@@ -203,8 +248,9 @@ def show(result):
     for row in result["rows"]:
         if row["kind"] == "overall" and row["of"] and row["n"] < row["of"]:
             print(f"{row['benchmark']} is not whole: {row['n']} of {row['of']} items; means are over what is there\n")
-    if result["left_out"]:
-        print(f"RM-Bench: {result['left_out']} items lack some of their nine pairs and are left out\n")
+    for benchmark, n in result["left_out"].items():
+        if n:
+            print(f"{benchmark}: {n} items lack some of their judgements and are left out\n")
     for title in ("positions", "swap"):
         if result[title]:
             print(scores.quantity_table(result[title], title) + "\n")
@@ -241,7 +287,10 @@ def evaluate_models(cfg, ranks):
     if ranks.main:
         note_one_label([pair.winner for pair in pairs], cfg.data or "the pairs")
     for folder in cfg.model:
-        prompt_for(folder, cfg.prompt, cfg.rubric)  # what is wrong is told before hours of judging with another model
+        # what is wrong is told before hours of judging with another model
+        prompt = prompt_for(folder, cfg.prompt, cfg.rubric)
+        if cfg.protocol != "pairwise":
+            reward_bench_2.as_shown(pairs[:1], prompt)
     split = make_split(ranks, *cfg.model)
     for folder, name, out in places(cfg.model, cfg.out):
         began = time.perf_counter()
@@ -258,11 +307,18 @@ def score_recorded(cfg):
     sources, results = [source for path in cfg.from_ for source in sources_of(path)], []
     for source, name, out in places(sources, cfg.out):
         pairs, records = read_recorded(source, cfg.skip_bad)
-        settings = {"from": str(Path(source).resolve())}
+        settings = {"from": str(Path(source).resolve())} | recorded_order(source)
         save_recorded(source, out, pairs, records, settings)
         results.append(write_scores(out, name, records, settings, {"recorded": compare_recorded(records)}))
         show(results[-1])
     return results
+
+
+def recorded_order(source):
+    """{"order": ...} of an evaluation of ours, {} of other outputs."""
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
+    return {"order": settings["order"]} if "order" in settings else {}
 
 
 def places(sources, out):

@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Judge:
     prompt: Prompt
     sampling: Sampling  # its n is the number of votes
     budgets: tuple[int, ...] = ()  # also record the verdict that each vote's first so many tokens hold
+    verdict_of: Callable = benchmark_verdict  # of a vote's text
 
     def encode(self, pair):
         return self.tokenizer.chat(render(self.prompt, pair))
@@ -69,9 +71,9 @@ class Judge:
     def vote(self, rollout):
         text = self.tokenizer.decode(rollout.ids)
         vote = {"text": text, "n_tokens": len(rollout.ids), "finished": rollout.finished,
-                "verdict": benchmark_verdict(text), "seconds": round(rollout.seconds, 3)}
+                "verdict": self.verdict_of(text), "seconds": round(rollout.seconds, 3)}
         if self.budgets:
-            vote["at"] = {str(n): benchmark_verdict(self.tokenizer.decode(rollout.ids[:n])) for n in self.budgets}
+            vote["at"] = {str(n): self.verdict_of(self.tokenizer.decode(rollout.ids[:n])) for n in self.budgets}
         return vote
 
     def record(self, pair, prompt_ids, votes):

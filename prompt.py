@@ -6,6 +6,9 @@ user's own). [user] must hold {question}, {answer_a} and {answer_b}; [user multi
 {conversation_b}; [rubric] must hold {rubric}. Everything else is literal, other braces and bracketed lines too; blank
 lines around a section are dropped.
 
+Two more sections, for RewardBench 2, are shown alone, without [system], which speaks of pairs: [four answers] must
+hold {question} and {answer_a} to {answer_d}, [rating] must hold {question} and {answer}.
+
 A file whose first line is [exact] keeps every section to the byte: all between its header line and the line break
 before the next header (or at the end of the file), blank lines too. In such a file a line that begins with a backslash
 loses it, so that a text can hold the line [user]. prompt_file writes files of this kind.
@@ -24,9 +27,12 @@ from pathlib import Path
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 PLACEHOLDERS = {"system": set(), "user": {"question", "answer_a", "answer_b"},
-                "user multi-turn": {"conversation_a", "conversation_b"}, "rubric": {"rubric"}}
+                "user multi-turn": {"conversation_a", "conversation_b"}, "rubric": {"rubric"},
+                "four answers": {"question", "answer_a", "answer_b", "answer_c", "answer_d"},
+                "rating": {"question", "answer"}}
 PLACEHOLDER = re.compile(r"\{(question|answer_a|answer_b|conversation_a|conversation_b|rubric)\}")
-HEADER = r"^\[(system|user|user multi-turn|rubric)\][ \t]*$"
+NO_PAIR = {name: re.compile(r"\{(%s)\}" % "|".join(PLACEHOLDERS[name])) for name in ("four answers", "rating")}
+HEADER = r"^\[(system|user|user multi-turn|rubric|four answers|rating)\][ \t]*$"
 EXACT = "[exact]\n"    # no older file begins so: text before the first section was refused
 
 
@@ -37,6 +43,8 @@ class Prompt:
     user: str
     user_multi_turn: str | None
     rubric: str | None = None
+    four_answers: str | None = None
+    rating: str | None = None
 
 
 def prompt_path(name_or_path):
@@ -120,14 +128,15 @@ def load_prompt(name_or_path):
     faults += ["no section [user]"] if "user" not in sections else []
     faults += ["the same section twice"] if len(sections) < len(names) else []
     for name, body in sections.items():
-        found, wanted = set(PLACEHOLDER.findall(body)), PLACEHOLDERS[name]
+        placeholder = NO_PAIR[name] if name in NO_PAIR else PLACEHOLDER
+        found, wanted = set(placeholder.findall(body)), PLACEHOLDERS[name]
         faults += [f"section [{name}] lacks {{{x}}}" for x in sorted(wanted - found)]
         faults += [f"section [{name}] cannot have {{{x}}}" for x in sorted(found - wanted)]
         faults += [f"section [{name}] is empty"] if not body.strip() else []
     if faults:
         raise ValueError(f"{path}: {', '.join(faults)}: the top of prompt.py tells the format")
     return Prompt(str(name_or_path), sections.get("system"), sections["user"], sections.get("user multi-turn"),
-                  sections.get("rubric"))
+                  sections.get("rubric"), sections.get("four answers"), sections.get("rating"))
 
 
 def _exact(part):
@@ -139,7 +148,7 @@ def prompt_file(prompt):
     """The text of a file that holds a prompt: what load_prompt reads from it is equal to the byte."""
     text = EXACT
     sections = {"system": prompt.system, "user": prompt.user, "user multi-turn": prompt.user_multi_turn,
-                "rubric": prompt.rubric}
+                "rubric": prompt.rubric, "four answers": prompt.four_answers, "rating": prompt.rating}
     for name, body in sections.items():
         if body is not None:
             escaped = re.sub(rf"(?=^\\|{HEADER})", r"\\", body, flags=re.MULTILINE)
@@ -185,6 +194,17 @@ def missing_section(prompt, pair):
     if prompt.user_multi_turn is None and not is_single_turn(pair):
         return "user multi-turn"
     return "rubric" if pair.rubric and prompt.rubric is None else None
+
+
+def render_answers(prompt, section, question, answers):
+    """The chat messages of the section [four answers], which asks which of them is best, or [rating], of one answer."""
+    template = {"four answers": prompt.four_answers, "rating": prompt.rating}[section]
+    if template is None:
+        raise ValueError(f"prompt {prompt.name} has no section [{section}]: add it, the top of prompt.py tells the "
+                         "format, or give --prompt instruct")
+    names = ("answer_a", "answer_b", "answer_c", "answer_d") if section == "four answers" else ("answer",)
+    values = {"question": question} | dict(zip(names, answers))
+    return [{"role": "user", "content": NO_PAIR[section].sub(lambda match: values[match[1]], template)}]
 
 
 def is_single_turn(pair):

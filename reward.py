@@ -80,12 +80,11 @@ def _is_quoted(text, answer):
 
 
 def majority(verdicts):
-    """The side with more votes, or None in a tie; a None among the verdicts is no vote."""
-    verdicts = list(verdicts)
-    n_a, n_b = verdicts.count("a"), verdicts.count("b")
-    if n_a == n_b:
-        return None
-    return "a" if n_a > n_b else "b"
+    """The verdict that most votes have, or None in a tie; a None among the verdicts is no vote."""
+    verdicts = [verdict for verdict in verdicts if verdict]
+    n_of = {verdict: verdicts.count(verdict) for verdict in verdicts}
+    most = [verdict for verdict, n in n_of.items() if n == max(n_of.values())]
+    return most[0] if len(most) == 1 else None
 
 
 def parse(text):

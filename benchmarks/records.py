@@ -1,11 +1,12 @@
-"""RewardBench, RM-Bench and RMB as they are judged, and outputs that were recorded on them.
+"""RewardBench, RM-Bench and RMB as they are judged, and outputs that were recorded on these and other benchmarks.
 
 read_benchmark makes a benchmark's pairs of its own files, in the order in which the published runs formatted them:
 RewardBench's rows as they stand; RM-Bench's items sorted by "<domain>/<number>" as text, whether they come in one file
 or in one a domain, nine pairs each; RMB's files sorted by path, a pair for each loser of a best-of-n item.
 
 read_recorded reads outputs back, to be scored without a model: a judgements.jsonl of ours, RM-R1's logs (a file, or
-the folder of a model with all its logs), or a table of outcomes {"columns": [...], "rows": [[...]...]}.
+the folder of a model with all its logs), a table of outcomes {"columns": [...], "rows": [[...]...]}, or a file of
+JudgeBench's outputs.
 """
 
 import re
@@ -13,12 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
-from data.fields import SIDES, Bad, clean, count_or_none, need, need_side, need_text
-from data.pairs import (RM_BENCH_DOMAINS, SECTION_OF, SWAPPED, Pair, balanced_order, json_files, logged_pair, pairs_in,
-                        read_pairs, read_records, rm_bench_pair, swapped)
+from benchmarks import judge_bench, reward_bench_2
+from benchmarks.rows import output_record
+from data.fields import Bad, clean, count_or_none, need, need_keys, need_side, need_text
+from data.pairs import (REWARD_BENCH_2_SUBSETS, RM_BENCH_DOMAINS, SECTION_OF, SWAPPED, Pair, balanced_order, json_files,
+                        logged_pair, pairs_in, read_pairs, read_records, rm_bench_pair, swapped)
 from reward import benchmark_verdict, majority
 
-TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB"}
+TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB", **judge_bench.TITLES,
+          **reward_bench_2.TITLES}
+DOMAINS = {"rm-bench": RM_BENCH_DOMAINS, "rmb": ("Helpfulness", "Harmlessness"), **judge_bench.SIZE,
+           **dict.fromkeys(reward_bench_2.TITLES, REWARD_BENCH_2_SUBSETS)}
+# What follows the item in a pair's id
+ENDINGS = {"rm-bench": "[012][012]", reward_bench_2.PAIRWISE: r"\d+(-\d+)?", reward_bench_2.RATINGS: r"[cr]\d+"}
 SCORE_FILES = ("final_result.json", "final_score.json", "META_RESULT.json")  # RM-R1's, beside its logs
 CHOSEN_IS_B = "Is_Chosen_Answer_Shuffled_toPositionB"
 STYLES = 3  # of each answer in RM-Bench
@@ -29,11 +37,6 @@ ROTATION = re.compile(r"total_dataset_([123])(?=\D|$)")
 def styles_of(name):
     """(the chosen answer's style, the rejected one's) of an RM-Bench pair: the digits that its id ends in."""
     return int(name[-2]), int(name[-1])
-
-
-def is_swapped(record):
-    """Is this a judgement in the other order (--swap)?"""
-    return "swapped" in record and bool(record["swapped"])
 
 
 # ---- the benchmarks' own files
@@ -136,28 +139,32 @@ def _outputs_in(record, place):
     """[(pair, judgement record)] of a line of judgements.jsonl, a record of a log, or a whole table of outcomes."""
     if "votes" in record:
         return [_own(record)]
+    if "judgments" in record:
+        return judge_bench.judge_bench_outputs(record, place)
     if "text_chosen" in record:
         return [_output(logged_pair(record, place), need_text(record, "answers"), need(record, "results", int))]
     if "output" in record and "rejected" in record:
         return _rm_bench_outputs(record, place)
     if record.keys() == {"columns", "rows"}:
         return _outcomes(need(record, "columns", list, of=(str,)), need(record, "rows", list, of=(list,)))
-    raise Bad("no recorded output: its keys are none of a judgements.jsonl, a log of RM-R1 or a table of outcomes; "
-              "--skip-bad leaves it out")
+    raise Bad("no recorded output: its keys are none of a judgements.jsonl, a log of RM-R1, an output of JudgeBench or "
+              "a table of outcomes; --skip-bad leaves it out")
 
 
 def _own(record):
     """The pair, without its texts, and the record of a judgement of ours, its verdicts read again."""
-    name = need(record, "id", str)
-    winner = need_side(record, "winner")
-    verdict = need_side(record, "verdict")
-    if need(record, "source", str) not in TITLES:
+    need_keys(record, "id", "winner", "verdict", "source")
+    name, source = need(record, "id", str), need(record, "source", str)
+    sides = reward_bench_2.sides_of(source)
+    winner = need_side(record, "winner", sides)
+    verdict = need_side(record, "verdict", sides)
+    if source not in TITLES:
         record = {"subset": "", "item": ""} | record  # older files lack them
-    pair = Pair(name, [], "", "", winner, need(record, "source", str), need(record, "domain", str),
+    pair = Pair(name, [], "", "", winner, source, need(record, "domain", str),
                 subset=need(record, "subset", str), item=need(record, "item", str))
     if fault := _misplaced(pair):
         raise Bad(f"{fault}: this is no judgement of {TITLES[pair.source]}")
-    votes = [_own_vote(vote) for vote in need(record, "votes", list, of=(dict,))]
+    votes = [_own_vote(vote, source, sides) for vote in need(record, "votes", list, of=(dict,))]
     if votes:
         again = majority([vote["verdict"] for vote in votes])
         record = record | {"recorded": int(verdict == winner), "votes": votes, "verdict": again}
@@ -166,25 +173,35 @@ def _own(record):
     return pair, record
 
 
-def _own_vote(vote):
-    verdict = benchmark_verdict(need_text(vote, "text"))
+def _own_vote(vote, source, sides):
+    verdict = _verdict_again(vote, source)
     n_tokens = count_or_none(vote, "n_tokens")
     seconds = count_or_none(vote, "seconds")
-    if "at" in vote and not all(n.isdecimal() and v in SIDES for n, v in need(vote, "at", dict).items()):
+    if "at" in vote and not all(n.isdecimal() and v in sides for n, v in need(vote, "at", dict).items()):
         raise Bad('"at" must give "a", "b" or null for numbers of tokens')
     return vote | {"verdict": verdict, "n_tokens": n_tokens, "seconds": seconds}
 
 
+def _verdict_again(vote, source):
+    text = need_text(vote, "text")
+    if source == reward_bench_2.FOUR_WAY:
+        return reward_bench_2.four_way_verdict(text)
+    if source == reward_bench_2.RATINGS:
+        return None
+    return judge_bench.game_verdict(vote) if "judge" in vote else benchmark_verdict(text)
+
+
 def _misplaced(pair):
     """What in a pair names no place in its benchmark, or None."""
-    if pair.source == "reward-bench" and pair.subset not in SECTION_OF:
+    source, ending = pair.source, pair.id.removesuffix(SWAPPED).removeprefix(pair.item + "/")
+    if source == "reward-bench" and pair.subset not in SECTION_OF:
         return f"subset {pair.subset[:60]!r}"
-    if pair.source == "rmb" and pair.domain not in ("Helpfulness", "Harmlessness"):
+    if source in DOMAINS and pair.domain not in DOMAINS[source]:
         return f"domain {pair.domain[:60]!r}"
-    name = pair.id.removesuffix(SWAPPED)
-    styles = name.removeprefix(pair.item + "/")
-    if pair.source == "rm-bench" and not (pair.domain in RM_BENCH_DOMAINS and re.fullmatch("[012][012]", styles)):
-        return f"id {name[:60]!r} of item {pair.item[:60]!r}, domain {pair.domain[:60]!r}"
+    if source in reward_bench_2.TITLES and pair.subset != pair.domain:
+        return f"subset {pair.subset[:60]!r} of domain {pair.domain[:60]!r}"
+    if source in ENDINGS and not re.fullmatch(ENDINGS[source], ending):
+        return f"id {pair.id.removesuffix(SWAPPED)[:60]!r} of item {pair.item[:60]!r}"
     return None
 
 
@@ -222,19 +239,11 @@ def _outcomes(columns, rows):
         if name in found:
             raise Bad(f"row {number}: {name} was there before: remove one of them")
         pair = Pair(name, [], "", "", winner, "reward-bench", SECTION_OF[subset], subset=subset)
-        found[name] = pair, _record(pair, [], None, need(row, "results", int))
+        found[name] = pair, output_record(pair, [], None, need(row, "results", int))
     return list(found.values())
 
 
 def _output(pair, text, recorded):
     verdict = benchmark_verdict(text)
     vote = {"text": text, "n_tokens": None, "finished": None, "verdict": verdict, "seconds": None}
-    return pair, _record(pair, [vote], verdict, recorded)
-
-
-def _record(pair, votes, verdict, recorded):
-    if recorded not in (0, 1):
-        raise Bad(f"{pair.id} was counted as {recorded}: it must be 1 (right) or 0: remove the record")
-    return {"id": pair.id, "prompt_hash": None, "n_prompt_tokens": None, "votes": votes, "verdict": verdict,
-            "winner": pair.winner, "source": pair.source, "domain": pair.domain, "subset": pair.subset,
-            "item": pair.item, "seconds": None, "recorded": recorded}
+    return pair, output_record(pair, [vote], verdict, recorded)

@@ -1,20 +1,19 @@
-"""The published scores of RewardBench, RM-Bench and RMB, from judgement records; with intervals, positions and swaps.
+"""The published scores of the benchmarks, from judgement records; with intervals, positions and swaps.
 
 A record (judge.py writes it, records.py reads it) is right when its verdict, the majority of its votes, is its winner;
 no verdict and a tie are wrong. Sums run in the order of the benchmarks' own scripts, so that the same outcomes give the
 same float64.
 
-A score is a row: {"benchmark", "kind", "name", "n" (items counted), "of" (items in the published benchmark, or None),
-"score", "low", "high" (95% interval), "right" (items, where a score counts them), "no_verdict" (share of votes), "ties"
-(share of records), "tokens", "seconds" (means over votes)}. Shares are in [0, 1].
+A score is a row; rows.py says what stands in one. JudgeBench and RewardBench 2 have files of their own.
 """
-
-import math
 
 import numpy as np
 
-from benchmarks.records import STYLES, TITLES, is_swapped, styles_of
-from data.pairs import OTHER, REWARD_BENCH_SECTIONS, SWAPPED
+from benchmarks import judge_bench, reward_bench_2
+from benchmarks.records import STYLES, TITLES, styles_of
+from benchmarks.rows import (grouped, in_both_orders, in_first_order, interval, is_right, make_row, mean, mean_row,
+                             share_row)
+from data.pairs import JUDGE_BENCH, OTHER, REWARD_BENCH_SECTIONS
 from intervals import wilson
 from reward import majority
 
@@ -52,80 +51,7 @@ QUANTITIES = {
         "a_share_both_orders": "A among both orders' verdicts (even: 50), %"}}
 
 
-# ---- intervals
-
-def interval(values, n_cells=1):
-    """95% interval of the mean of independent items' values, each the mean of n_cells yes-or-no outcomes.
-
-    The outcomes within an item go together, so n items are worth between n and n * n_cells outcomes: Wilson's interval
-    for as many as would give the variance seen between items.
-    """
-    n = len(values)
-    p = float(np.mean(values))
-    spread = p * (1 - p) / max(float(np.var(values)), 1e-12)  # 1 for single outcomes, n_cells for independent ones
-    worth = n * min(max(spread, 1.0), n_cells)
-    return wilson(p * worth, worth)
-
-
-def combined(parts):
-    """(score, low, high) of a weighted mean of independent scores: parts are (weight, score, low, high).
-
-    The distances to the ends add up like standard deviations (Zou and Donner 2008).
-    """
-    total = sum(weight for weight, _, _, _ in parts)
-    mean = 0.0
-    for weight, score, _, _ in parts:  # not sum(), which carries rounding errors along since Python 3.12
-        mean += weight * score
-    mean /= total
-    down = math.sqrt(sum((weight / total * (low - score)) ** 2 for weight, score, low, _ in parts))
-    up = math.sqrt(sum((weight / total * (high - score)) ** 2 for weight, score, _, high in parts))
-    return mean, max(0.0, mean - down), min(1.0, mean + up)
-
-
-# ---- rows
-
-def is_right(record):
-    """By its verdict; an outcome without texts by what was recorded."""
-    return record["verdict"] == record["winner"] if record["votes"] else record["recorded"] == 1
-
-
-def make_row(benchmark, kind, name, score, low, high, records, n, of=None, right=None):
-    """A row as above; the shares and means over votes and records are those of `records`."""
-    votes = [vote for r in records for vote in r["votes"]]
-    # undecided though some vote had a verdict
-    ties = [r["verdict"] is None and any(vote["verdict"] for vote in r["votes"]) for r in records if r["votes"]]
-    return {"benchmark": benchmark, "kind": kind, "name": name, "n": n, "of": of, "score": score, "low": low,
-            "high": high, "right": right, "no_verdict": _mean([vote["verdict"] is None for vote in votes]),
-            "ties": _mean(ties), "tokens": _mean([vote["n_tokens"] for vote in votes]),
-            "seconds": _mean([vote["seconds"] for vote in votes])}
-
-
-def _mean(values):
-    return sum(values) / len(values) if values and None not in values else None
-
-
-def share_row(benchmark, kind, name, records, of=None):
-    """The share of these records that are right."""
-    n = len(records)
-    right = sum(is_right(r) for r in records)
-    low, high = wilson(right, n)
-    return make_row(benchmark, kind, name, right / n, low, high, records, n=n, of=of, right=right)
-
-
-def mean_row(benchmark, kind, name, rows, records, of=None, weights=None):
-    """The weighted mean of rows, by default the plain one."""
-    weights = weights or [1] * len(rows)
-    score, low, high = combined([(weight, r["score"], r["low"], r["high"]) for weight, r in zip(weights, rows)])
-    n = sum(r["n"] for r in rows)
-    return make_row(benchmark, kind, name, score, low, high, records, n=n, of=of)
-
-
-def grouped(records, key):
-    groups = {}
-    for r in records:
-        groups.setdefault(key(r), []).append(r)
-    return groups
-
+# ---- sections
 
 def section(record):
     """The section of its benchmark in which a record counts; RM-Bench calls them domains, and has one for safety."""
@@ -194,9 +120,12 @@ def rm_bench(records):
 
 
 def n_incomplete(records):
-    """How many of RM-Bench's items lack one of their nine pairs."""
-    members = [r for r in in_first_order(records) if r["source"] == "rm-bench" and r["winner"]]
-    return sum(len(group) != STYLES**2 for group in grouped(members, lambda r: r["item"]).values())
+    """How many items lack some of their pairs or ratings, and are left out."""
+    first = [r for r in in_first_order(records) if r["winner"]]
+    rm_bench = grouped([r for r in first if r["source"] == "rm-bench"], lambda r: r["item"]).values()
+    return {TITLES["rm-bench"]: sum(len(nine) != STYLES**2 for nine in rm_bench),
+            **{TITLES[source]: reward_bench_2.n_incomplete(records, source)
+               for source in (reward_bench_2.PAIRWISE, reward_bench_2.RATINGS)}}
 
 
 def win_matrix(nine):
@@ -298,37 +227,50 @@ def pairs(records):
     return rows
 
 
-BENCHMARKS = {"reward-bench": reward_bench, "rm-bench": rm_bench, "rmb": rmb}
+PAPERS = {"reward-bench": reward_bench, "rm-bench": rm_bench, "rmb": rmb}
+NO_PAIRS = {reward_bench_2.FOUR_WAY: reward_bench_2.four_way, reward_bench_2.RATINGS: reward_bench_2.ratings}
+IN_ONE_ORDER = PAPERS | NO_PAIRS  # scores of the first order's judgements; the others' count the second's, too
+BENCHMARKS = (*PAPERS, *JUDGE_BENCH.values(), *reward_bench_2.TITLES)
 
 
-def score(records):
-    """The rows of every benchmark that the records hold, and the paper's average if they hold all three.
+def score(records, order=None):
+    """The rows of every benchmark that the records hold, and the paper's average if they hold its three.
 
-    Records without a label are left out; so are judgements in the swapped order, which swap_rows counts.
+    Records without a label are left out, but for ratings. order: which answer was A in the first order, "balanced" or
+    "published", if it is known.
     """
-    by_benchmark = _by_benchmark(in_first_order(records))
+    by_benchmark = _by_benchmark(records)
     rows = []
     for source, members in by_benchmark.items():
-        rows += BENCHMARKS.get(source, pairs)(members)
-    headlines = [r for r in rows if r["kind"] == "overall" and r["benchmark"] != "pairs"]
+        first = in_first_order(members)
+        if not first:
+            continue
+        if source in JUDGE_BENCH.values():
+            rows += judge_bench.judge_bench(members, order)
+        elif source == reward_bench_2.PAIRWISE:
+            rows += reward_bench_2.pairwise(members)
+        else:
+            rows += IN_ONE_ORDER[source](first) if source in IN_ONE_ORDER else pairs(first)
+    titles = [TITLES[source] for source in PAPERS]
+    headlines = [r for r in rows if r["kind"] == "overall" and r["benchmark"] in titles]
     if len(headlines) < 3:
         return rows
     variant = next(r for r in rows if r["kind"] == PUBLISHED_VARIANT)  # its total comes first
     published = [variant if r["benchmark"] == TITLES["rm-bench"] else r for r in headlines]
-    counted = [r for source in BENCHMARKS for r in by_benchmark[source]]
+    counted = [r for source in PAPERS for r in in_first_order(by_benchmark[source])]
     of = sum(r["of"] for r in headlines)
     return rows + [mean_row("average", "overall", "three benchmarks", headlines, counted, of),
                    mean_row("average", "overall", "with RM-Bench as published", published, counted, of)]
 
 
-def in_first_order(records):
-    return [r for r in records if not is_swapped(r)]
+def counts(record):
+    """Is there anything to score in it: a label, or a rating?"""
+    return record["winner"] is not None or record["source"] == reward_bench_2.RATINGS
 
 
 def _by_benchmark(records):
-    """{source: labelled records}, the benchmarks first; all other sources as one, under None."""
-    labelled = [r for r in records if r["winner"]]
-    groups = grouped(labelled, lambda r: r["source"] if r["source"] in BENCHMARKS else None)
+    """{source: records that count}, the benchmarks first; all other sources as one, under None."""
+    groups = grouped(filter(counts, records), lambda r: r["source"] if r["source"] in BENCHMARKS else None)
     return {source: groups[source] for source in (*BENCHMARKS, None) if source in groups}
 
 
@@ -339,11 +281,13 @@ def position_rows(records):
     verdicts (even would be n_a / (n_a + n_b): half, if as many better answers stand at A)."""
     rows = []
     for source, members in _by_benchmark(in_first_order(records)).items():
+        if source in NO_PAIRS:
+            continue
         at_a = [is_right(r) for r in members if r["winner"] == "a"]
         at_b = [is_right(r) for r in members if r["winner"] == "b"]
         verdicts = [r["verdict"] for r in members if r["verdict"]]
-        rows.append({"benchmark": TITLES.get(source, "pairs"), "chosen_a": _mean(at_a), "chosen_b": _mean(at_b),
-                     "n_a": len(at_a), "n_b": len(at_b), "a_share_first_order": _mean([v == "a" for v in verdicts])})
+        rows.append({"benchmark": TITLES.get(source, "pairs"), "chosen_a": mean(at_a), "chosen_b": mean(at_b),
+                     "n_a": len(at_a), "n_b": len(at_b), "a_share_first_order": mean([v == "a" for v in verdicts])})
     return rows
 
 
@@ -354,9 +298,7 @@ def swap_rows(records):
     of A among all verdicts; every answer stands at A once, so half is even."""
     rows = []
     for source, members in _by_benchmark(r for r in records if r["votes"]).items():
-        first = {r["id"]: r for r in in_first_order(members)}
-        second = {r["id"].removesuffix(SWAPPED): r for r in members if is_swapped(r)}
-        both = [(first[name], second[name]) for name in second if name in first]
+        both = in_both_orders(members)
         if both:
             rows.append(_swap_row(TITLES.get(source, "pairs"), both))
     return rows
@@ -371,22 +313,23 @@ def _swap_row(benchmark, both):
     # the same answer has the other letter in the second order
     consistent = [one is not None and one == OTHER[other] for one, other in verdicts]
     consistent_low, consistent_high = wilson(sum(consistent), len(both))
-    return {"benchmark": benchmark, "n": len(both), "first": _mean([x for x, _ in right]),
-            "second": _mean([y for _, y in right]), "mean": _mean(means), "mean_low": mean_low, "mean_high": mean_high,
-            "both": _mean([x and y for x, y in right]), "consistent": _mean(consistent),
+    return {"benchmark": benchmark, "n": len(both), "first": mean([x for x, _ in right]),
+            "second": mean([y for _, y in right]), "mean": mean(means), "mean_low": mean_low, "mean_high": mean_high,
+            "both": mean([x and y for x, y in right]), "consistent": mean(consistent),
             "consistent_low": consistent_low, "consistent_high": consistent_high,
-            "always_a": _mean([pair == ("a", "a") for pair in verdicts]),
-            "always_b": _mean([pair == ("b", "b") for pair in verdicts]),
-            "undecided": _mean([None in pair for pair in verdicts]),
-            "a_share_both_orders": _mean([verdict == "a" for pair in verdicts for verdict in pair if verdict])}
+            "always_a": mean([pair == ("a", "a") for pair in verdicts]),
+            "always_b": mean([pair == ("b", "b") for pair in verdicts]),
+            "undecided": mean([None in pair for pair in verdicts]),
+            "a_share_both_orders": mean([verdict == "a" for pair in verdicts for verdict in pair if verdict])}
 
 
-def budget_rows(records, budgets):
+def budget_rows(records, budgets, order=None):
     """Every benchmark's headline and sections, had each judgement been cut off after so many tokens."""
     rows = []
     for budget in budgets:
         cut = [_cut_off(r, budget) for r in records]
-        rows += [{"budget": budget, **row} for row in score(cut) if row["kind"] in ("overall", "section", "domain")]
+        rows += [{"budget": budget, **row} for row in score(cut, order)
+                 if row["kind"] in ("overall", "section", "domain")]
     return rows
 
 
@@ -433,9 +376,12 @@ def _ends(low, high):
 
 
 def quantity_table(rows, title):
-    """Rows of QUANTITIES[title] as text: a line for each quantity, a column for each benchmark; 100 columns at most."""
+    """Rows of QUANTITIES[title] as text: a line for each quantity, a column for each benchmark; in 100 columns for the
+    paper's three and other pairs."""
+    widths = [max(13, len(r["benchmark"]) + 2) for r in rows]
+
     def line(what, cells):
-        return f"{what:48}" + "".join(f"{cell:>13}" for cell in cells)
+        return f"{what:48}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
 
     lines = [line(title, [r["benchmark"] for r in rows])]
     for name, what in QUANTITIES[title].items():

@@ -12,6 +12,8 @@
     code-preference-pairs  Vezora/Code-Preference-Pairs              (the Hub's own parquet copy of it)
     skywork-80k            Skywork/Skywork-Reward-Preference-80K-v0.2
     reward-bench           allenai/reward-bench, split "filtered"    OUT/NAME.jsonl for evaluate.py --rewardbench
+    reward-bench-2         allenai/reward-bench-2 (ODC-BY)           OUT/NAME.jsonl for --rewardbench2
+    judgebench             ScalerLab/JudgeBench (MIT)                OUT/NAME/data/, both files, for --judgebench
     rm-bench               github.com/THU-KEG/RM-Bench               OUT/NAME/data/total_dataset.json for --rmbench
     rmb                    github.com/Zhou-Zoey/RMB-Reward-...       OUT/NAME/RMB_dataset/ for --rmb
     rm-r1-prompts          github.com/RM-R1-UIUC/RM-R1               OUT/rm-r1-instruct.txt, OUT/rm-r1-reasoning.txt:
@@ -82,6 +84,9 @@ SOURCES = {
                           {"source": "source", "chosen": "chosen", "rejected": "rejected"}, "chat"),
     "reward-bench": Source("datasets", "allenai/reward-bench", ("data/filtered-*.parquet",),
                            {key: key for key in ("prompt", "chosen", "rejected", "subset", "id")}),
+    "reward-bench-2": Source("datasets", "allenai/reward-bench-2", ("data/test-*.parquet",),
+                             {key: key for key in ("prompt", "chosen", "rejected", "num_correct", "subset", "id")}),
+    "judgebench": Source("datasets", "ScalerLab/JudgeBench", ("data/gpt-*.jsonl", "data/claude-*.jsonl")),
     "rm-bench": Source("github", "THU-KEG/RM-Bench", ("data/total_dataset.json",),
                        revision="73c52d7b27b361621361ec959ac6c0eb9bb7a689"),
     "rmb": Source("github", "Zhou-Zoey/RMB-Reward-Model-Benchmark", ("RMB_dataset/*.json",),
@@ -430,7 +435,8 @@ def main(what, out, revision=None, files=None, skip_bad=False):
             print(f"{folder}: {len(found)} files of {source.repo} at {commit}")
         if source.keys:
             n = convert(name, found, path, skip_bad)
-            print(f"{path}: {n} {'chains' if source.chains else 'pairs'}")
+            of_lists = "num_correct" in source.keys  # several pairs a row
+            print(f"{path}: {n} {'chains' if source.chains else 'rows' if of_lists else 'pairs'}")
         if source.prompts:
             for path in write_prompts(found[0], out):
                 print(f"{path}: a prompt, for --prompt")

@@ -5,6 +5,7 @@ import re
 from contextlib import contextmanager
 
 SIDES = ("a", "b", None)  # labels and verdicts
+LETTERS = (*SIDES, "c", "d")  # the same of four answers
 KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "a list",
          dict: "an object", type(None): "null"}
 
@@ -52,11 +53,12 @@ def text_or(record, key, default):
     return default if key not in record or record[key] is None else need_text(record, key)
 
 
-def need_side(record, key):
-    """A label or a verdict: "a", "b" or None."""
+def need_side(record, key, sides=SIDES):
+    """A label or a verdict: "a", "b" or None; with LETTERS also "c" or "d"."""
     value = need(record, key, str, type(None))
-    if value not in SIDES:
-        raise Bad(f'"{key}" is {show(value)}: write "a", "b" or null')
+    if value not in sides:
+        letters = ", ".join(show(side) for side in sides if side)
+        raise Bad(f'"{key}" is {show(value)}: write {letters} or null')
     return value
 
 

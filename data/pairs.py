@@ -10,13 +10,15 @@ folder of such files, walked in sorted order. The form of each record is recogni
     RMB             conversation_input with chosen, reject (one pair), or with bon_best, loser_list (a pair per loser)
     RM-Bench        prompt with three chosen and three rejected (nine pairs)
     RewardBench     prompt, chosen, rejected, subset, id
+    RewardBench 2   the same with lists of answers, and num_correct (each chosen one with each rejected one)
+    JudgeBench      pair_id, question, response_A, response_B, label, source, response_model
     RM-R1's logs    text_chosen, text_rejected, answers, Is_Chosen_Answer_Shuffled_toPositionB: a pair and a chain
     TRL             messages: only a chain, all before the last assistant turn being its prompt
 
-Where a source says chosen/rejected, ONE shuffle of the whole list read decides the order: of n such pairs exactly
-n // 2 have the chosen answer as B, and numpy's default_rng(seed) decides which. So a constant verdict scores 1/2, and
-the order in a pair depends on the seed and on the pair's place in the list, not on its texts. RM-R1's logs keep the
-order they record.
+Where a source says chosen/rejected, or has a label as JudgeBench's, ONE shuffle of the whole list read decides the
+order: of n such pairs exactly n // 2 have the chosen answer as B, and numpy's default_rng(seed) decides which. So a
+constant verdict scores 1/2, and the order in a pair depends on the seed and on the pair's place in the list, not on its
+texts. RM-R1's logs keep the order they record.
 
 Our records, TRL's and those of one answer may have a "rubric": a text by which the pair is to be judged.
 
@@ -49,6 +51,10 @@ REWARD_BENCH_SECTIONS = {
     "Safety": ("refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond",
                "donotanswer"),
     "Reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust")}
+REWARD_BENCH_2_SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+JUDGE_BENCH = {"gpt": "judgebench-gpt", "claude": "judgebench-claude"}  # who wrote the answers: source
+JUDGE_BENCH_CATEGORIES = {"mmlu-pro": "Knowledge", "livebench-reasoning": "Reasoning", "livebench-math": "Math",
+                          "livecodebench": "Coding"}  # by what the subset begins with
 SECTION_OF = {subset: section for section, subsets in REWARD_BENCH_SECTIONS.items() for subset in subsets}
 
 
@@ -59,10 +65,10 @@ class Pair:
     answer_a: str | list[dict]            # a list starts and ends with an assistant message
     answer_b: str | list[dict]
     winner: str | None                    # "a", "b", or None where nobody has said
-    source: str                           # "reward-bench", "rm-bench" and "rmb" are scored by their own rules
+    source: str                           # a benchmark's (benchmarks/records.py:TITLES) is scored by its own rules
     domain: str
     rendered: list[dict] | None = None    # what the judge is shown, ready-made; then prompt and answers are empty
-    subset: str = ""                      # RewardBench's subset, RMB's category, RM-Bench's hard, normal or easy
+    subset: str = ""                      # RewardBench's subset, RMB's category, RM-Bench's hard, normal or easy, ...
     item: str = ""                        # what the pairs of one best-of-n or RM-Bench record share
     rubric: str = ""                      # what the judge is told to weigh by; "" leaves that to the judge
 
@@ -334,8 +340,11 @@ def pairs_in(record, place):
     if "chosen" in record or "rejected" in record:
         chosen = record.get("chosen")
         if isinstance(chosen, list) and any(isinstance(answer, str) for answer in chosen):
-            return [(pair, True) for pair in _rm_bench(record, place)]
+            found = _reward_bench_2(record) if "num_correct" in record else _rm_bench(record, place)
+            return [(pair, True) for pair in found]
         return [(_preference(record, place), True)]
+    if "response_A" in record or "response_B" in record:
+        return [(judge_bench_pair(record), True)]
     if "answer" in record or "reference" in record:
         return [(pair, False) for pair in _both_orders(record, place)]
     if "messages" in record:
@@ -463,6 +472,70 @@ def _rm_bench(record, place):
     if len(chosen) != 3 or len(rejected) != 3:
         raise Bad(f"{len(chosen)} chosen and {len(rejected)} rejected answers: RM-Bench has 3 of each, repair it")
     return [rm_bench_pair(record, place, row, column, rejected[column]) for row in range(3) for column in range(3)]
+
+
+def judge_bench_pair(record):
+    """A pair of JudgeBench with the better answer as A; its label says whether that is their order, too."""
+    winner = judge_bench_label(record)
+    one, other = need(record, "response_A", str), need(record, "response_B", str)
+    a, b = (one, other) if winner == "a" else (other, one)
+    subset, written_by = need_text(record, "source"), need_text(record, "response_model")
+    return _pair(_id(record, key="pair_id"), need(record, "question", str), a, b, "a", judge_bench_source(written_by),
+                 judge_bench_category(subset), subset=subset)
+
+
+def judge_bench_label(record):
+    label = need(record, "label", str)
+    if label not in ("A>B", "B>A"):
+        raise Bad(f'"label" is {show(label)}: JudgeBench has "A>B" and "B>A"')
+    return "a" if label == "A>B" else "b"
+
+
+def judge_bench_source(written_by):
+    """The two files are scored apart: both hold 91 of the questions, with other answers."""
+    for name, source in JUDGE_BENCH.items():
+        if written_by.startswith(name):
+            return source
+    raise Bad(f"answers by {show(written_by)}: JudgeBench has those of gpt-4o-2024-05-13 and "
+              "claude-3-5-sonnet-20240620")
+
+
+def judge_bench_category(subset):
+    for begin, category in JUDGE_BENCH_CATEGORIES.items():
+        if subset.startswith(begin):
+            return category
+    raise Bad(f'"source" is {show(subset)}: JudgeBench has {", ".join(JUDGE_BENCH_CATEGORIES)}')
+
+
+def reward_bench_2_answers(record):
+    """(subset, name, right answers, wrong answers) of a row of RewardBench 2; its ids repeat across subsets."""
+    subset = need_text(record, "subset")
+    if subset not in REWARD_BENCH_2_SUBSETS:
+        raise Bad(f'{show(subset)} is no subset of RewardBench 2: correct it; in other data, take out "num_correct"')
+    chosen, rejected = need(record, "chosen", list, of=(str,)), need(record, "rejected", list, of=(str,))
+    counts = len(chosen), len(rejected)
+    if subset == "Ties" and 0 in counts or subset != "Ties" and counts != (1, 3):
+        wanted = "at least one of each" if subset == "Ties" else "1 and 3"
+        raise Bad(f"{counts[0]} chosen and {counts[1]} rejected answers: {subset} has {wanted}, repair the record")
+    if need(record, "num_correct", int, float) != len(chosen):
+        raise Bad(f'"num_correct" is {record["num_correct"]}, "chosen" has {len(chosen)} answers: repair the record')
+    name = _id(record)
+    if subset == "Ties" and not re.fullmatch("ref:[0-9]+" if len(chosen) == 1 else "tied:[0-9]+", name):
+        raise Bad(f'"id" is {show(name)}: in Ties it is ref:<n> with one chosen answer, tied:<n> with several')
+    return subset, f"{subset}/{name}", chosen, rejected
+
+
+def _reward_bench_2(record):
+    """Each right answer with each wrong one; the id ends in their numbers in Ties, else in that of the wrong one."""
+    subset, item, chosen, rejected = reward_bench_2_answers(record)
+    prompt = need(record, "prompt", str)
+    pairs = []
+    for i, right in enumerate(chosen):
+        for k, wrong in enumerate(rejected):
+            number = f"{i}-{k}" if subset == "Ties" else k
+            pairs.append(_pair(f"{item}/{number}", prompt, right, wrong, "a", "reward-bench-2", subset, subset=subset,
+                               item=item))
+    return pairs
 
 
 def _rmb(record, place):

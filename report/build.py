@@ -17,8 +17,9 @@ from itertools import chain, count, zip_longest
 from pathlib import Path
 
 from benchmarks.records import TITLES
-from benchmarks.scores import QUANTITIES, section, wilson
-from data.fields import SIDES, at, is_of, need, need_side, text_or
+from benchmarks.reward_bench_2 import sides_of
+from benchmarks.scores import NO_PAIRS, QUANTITIES, section, wilson
+from data.fields import LETTERS, at, is_of, need, need_side, text_or
 from data.pairs import SWAPPED
 from data.quality import Tally, measure, side_by_side
 from files import whole
@@ -57,16 +58,18 @@ def messages(record, key):
 
 def vote_items(record):
     """The votes of a judgement record, whose own verdict and label are checked too."""
-    need_side(record, "verdict")
-    need_side(record, "winner")
+    sides = sides_of(record["source"] if "source" in record else "")
+    need_side(record, "verdict", sides)
+    need_side(record, "winner", sides)
     votes = []
     for v in need(record, "votes", list, of=(dict,)):
-        vote = {"text": need(v, "text", str), "verdict": need_side(v, "verdict"), "n_tokens": number(v, "n_tokens"),
-                "seconds": number(v, "seconds"), "finished": None, "parts": parts(v["text"])}
+        vote = {"text": need(v, "text", str), "verdict": need_side(v, "verdict", sides),
+                "n_tokens": number(v, "n_tokens"), "seconds": number(v, "seconds"), "finished": None,
+                "parts": parts(v["text"])}
         if "finished" in v and isinstance(v["finished"], bool):
             vote["finished"] = v["finished"]
         if "at" in v:
-            vote["at"] = {budget: need_side(v["at"], budget) for budget in need(v, "at", dict)}
+            vote["at"] = {budget: need_side(v["at"], budget, sides) for budget in need(v, "at", dict)}
         votes.append(vote)
     return votes
 
@@ -170,7 +173,7 @@ class Page:
                 judged[base] = self.pair_for(base, r, own_pairs, loose)
             pair, item = judged[base]
             self.rows.append(row | {"pair": pair})
-            for vote in r["votes"]:
+            for vote in r["votes"] if r["source"] not in NO_PAIRS else ():
                 tally.add(vote["text"], r["winner"], *where_to_search(item, swapped))
         if tally.characters:
             self.quality[name] = tally.rows()
@@ -209,7 +212,7 @@ class Page:
                                       "item": texts["item"]})
         return {**{key: self.names[key].setdefault(name, len(self.names[key])) for key, name in named.items()},
                 "outcome": OUTCOMES.index(outcome(r)), "type": TYPES.index(types[0] if types else None),
-                "verdict": SIDES.index(r["verdict"]), "label": SIDES.index(r["winner"]), "votes": len(votes),
+                "verdict": LETTERS.index(r["verdict"]), "label": LETTERS.index(r["winner"]), "votes": len(votes),
                 "tokens": round(sum(tokens) / len(tokens)) if tokens and None not in tokens else None,
                 "chars": round(sum(len(v["text"]) for v in votes) / len(votes)) if votes else None}
 

@@ -217,7 +217,7 @@ function factsOf(j, x, v, book) {
 function pillsOf(j, x) {   // a button for each vote, where there are several
   const markOf = verdict => OUTCOMES[verdict === null ? 2 : verdict === SIDES[J.label[j]] ? 0 : 1][1];
   const pill = (v, i) => button({"data-vote": i, "aria-pressed": String(i === state.vote), onclick: () => showVote(i)},
-    `vote ${i + 1}: ${v.verdict ? v.verdict.toUpperCase() : "none"} `, J.label[j] < 2 && markOf(v.verdict));
+    `vote ${i + 1}: ${v.verdict ? v.verdict.toUpperCase() : "none"} `, SIDES[J.label[j]] && markOf(v.verdict));
   const several = x.votes.length > 1;
   return several && h("div", {class: "pills votes", role: "group", "aria-label": "Votes"}, x.votes.map(pill));
 }

@@ -71,7 +71,7 @@ const D = JSON.parse($("index").textContent), J = D.columns, N = J.id.length;   
 $("index").remove();
 const OUTCOMES = [["right", "✓", "right"], ["wrong", "✗", "wrong"], ["none", "–", "no verdict"], ["tie", "=", "tie"],
   ["unlabelled", "?", "no label"]];
-const SIDES = ["a", "b", null], SIDE = ["A", "B", "none"];
+const SIDES = ["a", "b", null, "c", "d"], SIDE = ["A", "B", "none", "C", "D"];   // as LETTERS of data/fields.py
 const byTokens = J.tokens.every((x, j) => x != null || J.votes[j] === 0) && J.tokens.some(x => x != null);
 const LENGTH = byTokens ? J.tokens : J.chars, UNIT = byTokens ? "tokens" : "characters";
 const CACHE_CHUNKS = 48, cache = new Map();

@@ -17,6 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.judge_bench import read_judge_bench  # noqa: E402
+from benchmarks.reward_bench_2 import read_pairwise  # noqa: E402
 from data import fetch, rm_r1_prompts  # noqa: E402
 from data.fetch import main, parse_options  # noqa: E402
 from data.pairs import Pair, read_chains, read_pairs  # noqa: E402
@@ -323,6 +325,19 @@ def test_github_benchmarks_come_at_their_commits_as_they_are(host, tmp_path, mon
     assert commits == {"73c52d7b27b361621361ec959ac6c0eb9bb7a689", "2be3180857f2190b7ffa929d43190835627f1f4d"}
 
 
+def test_judgebench_comes_as_its_two_files(host, tmp_path):
+    line = {"original_id": None, "source": "livebench-math", "question": "Hi", "response_A": "Hello",
+            "response_B": "Go", "label": "A>B"}
+    for name, model in (("gpt", "gpt-4o-2024-05-13"), ("claude", "claude-3-5-sonnet-20240620")):
+        record = line | {"pair_id": name, "response_model": model}
+        host.files[f"data/{name}-00000-of-00001.jsonl"] = (json.dumps(record) + "\n").encode()
+    run(tmp_path, "judgebench")
+    assert sorted(files_in(tmp_path / "judgebench")) == ["data/claude-00000-of-00001.jsonl",
+                                                         "data/gpt-00000-of-00001.jsonl"]
+    found = read_judge_bench(tmp_path / "judgebench/data", "published")
+    assert [(p.id, p.source) for p in found] == [("gpt", "judgebench-gpt"), ("claude", "judgebench-claude")]
+
+
 def test_prompts_of_the_released_models_come_out_of_their_file(host, tmp_path, monkeypatch):
     """The file comes at its commit like the others, is read and not run; nothing of it that is read is a prompt."""
     monkeypatch.setattr(rm_r1_prompts, "SYSTEM_CHARS", 4)
@@ -369,7 +384,12 @@ ROWS = {   # with columns that are there and are not used
                     {"chosen": TALK + messages(("user", "u"), ("assistant", "x")), "source": "helpsteer2",
                      "rejected": TALK + messages(("user", "u"), ("assistant", "y"))}],
     "reward-bench": [{"prompt": "Hi", "chosen": "Hello", "chosen_model": "m", "rejected": "Go", "rejected_model": None,
-                      "subset": subset, "id": 3692} for subset in ("donotanswer", "hep-python")]}
+                      "subset": subset, "id": 3692} for subset in ("donotanswer", "hep-python")],
+    "reward-bench-2": [{"id": id, "prompt": "Hi", "chosen": chosen, "rejected": ["Go", "No", "So"], "subset": subset,
+                        "num_correct": len(chosen), "num_incorrect": 3, "total_completions": 3 + len(chosen),
+                        "models": ["m"], "additional_metadata": {"valid": 1.0}}
+                       for id, subset, chosen in (("7", "Math", ["Hello"]), ("7", "Safety", ["Hello"]),
+                                                  ("tied:0", "Ties", ["Hello", "Hey"]))]}
 ROWS["rm-r1-reasoning-rlvr"] = ROWS["rm-r1-rlvr"]
 
 
@@ -439,6 +459,16 @@ def test_reward_bench(parquet, tmp_path):
     assert [(p.source, p.domain, p.subset) for p in found] == [("reward-bench", "Safety", "donotanswer"),
                                                                ("reward-bench", "Reasoning", "hep-python")]
     assert [record["id"] for record in records(path)] == [3692, 3692]
+
+
+def test_reward_bench_2(parquet, tmp_path, capsys):
+    """Its lists of answers stay lists; ids repeat across subsets."""
+    path = converted(parquet, tmp_path, "reward-bench-2")
+    assert "reward-bench-2.jsonl: 3 rows" in capsys.readouterr().out
+    assert [p.id for p in read_pairwise(path)] == [f"{subset}/7/{k}" for subset in ("Math", "Safety") for k in range(3)]
+    assert len(read_pairwise(path, ties=True)) == 6 + 6
+    assert records(path)[2] == {"id": "tied:0", "source": "reward-bench-2", "prompt": "Hi", "chosen": ["Hello", "Hey"],
+                                "rejected": ["Go", "No", "So"], "num_correct": 2, "subset": "Ties"}
 
 
 def test_arrow_types_become_plain_json(parquet, tmp_path):

@@ -194,6 +194,35 @@ def test_chunks_round_trip():
     assert back == items
 
 
+def test_verdicts_of_four_letters_and_ratings(tmp_path):
+    """Questions with four answers, shown as the judge saw them; a rating has no label. Neither counts in the quality
+    of texts, which is about A and B. The scores keep their names."""
+    found, shown = [], []
+    for i, (winner, verdict) in enumerate((("c", "c"), ("d", "a"), ("a", None))):
+        p = pair(i, "reward-bench-2-four-way", "Math", "Math", winner, item="")
+        shown.append(p | {"prompt": [], "answer_a": "", "answer_b": "", "winner": None,
+                          "rendered": [{"role": "user", "content": f"four answers {i}"}]})
+        vote = {"text": f"[[{verdict}]]", "n_tokens": 9, "finished": True, "verdict": verdict, "seconds": 1.0}
+        found.append(judgement(p) | {"votes": [vote], "verdict": verdict})
+    rated = pair(3, "reward-bench-2-ratings", "Ties", "Ties", None)
+    found.append(judgement(rated, "-", "so 7"))
+    games = [pair(i, f"judgebench-{name}", "Coding", "livecodebench") for i, name in enumerate(("gpt", "claude"))]
+    found += [judgement(p) for p in games] + [swapped(games[0], "b")]
+    evaluation(tmp_path, [*shown, rated, *games], found)
+    main(Config(runs=(str(tmp_path),)))
+    data, items = unpack((tmp_path / "report.html").read_text())
+    columns, names = data["columns"], data["names"]
+    assert [names["benchmark"][k] for k in columns["benchmark"]] == [
+        *["RewardBench 2, four-way"] * 3, "RewardBench 2, ratings", "JudgeBench (gpt)", "JudgeBench (claude)",
+        "JudgeBench (gpt)"]
+    assert [names["section"][k] for k in columns["section"]] == ["Math"] * 3 + ["Ties"] + ["Coding"] * 3
+    assert [("a", "b", None, "c", "d")[k] for k in columns["verdict"]] == ["c", "a", None, None, "a", "a", "b"]
+    assert [("a", "b", None, "c", "d")[k] for k in columns["label"]] == ["c", "d", "a", None, "a", "a", "b"]
+    assert columns["outcome"] == [0, 1, 2, 4, 0, 0, 0]
+    assert items["pair"][0]["rendered"] == [["user", "four answers 0"]]
+    assert dict(data["quality"]["groups"])["Texts"] == [["all", ["3"]]]
+
+
 def test_page_json_survives_a_script_tag():
     text = page_json({HOSTILE: [HOSTILE]})
     assert "<" not in text and text.isascii() and text.isprintable() and json.loads(text) == {HOSTILE: [HOSTILE]}

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     # distill: stage 1 of the generated task
     "grpo": "batch checkpoint common data distill draw ending files folder judge model options plan plan_table prompt "
             "reward run sample tokenizer",
-    "benchmarks": "data intervals reward",
+    "benchmarks": "data intervals prompt reward",
     "evaluate": "benchmarks common data ending files folder judge options sample",
     "report": "benchmarks data files options reward",
     "traces": "",

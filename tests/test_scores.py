@@ -15,6 +15,7 @@ import pytest
 from test_benchmarks import (DEEPSEEK, ITEMS, QWEN, REWARD_BENCH, RMB_SIZES, ROWS, SWAPPED, needs_benchmarks,
                              read_recorded, record, reward_bench_logs, reward_bench_rows, rm_bench_items,
                              rm_bench_logs, rmb_files, rmb_logs, save_model, scores)
+from benchmarks import rows as row_parts
 
 SECTIONS = {"Chat": "alpacaeval-easy alpacaeval-length alpacaeval-hard mt-bench-easy mt-bench-med",
             "Chat Hard": "mt-bench-hard llmbar-natural llmbar-adver-neighbor llmbar-adver-GPTInst llmbar-adver-GPTOut "
@@ -205,7 +206,8 @@ def test_the_last_digit_is_that_of_every_python(monkeypatch):
     def sum312(values, start=0):
         values = list(values)
         return math.fsum(values) if any(isinstance(value, float) for value in values) else sum(values, start)
-    monkeypatch.setattr(scores, "sum", sum312, raising=False)
+    for module in (scores, row_parts):
+        monkeypatch.setattr(module, "sum", sum312, raising=False)
     assert scores.score(recorded_outcomes(DEEPSEEK))[0]["score"] == 0.908509912162183
 
 
@@ -285,8 +287,8 @@ def test_the_worked_example_of_rm_bench():
 def test_averages_of_the_paper():
     """Section 5, from the three figures of the two 32B models."""
     for *three, average in ((91.37, 79.24, 73.01, 81.21), (90.85, 83.88, 69.77, 81.50), (91.37, 78.64, 73.01, 81.01)):
-        rows = [scores.make_row("x", "overall", "x", s / 100, s / 100, s / 100, [], 1) for s in three]
-        assert round(100 * scores.mean_row("average", "overall", "x", rows, [])["score"], 2) == average
+        rows = [row_parts.make_row("x", "overall", "x", s / 100, s / 100, s / 100, [], 1) for s in three]
+        assert round(100 * row_parts.mean_row("average", "overall", "x", rows, [])["score"], 2) == average
 
 
 # ---- parts of a benchmark
@@ -338,7 +340,7 @@ def test_an_average_needs_three_benchmarks():
         (pytest.approx((1 + 8 / 9) / 3), 3, 2985 + 1327 + 20917), (pytest.approx((1 + 7 / 9) / 3), 3, 25229)]
     for part in (reward + item, item + rmb, reward + rmb, reward + item[:8] + rmb, item[::3] + rmb):
         assert {r["benchmark"] for r in scores.score(part)} <= {"RewardBench", "RM-Bench", "RMB"}
-    assert [scores.n_incomplete(part) for part in (reward + item, item[1:], reward)] == [0, 1, 0]
+    assert [scores.n_incomplete(part)["RM-Bench"] for part in (reward + item, item[1:], reward)] == [0, 1, 0]
 
 
 def test_other_pairs_unlabelled_and_swapped_ones():
@@ -350,7 +352,7 @@ def test_other_pairs_unlabelled_and_swapped_ones():
         ("pairs", *row, None) for row in (("overall", "all", 2, 3), ("domain", "d", 1, 1), ("domain", "e", 1, 2),
                                           ("source", "s", 2, 2), ("source", "t", 0, 1))]
     assert all((r["score"], r["no_verdict"], r["tokens"]) == (r["right"] / r["n"], 0, 10) for r in rows)
-    assert (rows[2]["low"], rows[2]["high"]) == scores.wilson(1, 2)
+    assert (rows[2]["low"], rows[2]["high"]) == row_parts.wilson(1, 2)
     three = [record("hep-go/1", "a", "a", "reward-bench", "Reasoning", "hep-go"), rmb_record("1", 0)]
     three += rm_bench_records("chat", 1)
     average = [r for r in scores.score(own + extra + three) if r["benchmark"] == "average"]
@@ -370,12 +372,12 @@ def test_is_right_is_the_verdict_else_what_was_recorded():
 def test_make_row_counts_votes_and_ties():
     """Six votes of three records, two of them without a verdict; one record is tied, one without any verdict is not."""
     members = [record("p", "a", "ab"), record("q", "a", "aax"), record("r", "a", "x")]
-    row = scores.make_row("B", "k", "n", .5, .4, .6, members, 3, 9, 1)
+    row = row_parts.make_row("B", "k", "n", .5, .4, .6, members, 3, 9, 1)
     assert row == {"benchmark": "B", "kind": "k", "name": "n", "n": 3, "of": 9, "score": .5, "low": .4, "high": .6,
                    "right": 1, "no_verdict": 2 / 6, "ties": 1 / 3, "tokens": (10 + 20 + 10 + 20 + 30 + 10) / 6,
                    "seconds": (0 + .5 + 0 + .5 + 1 + 0) / 6}
     members[0]["votes"][0]["n_tokens"] = None         # a recorded output: nobody counted its tokens
-    row = scores.make_row("B", "k", "n", .5, .4, .6, members + [record("t", "a", "") | {"recorded": 1}], 4)
+    row = row_parts.make_row("B", "k", "n", .5, .4, .6, members + [record("t", "a", "") | {"recorded": 1}], 4)
     assert (row["tokens"], row["seconds"], row["ties"], row["no_verdict"]) == (None, 2 / 6, 1 / 3, 2 / 6)
 
 
@@ -398,8 +400,8 @@ def test_swaps():
     extra = [record("once", "a", "a"), record("gone/swapped", "a", "a", swapped=True), record("none", None, "a"),
              record("none/swapped", None, "a", swapped=True)]
     row, = scores.swap_rows(records + extra)
-    assert (row["mean_low"], row["mean_high"]) == scores.interval([1, .5, .5, 0, .5, .5, .5, 0], 2)
-    low, high = scores.wilson(2, 8)
+    assert (row["mean_low"], row["mean_high"]) == row_parts.interval([1, .5, .5, 0, .5, .5, .5, 0], 2)
+    low, high = row_parts.wilson(2, 8)
     assert row == {"benchmark": "pairs", "n": 8, "first": 4 / 8, "second": 3 / 8, "mean": 7 / 16,
                    "mean_low": row["mean_low"], "mean_high": row["mean_high"], "both": 1 / 8, "consistent": 2 / 8,
                    "consistent_low": low, "consistent_high": high, "always_a": 2 / 8, "always_b": 2 / 8,
@@ -428,27 +430,27 @@ def test_budgets_cut_every_vote():
     (50, 100, 0.4038, 0.5962), (8, 10, 0.4902, 0.9433), (20, 20, 0.8389, 1.0), (0, 0, 0.0, 1.0),
 ])
 def test_wilson_equals_published_intervals(right, n, low, high):
-    assert scores.wilson(right, n) == pytest.approx((low, high), abs=6e-5)
+    assert row_parts.wilson(right, n) == pytest.approx((low, high), abs=6e-5)
 
 
 def test_wilson_ends_solve_their_equation():
     """(share - p)^2 = z^2 p (1 - p) / n at both ends p; the ends mirror each other and lie in [0, 1]."""
     for n in (1, 2, 17, 3000):
         for right in {0, 1, n // 3, n - 1, n}:
-            low, high = scores.wilson(right, n)
+            low, high = row_parts.wilson(right, n)
             assert 0 <= low <= right / n <= high <= 1
-            assert scores.wilson(n - right, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+            assert row_parts.wilson(n - right, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
             for p in (low, high):
                 assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
     for n in range(1, 300):               # rounding too stays within [0, 1]
-        assert 0 <= scores.wilson(0, n)[0] < 1e-9 and 1 - 1e-9 < scores.wilson(n, n)[1] <= 1
+        assert 0 <= row_parts.wilson(0, n)[0] < 1e-9 and 1 - 1e-9 < row_parts.wilson(n, n)[1] <= 1
 
 
 @pytest.mark.parametrize("n", [10, 40, 200])
 def test_wilson_covers_the_truth_95_times_in_100(n):
     """Exactly, from the binomial: on average over true shares within 1 point of 95%, and nowhere in 0.05 .. 0.95
     below 89%."""
-    ends, coverage = [scores.wilson(right, n) for right in range(n + 1)], []
+    ends, coverage = [row_parts.wilson(right, n) for right in range(n + 1)], []
     for k in range(50, 951, 3):
         p = k / 1000
         coverage.append(sum(math.comb(n, right) * p**right * (1 - p) ** (n - right)
@@ -460,12 +462,12 @@ def test_interval_is_wilsons_for_single_outcomes_and_for_independent_cells():
     rng = np.random.default_rng(0)
     for n, right in ((1, 0), (1, 1), (7, 3), (50, 50), (200, 1)):
         values = rng.permutation([1.0] * right + [0.0] * (n - right))
-        assert scores.interval(values) == pytest.approx(scores.wilson(right, n))
-        assert scores.interval(values, 9) == pytest.approx(scores.wilson(right, n))    # all nine as one: worth one each
+        assert row_parts.interval(values) == pytest.approx(row_parts.wilson(right, n))
+        assert row_parts.interval(values, 9) == pytest.approx(row_parts.wilson(right, n))    # all nine as one: worth one each
     same = [1 / 3] * 20                   # less spread than independent cells would have: worth three each, no more
-    assert scores.interval(same, 3) == pytest.approx(scores.wilson(20, 60))
-    assert scores.interval([1.0] * 19 + [8 / 9], 9) == pytest.approx(scores.wilson(179, 180))
-    assert scores.interval([0.0, .5, .5, 1.0], 2) == pytest.approx(scores.wilson(4, 8))       # spread 1/8 = 1/4 / 2
+    assert row_parts.interval(same, 3) == pytest.approx(row_parts.wilson(20, 60))
+    assert row_parts.interval([1.0] * 19 + [8 / 9], 9) == pytest.approx(row_parts.wilson(179, 180))
+    assert row_parts.interval([0.0, .5, .5, 1.0], 2) == pytest.approx(row_parts.wilson(4, 8))       # spread 1/8 = 1/4 / 2
 
 
 @pytest.mark.parametrize("p, together, n, n_cells", [
@@ -475,7 +477,7 @@ def test_interval_covers(p, together, n, n_cells):
     """Items of chances drawn from a beta distribution, the wider the smaller `together`, and cells drawn by them."""
     rng = np.random.default_rng(1)
     chances = rng.beta(p * together, (1 - p) * together, (1500, n)) if together < 1e9 else np.full((1500, n), p)
-    ends = np.array([scores.interval(values, n_cells) for values in rng.binomial(n_cells, chances) / n_cells])
+    ends = np.array([row_parts.interval(values, n_cells) for values in rng.binomial(n_cells, chances) / n_cells])
     assert .93 <= np.mean((ends[:, 0] <= p) & (p <= ends[:, 1])) <= .985
     assert max(np.mean(ends[:, 0] > p), np.mean(ends[:, 1] < p)) < .045      # on neither side more than twice its share
 
@@ -487,17 +489,17 @@ def test_combined_covers(parts):
     rng, total = np.random.default_rng(2), sum(weight for weight, *_ in parts)
     truth, hits = sum(weight * p for weight, p, _ in parts) / total, []
     for right in np.stack([rng.binomial(n, p, 1500) for _, p, n in parts], 1).tolist():
-        shares = [(weight, k / n, *scores.wilson(k, n)) for (weight, _, n), k in zip(parts, right)]
-        _, low, high = scores.combined(shares)
+        shares = [(weight, k / n, *row_parts.wilson(k, n)) for (weight, _, n), k in zip(parts, right)]
+        _, low, high = row_parts.combined(shares)
         hits.append(low <= truth <= high)
     assert .93 <= np.mean(hits) <= .985
 
 
 def test_combined_by_hand():
-    assert scores.combined([(1, .5, .2, .9)]) == pytest.approx((.5, .2, .9))
-    assert scores.combined([(1, .5, .2, .9), (3, .5, .1, .6)]) == pytest.approx(
+    assert row_parts.combined([(1, .5, .2, .9)]) == pytest.approx((.5, .2, .9))
+    assert row_parts.combined([(1, .5, .2, .9), (3, .5, .1, .6)]) == pytest.approx(
         (.5, .5 - math.hypot(.3 / 4, .4 * 3 / 4), .5 + math.hypot(.4 / 4, .1 * 3 / 4)))
-    assert scores.combined([(1, 1.0, .9, 1.0), (1, 0.0, 0.0, .1)]) == pytest.approx((.5, .45, .55))
+    assert row_parts.combined([(1, 1.0, .9, 1.0), (1, 0.0, 0.0, .1)]) == pytest.approx((.5, .45, .55))
 
 
 def test_every_row_has_the_interval_and_the_votes_of_what_it_counts(tmp_path):
@@ -509,10 +511,10 @@ def test_every_row_has_the_interval_and_the_votes_of_what_it_counts(tmp_path):
     ends = {(r["benchmark"], r["kind"], r["name"]): (r["score"], r["low"], r["high"]) for r in rows}
 
     def mean_of(names, weights=None):
-        return pytest.approx(scores.combined([(w, *ends[name]) for w, name in zip(weights or [1] * 9, names)]))
+        return pytest.approx(row_parts.combined([(w, *ends[name]) for w, name in zip(weights or [1] * 9, names)]))
     for r in rows:
         if r["right"] is not None:
-            assert (r["score"], r["low"], r["high"]) == (r["right"] / r["n"], *scores.wilson(r["right"], r["n"]))
+            assert (r["score"], r["low"], r["high"]) == (r["right"] / r["n"], *row_parts.wilson(r["right"], r["n"]))
     reward = [("RewardBench", "section", section) for section in SECTIONS]
     rmb = [("RMB", "section", section) for section in RMB_RECORDED]
     for section, subsets in zip(reward, SECTIONS.values()):
@@ -534,7 +536,7 @@ def test_every_row_has_the_interval_and_the_votes_of_what_it_counts(tmp_path):
         title = f"{domain} {name}" if kind.endswith("difficulty") else domain
         row, = (r for r in rows if (r["kind"], r["name"]) == (kind, title))
         n_cells = 3 if kind.endswith("difficulty") else 9
-        assert (row["low"], row["high"]) == pytest.approx(scores.interval(its_values, n_cells))
+        assert (row["low"], row["high"]) == pytest.approx(row_parts.interval(its_values, n_cells))
         assert name == "twice" or row["no_verdict"] == no_verdict(texts[domain, name])
     domains = ("chat", "math", "code", "safety")
     for level in ("hard", "normal", "easy"):
