@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "batch": "draw kernels model pages",
     "sample": "batch common draw files folder kernels model options pages split tokenizer",
     "rank": "data intervals",
+    "policy_reward": "data judge rank",
     "judge": "common data draw files folder options prompt reward sample split tokenizer",
     "distill": "checkpoint common data ending files folder judge model options plan plan_table prompt run sample tokenizer",
     # distill: stage 1 of the generated task
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "teachers": "data draw files folder sample",
     "oracle": "data files judge options prompt reward teachers traces",
     # demo: how it judges
-    "experiments": "data demo distill files options oracle",
+    "experiments": "data demo distill files judge options oracle policy_reward rank",
     "demo": "data distill draw evaluate files grpo judge options prompt sample",
 }
 
