@@ -35,7 +35,8 @@ UNREADABLE = -1.0  # not 0 or None: to write more than the judge can read must n
 
 @dataclass(frozen=True)
 class PolicyReward:
-    """A reward function as TRL calls it. The same rows earn the same rewards in any order, in any batch."""
+    """A reward function as TRL calls it. The same rows earn the same rewards in any order and in any batch, as far as
+    the rounding of the judge's arithmetic does not turn a verdict."""
     judge: Judge
     schedule: str = "all"  # who is compared with whom in a group, see rank.py
     both_orders: bool = False  # judge each comparison twice, with either completion as A; a win needs both
@@ -66,23 +67,12 @@ class PolicyReward:
             prompt, reference = rows[group[0]].prompt, rows[group[0]].reference
             if not self.can_read(prompt, "", "" if reference is None else reference):
                 continue
-            readable = []
-            for i in group:
-                completion = rows[i].completion
-                # as long as all are that can read a copy of themselves, any two of them can be read side by side
-                if self.can_read(prompt, completion, completion if reference is None else reference):
-                    readable.append(i)
-                else:
-                    rewards[i] = UNREADABLE
-            if not readable or reference is None and len(group) == 1:
-                continue
-            answers = sorted({json.dumps(rows[i].completion) for i in readable})  # whatever the batch's order
-            answers = [json.loads(answer) for answer in answers] + ([] if reference is None else [reference])
-            if len(answers) > MOST_ANSWERS:
-                raise ValueError(f"a prompt has {len(answers)} different completions, of which {MOST_ANSWERS} can be "
-                                 "compared with each other: give a reference, or make groups smaller")
-            questions.append(Question(key, prompt, answers))
-            members.append(readable)
+            readable = [i for i in group if self.can_compare(rows[i])]
+            for i in set(group) - set(readable):
+                rewards[i] = UNREADABLE
+            if readable and (len(group) > 1 or reference is not None):
+                questions.append(question_of(key, [rows[i] for i in readable]))
+                members.append(readable)
 
         rankings = []
         for k, found in rank_all(self.judge, questions, self.schedule, self.both_orders, self.seed):
@@ -93,6 +83,11 @@ class PolicyReward:
             for name, value in statistics(rankings, rewards).items():
                 columns["log_metric"](f"judge/{name}", value)
         return rewards
+
+    def can_compare(self, row):
+        """Can the judge read the completion beside the reference; or beside a copy of itself, since of completions for
+        which this holds any two can be read together?"""
+        return self.can_read(row.prompt, row.completion, row.completion if row.reference is None else row.reference)
 
     def can_read(self, prompt, one, other):
         """Is there room for these two answers and a judgement of them?"""
@@ -114,6 +109,15 @@ def groups_of(rows, reference):
         key = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
         groups.setdefault(key, []).append(i)
     return groups
+
+
+def question_of(key, rows):
+    """What rank.py is asked: the different completions, in an order that is not the batch's, and the reference."""
+    answers = [json.loads(answer) for answer in sorted({json.dumps(row.completion) for row in rows})]
+    if len(answers) > MOST_ANSWERS:
+        raise ValueError(f"a prompt has {len(answers)} different completions, of which {MOST_ANSWERS} can be compared "
+                         "with each other: give a reference, or make groups smaller")
+    return Question(key, rows[0].prompt, answers if rows[0].reference is None else [*answers, rows[0].reference])
 
 
 def statistics(rankings, rewards):
