@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "rank": "data intervals",
     "one_answer": "data rank",
     "judge": "common data draw files folder one_answer options prompt rank reward sample split tokenizer",
+    "policy_reward": "data judge rank",
     "distill": "checkpoint common data ending files folder judge model options plan plan_table prompt run sample tokenizer",
     # distill: stage 1 of the generated task
     "grpo": "batch checkpoint common data distill draw ending files folder judge model options plan plan_table prompt "
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "teachers": "data draw files folder sample",
     "oracle": "data files judge options prompt reward teachers traces",
     # demo: how it judges
-    "experiments": "data demo distill files intervals judge options oracle rank",
+    "experiments": "data demo distill files intervals judge options oracle policy_reward rank",
     "demo": "data distill draw evaluate files grpo judge options prompt sample",
 }
 
