@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.records import STYLES, TITLES, is_swapped, styles_of
 from data.pairs import OTHER, REWARD_BENCH_SECTIONS, SWAPPED
+from intervals import wilson
 from reward import majority
 
 # Items of the published benchmarks
@@ -52,17 +53,6 @@ QUANTITIES = {
 
 
 # ---- intervals
-
-def wilson(right, n, z=1.96):
-    """95% interval of a share, (low, high) in [0, 1] (Wilson 1927): honest near 0 and 1, unlike +-z sqrt(pq/n)."""
-    if n == 0:
-        return 0.0, 1.0
-    p = right / n
-    zz = z * z / n
-    middle = (p + zz / 2) / (1 + zz)
-    half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
 
 def interval(values, n_cells=1):
     """95% interval of the mean of independent items' values, each the mean of n_cells yes-or-no outcomes.

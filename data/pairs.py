@@ -66,6 +66,14 @@ class Chain:
     judgement: str
 
 
+@dataclass(frozen=True)
+class Question:
+    """Something with answers to rank."""
+    id: str
+    prompt: list[dict]                    # as in a Pair
+    answers: list[str | list[dict]]
+
+
 def read_pairs(path, seed=0, skip_bad=False):
     """All pairs under path. The first bad record raises ValueError, "file:line: what is wrong, what to do"; with
     skip_bad every bad record is reported on stderr instead, and one last line counts them."""

@@ -11,6 +11,7 @@ ROOMS = ("benchmarks", "data", "experiments", "kernels", "report")  # packages; 
 MAY_IMPORT = {
     "files": "",
     "reward": "",
+    "intervals": "",
     "prompt": "",
     "kernels": "",
     "split": "",
@@ -30,12 +31,13 @@ MAY_IMPORT = {
     "plan_table": "model options pages plan split",
     "batch": "draw kernels model pages",
     "sample": "batch common draw files folder kernels model options pages split tokenizer",
+    "rank": "data intervals",
     "judge": "common data draw files folder options prompt reward sample split tokenizer",
     "distill": "checkpoint common data ending files folder judge model options plan plan_table prompt run sample tokenizer",
     # distill: stage 1 of the generated task
     "grpo": "batch checkpoint common data distill draw ending files folder judge model options plan plan_table prompt "
             "reward run sample tokenizer",
-    "benchmarks": "data reward",
+    "benchmarks": "data intervals reward",
     "evaluate": "benchmarks common data ending files folder judge options sample",
     "report": "benchmarks data files options reward",
     "traces": "",
