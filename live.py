@@ -22,6 +22,7 @@ import torch
 from batch import Batch, Rollout
 from draw import Sampling, choose, prompt_key, uniforms
 from kernels import logits
+from pages import PAGE_SIZE
 from tokenizer import StreamDecoder
 
 
@@ -43,11 +44,13 @@ class Live(Batch):
     Its memory is laid out for the longest prompt and reply that are let in, as far as kv_gb reaches.
     """
 
-    def __init__(self, model, tokenizer, n_slots, kv_gb, max_model_len, max_new_tokens, graphs=True):
+    def __init__(self, model, tokenizer, n_slots, kv_gb, max_model_len, max_new_tokens, graphs=True,
+                 page_size=PAGE_SIZE):
         """max_model_len: of a prompt and its reply together."""
         # as if each slot's prompt and rollout were of the longest; top_p: as if all drew in the way that takes most
         largest = Sampling(n=n_slots, max_new_tokens=max_new_tokens, top_p=0.5)
-        super().__init__(model, [range(max_model_len)] * n_slots, largest, n_slots, kv_gb, graphs=graphs)
+        super().__init__(model, [range(max_model_len)] * n_slots, largest, n_slots, kv_gb, page_size=page_size,
+                         graphs=graphs)
         self.waiting.clear()
         self.prompts, self.keys, self.asked = {}, {}, {}  # by number, as are Batch's groups, n_left, pages and hidden
         self.stops = {}  # number -> a StopTexts for each of its rollouts, if it has stop texts
