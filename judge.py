@@ -1,7 +1,9 @@
-"""A pair in, a judgement out. On the command line: judge one pair, or a file of them.
+"""A pair in, a judgement out. On the command line: judge one pair, or a file of them; rank answers.
 
     python judge.py --model DIR --question "..." --answer-a "..." --answer-b "..."    streams the judgement
     python judge.py --model DIR --pairs pairs.jsonl --out judgements.jsonl            resumable: started again, goes on
+    python judge.py --model DIR --question "..." --answers "..." "..." "..."          ranks 2 to 64 answers (rank.py)
+    python judge.py --model DIR --rank questions.jsonl --out rankings.jsonl           resumable, too
     load_judge(Config(model=DIR)).judge_one(question, answer_a, answer_b)             the same as a function
 
 A judgement record is what is kept of it: the pair's id, label and places, a hash of the prompt, each vote's text,
@@ -9,6 +11,7 @@ tokens, verdict and whether it was finished, and the majority's verdict. It can 
 """
 
 import json
+import re
 import sys
 import time
 from array import array
@@ -19,12 +22,13 @@ import torch
 from tqdm import tqdm
 
 from common import Ranks
-from data.pairs import SWAPPED, Pair, note_one_label, read_pairs
+from data.pairs import MOST_ANSWERS, SWAPPED, Pair, Question, note_one_label, read_pairs, read_questions, texts_of
 from draw import Sampling, prompt_key
 from files import append, check_settings, fail, one_line_errors, refuse_existing, write_records, write_whole
 from folder import check_context, check_folder
-from options import check_at_least, check_between, flag_of, parse_config, refuse_ranks
+from options import check_at_least, check_between, check_choice, flag_of, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
+from rank import SCHEDULES, n_judgements, pair_of, rank_all, record_of, table
 from reward import benchmark_verdict, majority, training_verdict
 from sample import Sampler, check_model, check_options, load_model, sampling_of
 from split import Split
@@ -291,8 +295,13 @@ class Config:
     answer_a_file: str | None = None  # read the first answer from a file
     answer_b_file: str | None = None  # read the second answer from a file
     pairs: str | None = None  # judge a file or folder of pairs, in any format that data/pairs.py reads ...
-    out: str | None = None  # ... into this judgements file (JSON lines)
-    limit: int = 0  # only the first so many pairs, 0 = all
+    answers: tuple[str, ...] = ()  # rank these answers to --question, 2 to 64 ...
+    answer_files: tuple[str, ...] = ()  # ... or the ones in these files
+    rank: str | None = None  # rank the answers of a file of questions: {"id", "prompt", "answers": [...]} a line
+    schedule: str = "all"  # of a ranking: all pairs, circular (as many as answers), or swiss (N/2 log2 N, adaptive)
+    both_orders: bool = False  # of a ranking: judge a pair in both orders, and count a win only if they agree
+    out: str | None = None  # ... into this judgements file (JSON lines); with --rank, the file of rankings
+    limit: int = 0  # only the first so many pairs or questions, 0 = all
     skip_bad: bool = False  # skip unreadable records and count them, instead of stopping before any work
     votes: int = 1  # judgements per pair; the verdict is their majority
     temperature: float = 0.0  # 0 takes the likeliest token; votes need more
@@ -311,17 +320,38 @@ class Config:
     def __post_init__(self):
         check_judging(self)
         check_model(self)
+        if self.pairs and self.rank:
+            raise ValueError("--pairs and --rank are both given; judge pairs or rank answers")
+        file = "--rank" if self.rank else "--pairs"
         for name in ("question", "answer_a", "answer_b"):
             flag = flag_of(name)
             given, from_file = getattr(self, name) is not None, getattr(self, name + "_file") is not None
             if given and from_file:
                 raise ValueError(f"{flag} and its -file are both given; give one")
-            if self.pairs and (given or from_file):
-                raise ValueError(f"--pairs and {flag} are both given; judge a file or one pair")
-        if bool(self.pairs) != bool(self.out):
-            raise ValueError("--pairs, the file to judge, and --out, the judgements file to write, need each other")
-        if not self.pairs and (self.limit or self.skip_bad):
-            raise ValueError("--limit and --skip-bad are about the records of --pairs, a file to judge")
+            if (self.pairs or self.rank) and (given or from_file):
+                raise ValueError(f"{file} and {flag} are both given; judge a file or one pair")
+            if (self.answers or self.answer_files) and name != "question" and (given or from_file):
+                raise ValueError(f"{flag} is one of a pair to judge; give all answers to rank as --answers")
+        if bool(self.pairs or self.rank) != bool(self.out):
+            raise ValueError("--pairs or --rank, the file to judge, and --out, the file to write, need each other")
+        if not self.out and (self.limit or self.skip_bad):
+            raise ValueError("--limit and --skip-bad are about the records of --pairs or --rank, a file to judge")
+        check_ranking(self)
+
+
+def check_ranking(cfg):
+    """The options of ranking answers."""
+    check_choice(cfg, "schedule", *SCHEDULES)
+    if cfg.answers and cfg.answer_files:
+        raise ValueError("--answers and --answer-files are both given; give one")
+    answers = cfg.answers or cfg.answer_files
+    if answers and (cfg.pairs or cfg.rank):
+        raise ValueError(f"{'--rank' if cfg.rank else '--pairs'} and answers to rank are both given; give one")
+    if answers and not 2 <= len(answers) <= MOST_ANSWERS:
+        raise ValueError(f"answers to rank: {len(answers)} given, it takes 2 to {MOST_ANSWERS}")
+    if (cfg.both_orders or cfg.schedule != "all") and not (cfg.rank or answers):
+        raise ValueError("--schedule and --both-orders are about answers to rank: --rank FILE, or --question with "
+                         "--answers")
 
 
 def check_judging(cfg):
@@ -369,21 +399,25 @@ def weights_in(folder):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def texts_from_options(cfg):
-    """Question, answer A, answer B."""
+def texts_from_options(cfg, names=("question", "answer_a", "answer_b")):
+    """The texts of these options, each of which may come from a file."""
     def text(name):
         if file := getattr(cfg, name + "_file"):
-            try:
-                content = Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # that ends its last line
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{file}: byte {e.start} is not UTF-8: convert the file") from None
-            if not content.strip():
-                raise ValueError(f"{file}: is empty; {flag_of(name)}-file is a file with the text")
-            return content
+            return text_of_file(file, f"{flag_of(name)}-file")
         if getattr(cfg, name) is None:
             fail(f"{flag_of(name)} is missing: give a question and two answers, or --pairs FILE --out FILE")
         return getattr(cfg, name)
-    return text("question"), text("answer_a"), text("answer_b")
+    return [text(name) for name in names]
+
+
+def text_of_file(file, flag):
+    try:
+        content = Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")  # that ends its last line
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file}: byte {e.start} is not UTF-8: convert the file") from None
+    if not content.strip():
+        raise ValueError(f"{file}: is empty; {flag} is a file with the text")
+    return content
 
 
 def judge_pairs(cfg):
@@ -418,10 +452,92 @@ def show_one(cfg):
     print(f"verdict: {verdict}{counted}, {n_tokens} tokens in {record['seconds']:.1f} s")
 
 
+def rank_one(cfg):
+    """--question TEXT --answers TEXT TEXT ..."""
+    question, = texts_from_options(cfg, ["question"])
+    answers = list(cfg.answers) or [text_of_file(file, "--answer-files") for file in cfg.answer_files]
+    question = Question("question", [{"role": "user", "content": question}], answers)
+    judge = load_judge(cfg)
+    encode_all(judge, [longest_pair(judge, question)])
+    (_, found), = rank_all(judge, [question], cfg.schedule, cfg.both_orders, cfg.seed)
+    record = record_of(question, found)
+    print(table(found, answers))
+    print(f"{record['n_judgements']} judgements, {record['n_tokens']} tokens")
+
+
+def rank_file(cfg):
+    """--rank FILE --out FILE."""
+    refuse_existing(cfg.out)
+    questions = read_questions(cfg.rank, cfg.skip_bad)
+    questions = questions[:cfg.limit] if cfg.limit else questions
+    judge = load_judge(cfg)
+    settings = judge_settings(cfg, judge) | {"questions": str(Path(cfg.rank).resolve()), "schedule": cfg.schedule,
+                                             "both_orders": cfg.both_orders}
+    kept = encode_all(judge, [longest_pair(judge, question) for question in questions], cfg.skip_bad)
+    kept = {pair.item for pair, _ in kept}
+    questions = [question for question in questions if question.id in kept]
+    file = JudgementFile(cfg.out, settings)
+    refuse_others(file.partial, file.done, keys_among(judge, questions, file.done))
+    total = sum(n_judgements(question, cfg.schedule, cfg.both_orders) for question in questions)
+    records = {}
+    try:
+        with tqdm(total=total, desc="rank", unit="judgement") as bar:
+            recalling = RecallingJudge(judge, file)
+            for i, found in rank_all(recalling, questions, cfg.schedule, cfg.both_orders, cfg.seed, bar):
+                records[i] = record_of(questions[i], found)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(file.done)} of {total} judgements are made, and kept in {file.partial}; the "
+                                "same command goes on") from None
+    file.finish([records[i] for i in range(len(questions))])
+    print(f"{len(questions)} questions ranked by {total} judgements: {cfg.out}")
+
+
+@dataclass(frozen=True)
+class RecallingJudge:
+    """A Judge that keeps each judgement in a file, and does not make again what it finds there."""
+    inner: Judge
+    file: JudgementFile
+
+    def judge(self, pairs, bar=None):
+        prompts = [array("i", self.inner.encode(pair)) for pair in pairs]
+        todo = []
+        for i, key in enumerate(map(key_of, pairs, prompts)):
+            if key in self.file.done:
+                yield i, self.file.done[key]
+            else:
+                todo.append(i)
+        new = self.inner.judge([pairs[i] for i in todo], prompts=[prompts[i] for i in todo], bar=bar)
+        for k, record in new:
+            self.file.add(record)
+            yield todo[k], record
+
+
+def longest_pair(judge, question):
+    """The pair of a question's two longest answers: if the model can read it, it can read all."""
+    lengths = [sum(len(judge.tokenizer.encode(text)) for text in texts_of(answer)) for answer in question.answers]
+    *_, i, j = sorted(range(len(lengths)), key=lambda k: lengths[k])
+    return pair_of(question, i, j)
+
+
+def keys_among(judge, questions, keys):
+    """Those of these keys of judgements that are of pairs of these questions, as they read now."""
+    by_id, found = {question.id: question for question in questions}, set()
+    for name, _ in keys:
+        match = re.fullmatch(r"(.*)/(\d+)-(\d+)", name, re.DOTALL)
+        if match and match[1] in by_id and max(int(match[2]), int(match[3])) < len(by_id[match[1]].answers):
+            pair = pair_of(by_id[match[1]], int(match[2]), int(match[3]))
+            found.add(key_of(pair, judge.encode(pair)))
+    return found
+
+
 def main(cfg):
     refuse_ranks("judge.py")  # evaluate.py shares pairs out
     if cfg.pairs:
         judge_pairs(cfg)
+    elif cfg.rank:
+        rank_file(cfg)
+    elif cfg.answers or cfg.answer_files:
+        rank_one(cfg)
     else:
         show_one(cfg)
 

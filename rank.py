@@ -9,18 +9,18 @@ A comparison is one judgement, or with both_orders two, one in each order of the
 both_orders two that prefer the same answer; anything else is a tie. An answer's score is (wins - losses) / comparisons.
 """
 
+import json
 import math
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, groupby
 
 import numpy as np
 
-from data.pairs import Pair, Question
+from data.pairs import MOST_ANSWERS, Pair, Question, texts_of
 from intervals import wilson
 
 SCHEDULES = ("all", "circular", "swiss")
-MOST_ANSWERS = 64
 
 # ---------------------------------------------------------------------------------------------------- the tournament
 
@@ -88,6 +88,11 @@ def n_comparisons(n, schedule):
     if schedule == "circular":
         return n if n > 2 else n - 1
     return n // 2 * n_rounds(n, schedule)
+
+
+def n_judgements(question, schedule, both_orders):
+    """How many judgements the ranking of a Question takes; equal answers count once."""
+    return n_comparisons(1 + max(places_of(question.answers)), schedule) * (2 if both_orders else 1)
 
 
 def compare(i, j, verdict):
@@ -218,31 +223,47 @@ def rank_all(judge, questions, schedule="all", both_orders=False, seed=0, bar=No
     seed and the question's id. Of equal answers one is compared, and the others have its score. judge: a judge.Judge,
     or anything whose judge(pairs, bar=...) yields (index, record with a "verdict"). bar: a tqdm that counts judgements.
     """
-    places = [places_of(question.answers) for question in questions]
-    tournaments = [tournament(1 + max(place), schedule, both_orders, [seed, zlib.crc32(question.id.encode())])
-                   for place, question in zip(places, questions)]
-    judgements = [[] for _ in questions]
-    verdicts = dict.fromkeys(range(len(questions)))  # of each question's last round; None begins its tournament
-    while verdicts:
-        asked = {}
-        for index, answered in verdicts.items():
-            try:
-                first = [places[index].index(k) for k in range(1 + max(places[index]))]
-                asked[index] = [(first[i], first[j]) for i, j in tournaments[index].send(answered)]
-            except StopIteration as end:
-                found = with_copies(end.value, places[index])
-                yield index, replace(found, judgements=judgements[index])
-        jobs = [(index, k) for index, pairs in asked.items() for k in range(len(pairs))]
-        pairs = [pair_of(questions[index], *asked[index][k]) for index, k in jobs]
-        verdicts = {index: [None] * len(pairs) for index, pairs in asked.items()}
-        records = {}
+    contests = {index: Contest(question, schedule, both_orders, seed) for index, question in enumerate(questions)}
+    for index in [index for index, contest in contests.items() if contest.ranking]:  # all answers are equal
+        yield index, contests.pop(index).ranking
+    while contests:
+        jobs = [(index, k) for index, contest in contests.items() for k in range(len(contest.asked))]
+        pairs = [contests[index].pair(k) for index, k in jobs]
         for number, record in judge.judge(pairs, bar=bar):
-            records[number] = record
+            index, k = jobs[number]
+            contests[index].take(k, record)
             if bar is not None:
                 bar.update()
-        for number, (index, k) in enumerate(jobs):
-            verdicts[index][k] = records[number]["verdict"]
-            judgements[index].append((*asked[index][k], records[number]))
+            if contests[index].ranking:
+                yield index, contests.pop(index).ranking
+
+
+class Contest:
+    """One question's tournament while it goes on: `asked` is the round to judge, `ranking` is there at its end."""
+
+    def __init__(self, question, schedule, both_orders, seed):
+        self.question, self.places, self.judgements, self.ranking = question, places_of(question.answers), [], None
+        self.first = [self.places.index(k) for k in range(1 + max(self.places))]  # of each different answer
+        seed = [seed, zlib.crc32(question.id.encode())]
+        self.tournament = tournament(len(self.first), schedule, both_orders, seed)
+        self.go_on(None)
+
+    def go_on(self, verdicts):
+        try:
+            self.asked = [(self.first[i], self.first[j]) for i, j in self.tournament.send(verdicts)]
+            self.records = [None] * len(self.asked)
+        except StopIteration as end:
+            self.ranking = replace(with_copies(end.value, self.places), judgements=self.judgements)
+
+    def pair(self, k):
+        return pair_of(self.question, *self.asked[k])
+
+    def take(self, k, record):
+        """The judgement of pair k; the last one of a round makes the next."""
+        self.records[k] = record
+        if None not in self.records:
+            self.judgements += [(i, j, record) for (i, j), record in zip(self.asked, self.records)]
+            self.go_on([record["verdict"] for record in self.records])
 
 
 def pair_of(question, i, j):
@@ -262,11 +283,57 @@ def places_of(answers):
 
 def with_copies(found, places):
     """The Ranking of all answers from that of the different ones."""
-    first = [places.index(k) for k in range(1 + max(places))]
+    wins, losses, comparisons = ([of[k] for k in places] for of in (found.wins, found.losses, found.comparisons))
+    inconsistent = dict(found.inconsistent)
+    for name in ("orders", "no_verdict", "cycles"):
+        inconsistent[name] = [tuple(places.index(k) for k in group) for group in inconsistent[name]]
+    return ranking(wins, losses, comparisons, inconsistent)
 
-    def spread(values):
-        return [values[k] for k in places]
-    inconsistent = found.inconsistent | {
-        name: [tuple(first[i] for i in group) for group in found.inconsistent[name]]
-        for name in ("orders", "no_verdict", "cycles")}
-    return ranking(spread(found.wins), spread(found.losses), spread(found.comparisons), inconsistent)
+
+# ------------------------------------------------------------------------------------------------ records and tables
+
+
+def record_of(question, found):
+    """What is kept of a Ranking: enough to make it again without the model. Answers are numbered from 0."""
+    judgements = [{"a": i, "b": j, "prompt_hash": record["prompt_hash"], "verdict": record["verdict"],
+                   "votes": [without_seconds(vote) for vote in record["votes"]]} for i, j, record in found.judgements]
+    n_tokens = sum(vote["n_tokens"] for judgement in judgements for vote in judgement["votes"])
+    lists = asdict(replace(found, judgements=[]))
+    del lists["judgements"]
+    return {"id": question.id, "n_answers": len(question.answers), **lists, "n_judgements": len(judgements),
+            "n_tokens": n_tokens, "judgements": judgements}
+
+
+def without_seconds(vote):
+    """So that the same judgements make the same file."""
+    return {key: value for key, value in vote.items() if key != "seconds"}
+
+
+def table(found, answers):
+    """A Ranking for people: the answers, best first, and what was inconsistent."""
+    lines = ["answer  score  win rate (95 %)     won  lost  tied  begins with"]
+    for i in found.order:
+        (low, high), tied = found.intervals[i], found.comparisons[i] - found.wins[i] - found.losses[i]
+        share = f"{found.win_rates[i]:.2f} ({low:.2f}-{high:.2f})"
+        lines.append(f"{i:6}  {found.scores[i]:5.2f}  {share:17}  {found.wins[i]:4}  {found.losses[i]:4}  {tied:4}  "
+                     f"{start_of(answers[i])}")
+    for group in found.ties:
+        lines.append(f"answers {', '.join(map(str, group))} tie" +
+                     (", their texts are equal" if all(answers[i] == answers[group[0]] for i in group) else ""))
+    faults = found.inconsistent
+    if faults["orders"]:
+        lines.append(f"the two orders contradict each other: {show_groups(faults['orders'])}")
+    if faults["no_verdict"]:
+        lines.append(f"no verdict: {show_groups(faults['no_verdict'])}")
+    if faults["cycles"]:
+        lines.append(f"circles, each won against the next: {show_groups(faults['cycles'])} "
+                     f"({len(faults['cycles'])} of {faults['triples']} triples)")
+    return "\n".join(lines)
+
+
+def start_of(answer):
+    return json.dumps(texts_of(answer)[0][:40], ensure_ascii=False)
+
+
+def show_groups(groups):
+    return ", ".join("-".join(map(str, group)) for group in groups[:10]) + (" ..." if len(groups) > 10 else "")

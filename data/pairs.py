@@ -34,6 +34,7 @@ from data.fields import Bad, clean, keys_of, kind_of, need, need_keys, need_obje
 
 ROLES = ("system", "user", "assistant")
 SWAPPED = "/swapped"  # ends the id of a pair's judgement in the other order
+MOST_ANSWERS = 64  # of a question, to rank
 OTHER = {"a": "b", "b": "a", None: None}  # a label or verdict with the answers in the other order
 RM_BENCH_DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
 REWARD_BENCH_SECTIONS = {
@@ -96,6 +97,11 @@ def swapped(pair):
 def read_chains(path, skip_bad=False):
     """All chains under path; errors as in read_pairs."""
     return [Chain(pair, judgement) for pair, judgement in read_records(path, chains_in, skip_bad)]
+
+
+def read_questions(path, skip_bad=False):
+    """All Questions under path, {"id", "prompt" or "question", "answers"}; errors as in read_pairs."""
+    return [question for question, _ in read_records(path, questions_in, skip_bad)]
 
 
 def without_equal_answers(items, path, drop, say):
@@ -324,6 +330,22 @@ def chains_in(record, place):
     if "judgement" in record:
         return [(_own(record), _judgement(record, "judgement"))]
     raise Bad(f"no judgement in this record, its keys are {keys_of(record)}: data/pairs.py lists the forms of chains")
+
+
+def questions_in(record, place):
+    """[(Question, None)] of one record."""
+    if "prompt" in record and "question" in record:
+        raise Bad('"prompt" and "question" are the same thing: remove one')
+    name = "question" if "question" in record else "prompt"
+    need_keys(record, name, "answers")
+    value = need(record, name, str, list)
+    prompt = _prompt([{"role": "user", "content": value}] if isinstance(value, str) else value, name)
+    answers = [_answer(answer, prompt, True) for answer in need(record, "answers", list, of=(str, list))]
+    if not 2 <= len(answers) <= MOST_ANSWERS:
+        raise Bad(f'"answers" holds {len(answers)}: from 2 to {MOST_ANSWERS} can be ranked')
+    if not any(text.strip() for answer in answers for text in texts_of(answer)):
+        raise Bad("all answers are blank: remove the record")
+    return [(Question(_id(record, place), prompt, answers), None)]
 
 
 def _own(record):
