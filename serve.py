@@ -14,21 +14,24 @@ import os
 import re
 import time
 import uuid
+from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from queue import Empty
+from queue import Empty, SimpleQueue
 
 import torch
 
-from data.fields import Bad, need, need_object
-from data.pairs import Place, pairs_in
+from data.fields import Bad, need, need_object, show
+from data.pairs import Place, pairs_in, questions_in
 from draw import Sampling
 from ending import asked_to_stop, together
 from files import NotJson, one_line_errors, parse_json
-from judge import Judge, prompt_for
+from judge import Judge, longest_pair, prompt_for
 from live import Busy, Engine, Live
 from options import check_at_least, check_between, parse_config, refuse_ranks
+from rank import SCHEDULES, n_judgements, rank_all, record_of
 from reward import parse
 from sample import Sampler, check_model, check_options, load_model, sampling_of
 from tokenizer import StreamDecoder
@@ -163,6 +166,8 @@ def room(service, n):
 
 def next_done(service, exchange, box, until, pause=LOOK_S):
     """The next request in the box, or None if there is none after the pause."""
+    if time.monotonic() > until:
+        raise Refused(504, f"the time for a request is over, {service.timeout_s:g} s")
     try:
         return box.get(timeout=pause)
     except Empty:
@@ -171,8 +176,6 @@ def next_done(service, exchange, box, until, pause=LOOK_S):
         raise Refused(500, "the sampler has failed; the server ends")
     if exchange.gone():
         raise Gone
-    if time.monotonic() > until:
-        raise Refused(504, f"the time for a request is over, {service.timeout_s:g} s")
     return None
 
 
@@ -217,7 +220,8 @@ def chat(service, exchange, content):
              "model": service.name}
     with room(service, sampling.n):
         if streamed:
-            stream_chat(service, exchange, reply | {"object": "chat.completion.chunk"}, ids, sampling, stops, with_usage)
+            reply["object"] = "chat.completion.chunk"
+            stream_chat(service, exchange, reply, ids, sampling, stops, with_usage)
             return
         rollouts = write(service, exchange, ids, sampling, stops)
     texts = [before_stop(tokenizer.decode(rollout.ids), stops) for rollout in rollouts]
@@ -298,6 +302,51 @@ def judge_pair(service, exchange, content):
     exchange.send_json(200, record | {"model": service.name, "usage": usage_of(len(ids), rollouts)})
 
 
+# ------------------------------------------------------------------------------------------------------------ a ranking
+
+
+def rank_answers(service, exchange, content):
+    """A ranking record as the files of judge.py --rank have it."""
+    with refusing():
+        body, jury = read_object(content), service.judge
+        (question, _), = questions_in({"id": "question"} | body, Place(Path("request"), "question", {}))
+        schedule, both_orders = take(body, "schedule", "all", str), take(body, "both_orders", False, bool)
+        if schedule not in SCHEDULES:
+            raise Bad(f'"schedule" is {show(schedule)}: it must be {" or ".join(SCHEDULES)}')
+        n_prompt = len(jury.encode(longest_pair(jury, question)))
+        sampling = sampling_in(body, "votes", jury.sampling, n_prompt, service.engine.batch)
+    n_at_once = min(n_judgements(question, schedule, both_orders), max(1, service.engine.batch.n_slots // sampling.n))
+    with room(service, n_at_once * sampling.n):
+        several = Several(service, exchange, sampling, n_at_once)
+        (_, found), = rank_all(several, [question], schedule, both_orders, sampling.seed)
+    exchange.send_json(200, record_of(question, found) | {"model": service.name})
+
+
+class Several:
+    """Judges pairs for rank_all, some at once, so that other requests come in between."""
+
+    def __init__(self, service, exchange, sampling, n_at_once):
+        self.service, self.exchange, self.sampling, self.n_at_once = service, exchange, sampling, n_at_once
+        self.until = time.monotonic() + service.timeout_s
+
+    def judge(self, pairs, bar=None):
+        engine, jury = self.service.engine, self.service.judge
+        prompts = [jury.encode(pair) for pair in pairs]
+        coming, box, present = deque(range(len(pairs))), SimpleQueue(), {}
+        try:
+            while coming or present:
+                while coming and len(present) < self.n_at_once:
+                    number = coming.popleft()
+                    present[engine.ask(prompts[number], self.sampling, box=box)] = number
+                if asked := next_done(self.service, self.exchange, box, self.until):
+                    number = present.pop(asked)
+                    votes = [jury.vote(rollout) for rollout in asked.rollouts]
+                    yield number, jury.record(pairs[number], asked.ids, votes)
+        finally:
+            for asked in present:
+                engine.cancel(asked)
+
+
 # ---------------------------------------------------------------------------------------------------------- the server
 
 
@@ -340,11 +389,10 @@ def routes_of(service):
                 raise Refused(503, "the server is ending", retry_s=5)
             answer(service, exchange, content)
         return call
-    work = {"/v1/chat/completions": chat, "/judge": judge_pair}
+    work = {"/v1/chat/completions": chat, "/judge": judge_pair, "/rank": rank_answers}
     looks = {"/v1/models": models, "/health": health, "/metrics": metrics}
-    return ({path: ("POST", when_open(answer)) for path, answer in work.items()}
-            | {path: ("GET", lambda exchange, body, answer=answer: answer(service, exchange, body))
-               for path, answer in looks.items()})
+    routes = {path: ("POST", when_open(answer)) for path, answer in work.items()}
+    return routes | {path: ("GET", partial(answer, service)) for path, answer in looks.items()}
 
 
 @dataclass(frozen=True)
@@ -406,8 +454,8 @@ def load(cfg):
     context = model.config.raw.get("max_position_embeddings")
     longest = cfg.max_model_len or context
     if not longest or longest < 2 or context and longest > context:
-        raise ValueError(f"--max-model-len {cfg.max_model_len}: {cfg.model} can read {context or 'it does not say how many'}"
-                         " tokens; give a number from 2 to that")
+        raise ValueError(f"--max-model-len {cfg.max_model_len}: give a number of tokens from 2 to what {cfg.model} can "
+                         f"read, {context or 'which its config.json does not say'}")
     n_new = min(cfg.max_new_tokens, longest - 1)
     sampling = replace(sampling_of(cfg, 1, tokenizer), max_new_tokens=n_new)
     with torch.inference_mode():

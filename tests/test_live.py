@@ -3,6 +3,7 @@ float64; the pages, and what is kept of requests, counted from outside."""
 
 import sys
 import threading
+import time
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -34,9 +35,9 @@ def request(ids, sampling):
 def some_sampling(rng):
     """Settings that differ in everything."""
     temperature = float(rng.choice([0.0, 0.7, 1.0]))
-    return Sampling(n=1 if temperature == 0 else int(rng.integers(1, 5)), max_new_tokens=int(rng.integers(1, 41)),
+    return Sampling(n=1 if temperature == 0 else int(rng.integers(1, 5)), max_new_tokens=int(rng.integers(20, 41)),
                     temperature=temperature, top_p=float(rng.choice([0.8, 1.0])), top_k=int(rng.choice([0, 5])),
-                    stop=frozenset({17, 18}), seed=int(rng.integers(-2**63, 2**63)))
+                    stop=frozenset({17}), seed=int(rng.integers(-2**63, 2**63)))
 
 
 def written(asked):
@@ -48,9 +49,9 @@ def alone(model, asked):
     return [(rollout.ids, rollout.reason) for rollout in group]
 
 
-@pytest.mark.parametrize("n_pages, buckets", [(0, False), (30, False), (0, True)], ids=["room", "little", "buckets"])
+@pytest.mark.parametrize("n_pages, buckets", [(0, False), (28, False), (0, True)], ids=["room", "little", "buckets"])
 def test_whoever_comes_and_goes_each_gets_what_it_gets_alone(n_pages, buckets, monkeypatch):
-    """60 requests join at random moments, and some leave before they are done; with 30 pages rollouts are put back.
+    """30 requests join at random moments, and some leave before they are done; with 28 pages rollouts are put back.
     Buckets: as on a GPU, where a CUDA graph holds a step."""
     model, rng = tiny(QWEN3, torch.float64), np.random.default_rng(0)
     if buckets:
@@ -58,9 +59,9 @@ def test_whoever_comes_and_goes_each_gets_what_it_gets_alone(n_pages, buckets, m
         monkeypatch.setattr(Live, "wants_graphs", lambda self: True)
     batch = Live(model, None, 6, gb(model, n_pages, 4), 60, 40, page_size=4)
     assert n_pages or len(batch.pool.free_x) == 1 + 6 * (15 + 10)  # a prompt of 60, a reply of 40 for every slot
-    coming, present, done, n_left = [request(PROMPTS[i % 8], some_sampling(rng)) for i in range(60)], [], [], 0
+    coming, present, done, n_left = [request(PROMPTS[i % 8], some_sampling(rng)) for i in range(30)], [], [], 0
     while coming or batch.slots or batch.waiting:
-        if coming and rng.random() < 0.3:
+        if coming and rng.random() < 0.4:
             asked = coming.pop()
             batch.join(asked)
             present.append(asked)
@@ -75,7 +76,7 @@ def test_whoever_comes_and_goes_each_gets_what_it_gets_alone(n_pages, buckets, m
         for asked in batch.take_done():
             present.remove(asked)
             done.append(asked)
-    assert len(done) + n_left == 60 and n_left > 5 and (batch.n_put_back > 3) == (n_pages > 0)
+    assert len(done) + n_left == 30 and n_left > 3 and (batch.n_put_back > 3) == (n_pages > 0)
     for asked in done:
         assert written(asked) == alone(model, asked)
     assert_empty(batch)
@@ -123,16 +124,16 @@ def test_many_threads_ask_at_once(engine):
                         assert asked.box.get(timeout=60) is asked
                     break
                 except Busy:
-                    continue
+                    time.sleep(0.002)
             with lock:
                 found.append(asked)
-    work = [[(PROMPTS[int(rng.integers(8))], some_sampling(rng)) for _ in range(3)] for _ in range(10)]
+    work = [[(PROMPTS[int(rng.integers(8))], some_sampling(rng)) for _ in range(2)] for _ in range(8)]
     threads = [threading.Thread(target=client, args=(settings,)) for settings in work]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == engine.n_done == 30 and engine.n_taken == 0
+    assert len(found) == engine.n_done == 16 and engine.n_taken == 0
     assert engine.n_written == sum(len(ids) for asked in found for ids, _ in written(asked))
     assert engine.n_written == engine.n_decoded + sum(asked.sampling.n for asked in found)  # the first: with the prompt
     for asked in found:
