@@ -25,6 +25,8 @@ from kernels import logits
 from pages import PAGE_SIZE
 from tokenizer import StreamDecoder
 
+MOST_ROLLOUTS = 32  # of one prompt: the tables that a step reads have a column for each
+
 
 @dataclass(eq=False)
 class Asked:
@@ -48,7 +50,8 @@ class Live(Batch):
                  page_size=PAGE_SIZE):
         """max_model_len: of a prompt and its reply together."""
         # as if each slot's prompt and rollout were of the longest; top_p: as if all drew in the way that takes most
-        largest = Sampling(n=n_slots, max_new_tokens=max_new_tokens, top_p=0.5)
+        self.most_n = min(n_slots, MOST_ROLLOUTS)
+        largest = Sampling(n=self.most_n, max_new_tokens=max_new_tokens, top_p=0.5)
         super().__init__(model, [range(max_model_len)] * n_slots, largest, n_slots, kv_gb, page_size=page_size,
                          graphs=graphs)
         self.waiting.clear()
@@ -156,6 +159,8 @@ class Busy(Exception):
 
 
 class Engine:
+    """Runs a Live batch in a thread of its own. Other threads ask and cancel; they look at counts, and change none."""
+
     def __init__(self, batch, max_waiting):
         """max_waiting: rollouts that may wait, beside those that are written."""
         self.batch, self.n_room = batch, batch.n_slots + max_waiting

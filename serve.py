@@ -39,7 +39,8 @@ from web import Gone, Limits, Refused, Server
 
 LOOK_S = 0.5  # how often a request that waits looks whether its client is still there
 STREAM_S = 0.05  # how often a stream sends what has been written
-PAIR_FIELDS = ("id", "prompt", "answer_a", "answer_b", "winner", "source", "domain", "subset", "item")
+PAIR_FIELDS = ("id", "prompt", "answer_a", "answer_b", "winner", "source", "domain", "subset", "item",
+               "rubric")
 # What clients may set to these values, since they change nothing; other values are refused.
 NEUTRAL = {"logprobs": (False,), "tools": ([],), "functions": ([],), "logit_bias": ({},), "frequency_penalty": (0,),
            "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "response_format": ({"type": "text"},),
@@ -90,7 +91,7 @@ def take_number(body, name, default, low, high, *kinds):
 def sampling_in(body, name, standard, n_prompt, batch):
     """The Sampling that a request asks for. name: of the field that says how many rollouts; standard: what holds where
     it says nothing; n_prompt: its prompt's tokens."""
-    n = take_number(body, name, standard.n, 1, batch.n_slots, int)
+    n = take_number(body, name, standard.n, 1, batch.most_n, int)
     temperature = take_number(body, "temperature", standard.temperature, 0, 100, int, float)
     if 0 < temperature < 1e-3:
         raise Bad(f'"temperature" is {temperature}: it must be 0 or at least 0.001')
@@ -259,7 +260,7 @@ def stream_chat(service, exchange, reply, ids, sampling, stops, with_usage):
 
 
 class Growing:
-    """The text of a rollout that is being written. Its end is held back while it may be the beginning of a stop text."""
+    """The text of a rollout that is being written. Its end is held back: it may be the beginning of a stop text."""
 
     def __init__(self, tokenizer, stops):
         self.stream, self.stops = StreamDecoder(tokenizer), stops
@@ -490,6 +491,8 @@ def main(cfg):
             time.sleep(0.02)
         if service.engine.failed:
             raise service.engine.failed
+        server.shutdown()
+        service.engine.end()
     print("ended", flush=True)
 
 

@@ -1,9 +1,9 @@
 """HTTP as it comes in from anybody: a request is whole, in time and not too large, or it is refused in one line.
 
-Server(address, key, limits) has a thread for each connection, and begin(routes) begins: {path: (command, answer)}. For each
-request it calls answer(exchange, body): the exchange sends what answers it (send_json, send_text, events) and knows
-whether the client is still there (gone); body is bytes, None for a GET. Refused, raised there, becomes an error as
-OpenAI's API words it: {"error": {"message", "type", "param", "code"}}.
+Server(address, key, limits) has a thread for each connection, and begin(routes) begins: {path: (command, answer)}. For
+each request it calls answer(exchange, body): the exchange sends what answers it (send_json, send_text, events) and
+knows whether the client is still there (gone); body is bytes, None for a GET. Refused, raised there, becomes an error
+as OpenAI's API words it: {"error": {"message", "type", "param", "code"}}.
 """
 
 import hmac
@@ -249,6 +249,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def head(self, status, headers, close):
         self.status = status
+        self.request_version = "HTTP/1.1"  # else what is no request, or HTTP/0.9, would be answered without a head
         with self.server.lock:
             self.server.answered[self.route if self.route in self.server.routes else "other", status] += 1
         self.send_response(status)
@@ -288,9 +289,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """What the standard library finds wrong with the head of a request."""
-        self.request_version = "HTTP/1.1"  # so that the answer has a head, whatever was asked
         code = 405 if code == 501 else code  # a command that no path has
         self.refuse(Refused(code, message or self.responses[code][0]))
+
+    def log_request(self, *args):  # /metrics counts them
+        pass
 
     def log_message(self, *args):
         pass
