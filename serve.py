@@ -101,7 +101,7 @@ def sampling_in(body, name, standard, n_prompt, batch):
     if top_p == 0:
         raise Bad('"top_p" is 0: it must be above 0')
     top_k = max(0, take_number(body, "top_k", standard.top_k, -1, 2**31, int))  # vLLM's clients write -1 for all
-    seed = take_number(body, "seed", standard.seed, -2**63, 2**63 - 1, int)
+    seed = take_number(body, "seed", standard.seed, 0, 2**63 - 1, int)
     if n_prompt >= batch.max_model_len:
         raise Refused(400, f"the prompt has {n_prompt} tokens; with its reply it may have {batch.max_model_len}",
                       code="context_length_exceeded")

@@ -199,6 +199,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_head(self):
         """Who asks, and is what follows the head what it says?"""
+        if self.command == "GET" and not self.headers.defects:  # else where the next request begins is not known
+            self.unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
         if self.server.key is None and "Origin" in self.headers:
             raise Refused(403, "without a key this server answers no pages in browsers, which send Origin")
@@ -207,8 +209,6 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(401, "a key is needed, as Authorization: Bearer KEY", code="invalid_api_key")
         if self.headers.defects:
             raise Refused(400, "the head of the request has a line that is no header")
-        if self.command == "GET":
-            self.unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
 
     def read_body(self):
         lengths = set(self.headers.get_all("Content-Length", []))
