@@ -121,6 +121,11 @@ class Batch:
             self.drop_prompt(idle.pop())
         return True
 
+    def worth_admitting(self):
+        """Is it time to let others in? Not one by one: packs are faster."""
+        n_free = self.n_slots - len(self.slots)
+        return (not self.slots or n_free >= max(1, self.n_slots // 8)) and self.fits()
+
     def n_tokens(self, prompt, sample):
         """How many tokens' keys a rollout has once it is written again: one at least."""
         return max(1, len(self.groups[prompt][sample].ids)) if prompt in self.groups else 1

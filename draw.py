@@ -34,10 +34,10 @@ def uniforms(seed, prompt_b, sample_b, token_b):
 
     A generator's next number depends on who drew before, so on the batch. A hash of the rollout's own coordinates does
     not: token 5 of sample 2 of a prompt draws the same number alone, in any batch, after a restart. (The same prompt
-    twice in a batch gets the same rollouts twice.)
+    twice in a batch gets the same rollouts twice.) seed: one for all, or a tensor.
     """
     increment = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's, as the int64 that has its bits
-    x_b = torch.full_like(prompt_b, seed)
+    x_b = torch.zeros_like(prompt_b) + seed
     for key_b in (prompt_b, sample_b, token_b):
         x_b = _mix(x_b + increment) ^ key_b
     bits_b = (_mix(x_b + increment) >> 12) & (2**52 - 1)

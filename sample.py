@@ -68,9 +68,8 @@ class Sampler:
             self.announced = True
         shown = 0.0
         while batch.waiting or batch.slots:
-            began, n_free = time.perf_counter(), batch.n_slots - len(batch.slots)
-            enough_free = not batch.slots or n_free >= max(1, batch.n_slots // 8)  # not one by one: packs are faster
-            if enough_free and batch.fits():
+            began = time.perf_counter()
+            if batch.worth_admitting():
                 self.n_prefilled += batch.admit()
                 self.prefill_s += time.perf_counter() - began
             else:

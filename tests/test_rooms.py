@@ -39,6 +39,9 @@ MAY_IMPORT = {
     # distill: stage 1 of the generated task
     "grpo": "batch checkpoint common data distill draw ending files folder judge model options plan plan_table prompt "
             "reward run sample tokenizer",
+    "web": "",
+    "live": "batch draw kernels pages tokenizer",
+    "serve": "data draw ending files judge live options rank reward sample tokenizer web",
     "benchmarks": "data intervals prompt reward",
     "evaluate": "benchmarks common data ending files folder judge options sample",
     "report": "benchmarks data files options reward",
