@@ -342,6 +342,7 @@ def test_the_official_protocols_end_to_end(folder, tmp_path, protocol, n, capsys
     for out in ("out", "again"):
         assert [r | {"seconds": 0} for r in saved_scores(tmp_path / out)["rows"]] == [
             r | {"seconds": 0} for r in found["rows"]]
+    assert found["settings"]["protocol"] == protocol
     assert saved_scores(tmp_path / "again")["settings"]["order"] == "balanced"
 
 
