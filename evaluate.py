@@ -37,8 +37,8 @@ from data.pairs import JUDGE_BENCH, SWAPPED, both_orders, note_one_label, read_p
 from ending import together
 from files import check_settings, one_line_errors, refuse_file, write_records, write_whole
 from folder import read_json
-from judge import (check_judging, encode_all, judge_file, judge_settings, judged, key_of, load_judge, prompt_for,
-                   refuse_others, rubric_of)
+from judge import check_judging, judge_settings, load_judge, prompt_for, rubric_of
+from judgements import encode_all, judge_file, judged, key_of, refuse_others
 from options import check_choice, check_sampler_ranks, flag_of, parse_config
 from sample import make_split
 

@@ -22,8 +22,8 @@ import batch  # noqa: E402
 from options import parse_config  # noqa: E402
 from data import toy  # noqa: E402
 from data.pairs import Pair, read_pairs, to_json, write_pairs  # noqa: E402
-from judge import (Config, Judge, JudgementFile, encode_all, judge_file, judge_settings, load_judge,  # noqa: E402
-                   main, texts_from_options)
+from judge import Config, Judge, judge_settings, load_judge, main, texts_from_options  # noqa: E402
+from judgements import JudgementFile, encode_all, judge_file  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from prompt import load_prompt, render  # noqa: E402
 from reward import benchmark_verdict, majority  # noqa: E402

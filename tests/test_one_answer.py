@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-import judge as judging
 from data.pairs import Pair, pair_of_texts, swapped, write_pairs
 from judge import Config, first_pairs, judge_settings, load_judge, main
+from judgements import prompt_hash
 from one_answer import counts_in_words, in_words, judge_answer, outcome, with_outcomes
 from options import parse_config
 from prompt import load_prompt, prompt_path
@@ -129,7 +129,7 @@ def test_a_rubric_is_in_the_prompt_and_the_settings(folder, tmp_path, capsys):
     told = judge.judge_one("sort 31", "13", "31", rubric=RUBRIC)
     untold = judge.judge_one("sort 31", "13", "31")
     ids = judge.tokenizer.chat([{"role": "user", "content": f"sort 31\nA 13\nB 31\n\nsay {RUBRIC}"}])
-    assert told["prompt_hash"] == judging.prompt_hash(ids) != untold["prompt_hash"]
+    assert told["prompt_hash"] == prompt_hash(ids) != untold["prompt_hash"]
     assert told["votes"][0]["text"] != untold["votes"][0]["text"]
     texts = dict(question="sort 31", answer_a="13", answer_b="31")
     for cfg, record in ((given, told), (plain, untold)):

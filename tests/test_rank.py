@@ -21,7 +21,8 @@ from data import toy  # noqa: E402
 from docs.ranking_figure import PANELS, figure  # noqa: E402
 from experiments.rank_schedules import measure, share_found, simulated, toy_questions  # noqa: E402
 from files import one_line_errors  # noqa: E402
-from judge import Config, JudgementFile, main  # noqa: E402
+from judge import Config, main  # noqa: E402
+from judgements import JudgementFile  # noqa: E402
 from options import parse_config  # noqa: E402
 from rank import SCHEDULES, Comparison, n_comparisons, rank, rank_all, ranking, record_of, table, tally  # noqa: E402
 from rank import inconsistencies, swiss_round, tournament  # noqa: E402

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.records import read_benchmark  # noqa: E402
 from data import toy  # noqa: E402
 from data.rm_r1_prompts import SYSTEM, read_constants, template, write_prompts  # noqa: E402
-from judge import prompt_hash  # noqa: E402
+from judgements import prompt_hash  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from prompt import Prompt, could_show, load_prompt, prompt_file, render  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "sample": "batch common draw files folder kernels model options pages split tokenizer",
     "rank": "data intervals",
     "one_answer": "data rank",
-    "judge": "common data draw files folder one_answer options prompt rank reward sample split tokenizer",
+    "judgements": "common draw files one_answer",
+    "judge": "data draw files folder judgements one_answer options prompt rank reward sample split tokenizer",
     "policy_reward": "data judge rank",
     "distill": "checkpoint common data ending files folder judge model options plan plan_table prompt run sample tokenizer",
     # distill: stage 1 of the generated task
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "live": "batch draw kernels pages tokenizer",
     "serve": "data draw ending files judge live options rank reward sample tokenizer web",
     "benchmarks": "data intervals prompt reward",
-    "evaluate": "benchmarks common data ending files folder judge options sample",
+    "evaluate": "benchmarks common data ending files folder judge judgements options sample",
     "report": "benchmarks data files options reward",
     "traces": "",
     "teachers": "data draw files folder sample",
