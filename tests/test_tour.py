@@ -25,7 +25,8 @@ from test_own_data import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
-SHOWN = re.findall(r"^```\n(.*?)^```$", PAGE, re.M | re.S)  # what the page shows below its commands
+FENCE = re.compile(r"^```\n(.*?)^```\n", re.M | re.S)
+SHOWN, STEPS = FENCE.findall(PAGE), FENCE.sub("", PAGE)  # what the page shows below its commands; all the rest
 SMALL = "--sft-steps 2 --steps 1 --n-prompts 2 --group-size 2 --questions 20".split()  # of the TRL run
 
 
@@ -84,7 +85,7 @@ def tour(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         patch.syspath_prepend(str(ROOT))
-        for kind, what in commands(PAGE.replace("8000", str(port))):
+        for kind, what in commands(STEPS.replace("8000", str(port))):
             if kind == "python":
                 out = io.StringIO()
                 with contextlib.redirect_stdout(out):
@@ -112,10 +113,10 @@ def outputs(done, *words):
 
 
 def test_every_command_of_the_page_is_one_that_the_test_knows():
-    ran = [what[:2] if what[0] == "python" else what[:1] for kind, what in commands(PAGE) if kind == "run"]
+    ran = [what[:2] if what[0] == "python" else what[:1] for kind, what in commands(STEPS) if kind == "run"]
     assert ran == [["make"], ["source"], *[["python", "judge.py"]] * 3, ["python", "-m"], *[["python", "judge.py"]] * 3,
                    ["python", "serve.py"], *[["curl"]] * 3, ["kill"], ["pip"], ["python", "-m"]]
-    assert sum(kind == "python" for kind, _ in commands(PAGE)) == 4
+    assert sum(kind == "python" for kind, _ in commands(STEPS)) == 4
 
 
 def test_the_commands_end_well_but_for_the_one_that_is_refused(tour):
@@ -177,7 +178,7 @@ def test_trl_trains_with_the_reward(tour, monkeypatch):
     """The page's command with less of everything."""
     pytest.importorskip("trl")
     folder, _ = tour
-    words, = (what for kind, what in commands(PAGE) if kind == "run" and "experiments.trl_reward" in what)
+    words, = (what for kind, what in commands(STEPS) if kind == "run" and "experiments.trl_reward" in what)
     monkeypatch.chdir(folder.parents[1])
     done = subprocess.run([sys.executable, *words[1:], *SMALL], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
