@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import judge as judging
 from data.pairs import Pair, pair_of_texts, swapped, write_pairs
 from judge import Config, first_pairs, judge_settings, load_judge, main
 from judgements import prompt_hash

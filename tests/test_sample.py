@@ -57,7 +57,7 @@ def make_folder(path):
     n_vocab = toy.write_tokenizer(path)
     spec = json.loads((path / "tokenizer.json").read_text())
     vocabulary = spec["model"]["vocab"]  # two tokens that no prompt has become whole verdicts: random text holds some
-    vocabulary |= {"[[A]]": vocabulary.pop("\u0120looks\u0120better."), "[[B]]": vocabulary.pop("\u0120Overall")}
+    vocabulary |= {"[[A]]": vocabulary.pop("\u0120total"), "[[B]]": vocabulary.pop("\u0120Overall")}
     (path / "tokenizer.json").write_text(json.dumps(spec))
     raw = toy.MODEL | dict(vocab_size=n_vocab + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                            head_dim=8)
