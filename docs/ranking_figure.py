@@ -17,8 +17,8 @@ from files import argument_parser, one_line_errors, parse_json, refuse_closed, w
 WIDTH, HEIGHT = 840, 560
 LEFT, TOP, ACROSS, DOWN = 52, 76, 420, 244  # of the first panel, and from one to the next
 PANEL_WIDTH, PANEL_HEIGHT = 352, 166
-PANELS = (("grpo: reasoning", "digits, 8 answers, a judge that is right on 99.9 %"),
-          ("grpo: chat", "greetings, 8 answers, the same judge"),
+PANELS = (("grpo: reasoning", "digits, 8 answers, the demo's last model"),
+          ("grpo: chat", "greetings, 8 answers, the demo's last model"),
           ("RMB, 0.8, by chance", "RMB's sizes, simulated: 80 %, errs by chance"),
           ("RMB, 0.8, by place", "RMB's sizes, simulated: 80 %, errs by place"))
 SCHEDULES = ("all", "circular", "swiss")

@@ -348,10 +348,8 @@ def test_bad_questions_are_named_or_skipped(folder, tmp_path, capsys):
         with pytest.raises(ValueError, match=f"jsonl:2: .*{words}"):
             read_questions(path)
     long = good | {"id": "long", "answers": ["1", "1 " * 800, "1 " * 799]}
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*bad.values(), good, long] if row is not good) +
-                    json.dumps(good) + "\n")
     cfg = config(folder, rank=str(path), out=str(tmp_path / "out.jsonl"), temperature=0.0)
-    with pytest.raises(ValueError, match='jsonl:1: no "prompt"'):
+    with pytest.raises(ValueError, match="jsonl:2: "):
         main(cfg)
     path.write_text(json.dumps(long) + "\n{\n" + json.dumps(good) + "\n")
     main(replace(cfg, skip_bad=True))
