@@ -104,7 +104,7 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "batch", "draw", "pages", "model", "kernels", "tokenizer",
                        "reward", "data", "common", "checkpoint", "ending", "run", "options", "tracking", "prompt",
-                       "folder", "files", "split", "plan", "plan_table", "rank", "one_answer", "intervals"}
+                       "folder", "files", "split", "plan", "plan_table", "judgements", "rank", "one_answer", "intervals"}
 
 
 def test_readme_counts_the_lines_as_they_are():
