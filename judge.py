@@ -30,7 +30,7 @@ from options import check_at_least, check_between, check_choice, flag_of, parse_
 from prompt import Prompt, load_prompt, prompt_of, render
 from rank import SCHEDULES, n_judgements, pair_of, rank_all, record_of, table
 from reward import benchmark_verdict, majority, training_verdict
-from sample import Sampler, check_model, check_options, load_model, sampling_of
+from sample import Sampler, check_model, check_options, check_prompts, load_model, sampling_of
 from split import Split
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -458,7 +458,7 @@ def rank_one(cfg):
     answers = list(cfg.answers) or [text_of_file(file, "--answer-files") for file in cfg.answer_files]
     question = Question("question", [{"role": "user", "content": question}], answers)
     judge = load_judge(cfg)
-    encode_all(judge, [longest_pair(judge, question)])
+    check_prompts([judge.encode(longest_pair(judge, question))], judge.sampler.model)
     (_, found), = rank_all(judge, [question], cfg.schedule, cfg.both_orders, cfg.seed)
     record = record_of(question, found)
     print(table(found, answers))

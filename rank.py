@@ -13,7 +13,7 @@ import json
 import math
 import zlib
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations, groupby
+from itertools import groupby
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Lists of one element an answer, in the answers' order, but for the first two and the last."""
+    """scores to intervals: lists with one element for each answer, in the order in which the answers were given."""
     order: list[int]  # the answers, best first; those of equal score in the order given, and said in ties
     ties: list[list[int]]  # groups of answers whose scores are equal: their order says nothing
     scores: list[float]  # (wins - losses) / comparisons, from -1 to 1; 0 without comparisons
@@ -193,15 +193,15 @@ def inconsistencies(n, comparisons):
     """{"orders": pairs whose two orders contradict each other, "no_verdict": pairs that lack one, "cycles": triples
     (x, y, z) in which x won against y, y against z and z against x, "triples": how many triples were decided in all}.
     """
-    won = {(c.winner, c.i + c.j - c.winner) for c in comparisons if c.winner is not None}
-    cycles, n_triples = [], 0
-    for x, y, z in combinations(range(n), 3):
-        decided = all((i, j) in won or (j, i) in won for i, j in ((x, y), (y, z), (x, z)))
-        n_triples += decided
-        if {(x, y), (y, z), (z, x)} <= won:
-            cycles.append((x, y, z))
-        if {(x, z), (z, y), (y, x)} <= won:
-            cycles.append((x, z, y))
+    beat, met = [set() for _ in range(n)], [set() for _ in range(n)]  # of each answer, by decided comparisons
+    for c in comparisons:
+        if c.winner is not None:
+            beat[c.winner].add(c.i + c.j - c.winner)
+            met[c.i].add(c.j)
+            met[c.j].add(c.i)
+    cycles = [(x, y, z) for x in range(n) for y in sorted(beat[x]) if y > x
+              for z in sorted(beat[y]) if z > x and x in beat[z]]  # each once, from its first answer on
+    n_triples = sum(len(met[x] & met[y]) for x in range(n) for y in met[x]) // 6
     faults = {fault: [(c.i, c.j) for c in comparisons if c.fault == fault] for fault in ("orders", "no_verdict")}
     return faults | {"cycles": cycles, "triples": n_triples}
 

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "batch": "draw kernels model pages",
     "sample": "batch common draw files folder kernels model options pages split tokenizer",
     "rank": "data intervals",
-    "judge": "common data draw files folder options prompt reward sample split tokenizer",
+    "judge": "common data draw files folder options prompt rank reward sample split tokenizer",
     "distill": "checkpoint common data ending files folder judge model options plan plan_table prompt run sample tokenizer",
     # distill: stage 1 of the generated task
     "grpo": "batch checkpoint common data distill draw ending files folder judge model options plan plan_table prompt "
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "teachers": "data draw files folder sample",
     "oracle": "data files judge options prompt reward teachers traces",
     # demo: how it judges
-    "experiments": "data demo distill files options oracle",
+    "experiments": "data demo distill files intervals judge options oracle rank",
     "demo": "data distill draw evaluate files grpo judge options prompt sample",
 }
 
@@ -101,7 +101,7 @@ def test_a_training_loop_holds_no_benchmark_and_no_page():
         closure |= more
     assert closure == {"grpo", "distill", "judge", "sample", "batch", "draw", "pages", "model", "kernels", "tokenizer",
                        "reward", "data", "common", "checkpoint", "ending", "run", "options", "tracking", "prompt",
-                       "folder", "files", "split", "plan", "plan_table"}
+                       "folder", "files", "split", "plan", "plan_table", "rank", "intervals"}
 
 
 def test_readme_counts_the_lines_as_they_are():
