@@ -38,7 +38,7 @@ from tokenizer import StreamDecoder
 from web import Gone, Limits, Refused, Server
 
 LOOK_S = 0.5  # how often a request that waits looks whether its client is still there
-STREAM_S = 0.05  # how often a stream sends what has been written
+STREAM_S = 0.1  # how often a stream sends what has been written
 PAIR_FIELDS = ("id", "prompt", "answer_a", "answer_b", "winner", "source", "domain", "subset", "item",
                "rubric")
 # What clients may set to these values, since they change nothing; other values are refused.

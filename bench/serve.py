@@ -44,7 +44,7 @@ class Service:
 
     def __init__(self, args, folder):
         command = [sys.executable, "serve.py", "--model", str(folder), "--port", "0", "--threads", str(args.threads),
-                   "--n-slots", str(args.clients), "--max-new-tokens", str(args.new)]
+                   "--n-slots", str(args.slots), "--max-new-tokens", str(args.new)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.port = int(re.search(r":(\d+): ", self.process.stdout.readline())[1])
 
@@ -91,14 +91,14 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, help="... random weights of this shape")
     parser.add_argument("--pairs", required=True)
     parser.add_argument("--stream", action="store_true")
-    for name, default in dict(clients=64, n=640, new=64, threads=1, runs=5).items():
+    for name, default in dict(clients=64, slots=64, n=640, new=64, threads=1, runs=5).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.model or temporary)
         if args.shape:
             random_folder(folder, args.shape)
-        judge = load_judge(Config(model=str(folder), threads=args.threads, n_slots=args.clients, temperature=1.0,
+        judge = load_judge(Config(model=str(folder), threads=args.threads, n_slots=args.slots, temperature=1.0,
                                   max_new_tokens=args.new))
         pairs = read_pairs(args.pairs)
         pairs = (pairs * -(-args.n // len(pairs)))[:args.n]
@@ -128,7 +128,7 @@ def main():
     rate = {side: n_tokens / statistics.median(times) for side, times in seconds.items()}
     row = {"bench": "serve", "device": "cuda" if torch.cuda.is_available() else "cpu", "threads": args.threads,
            "model": args.shape or args.model, "streamed": args.stream,
-           "work": f"{args.n} judgements, {n_tokens} tokens, {args.clients} clients", "same": same,
+           "work": f"{args.n} judgements, {n_tokens} tokens, {args.clients} clients, {args.slots} slots", "same": same,
            "ours": round(rate["served"], 1), "peer": round(rate["file"], 1),
            "ratio": round(rate["served"] / rate["file"], 3),
            "ratios": [round(f / s, 3) for f, s in zip(seconds["file"], seconds["served"])]}
