@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.pairs import (MOST_ANSWERS, NO_REFERENCE, SWAPPED, Question, note_one_label, pair_of_texts, read_pairs,
+from data.pairs import (MOST_ANSWERS, NO_REFERENCE, SWAPPED, note_one_label, pair_of_texts, read_pairs,
                         read_questions, texts_of, with_rubric)
 from draw import Sampling
 from files import fail, one_line_errors, refuse_existing, write_records
@@ -32,7 +32,7 @@ from judgements import JudgementFile, RecallingJudge, encode_all, judge_file, ke
 from one_answer import answer_pairs, counts_in_words, in_words, with_outcomes
 from options import check_at_least, check_between, check_choice, flag_of, parse_config, refuse_ranks
 from prompt import Prompt, load_prompt, prompt_of, render
-from rank import SCHEDULES, n_judgements, pair_of, rank_all, record_of, table
+from rank import SCHEDULES, n_judgements, named_by_content, pair_of, places_of, rank_all, record_of, table
 from reward import benchmark_verdict, majority, training_verdict
 from sample import Sampler, check_model, check_options, check_prompts, load_model, sampling_of
 from split import Split
@@ -50,8 +50,10 @@ class Judge:
     sampling: Sampling  # its n is the number of votes
     budgets: tuple[int, ...] = ()  # also record the verdict that each vote's first so many tokens hold
     verdict_of: Callable = benchmark_verdict  # of a vote's text
+    rubric: str = ""  # what to weigh by, where a pair has none of its own
 
     def encode(self, pair):
+        pair, = with_rubric([pair], self.rubric, say=False)
         return self.tokenizer.chat(render(self.prompt, pair))
 
     def judge(self, pairs, on_token=None, prompts=None, bar=None):
@@ -250,7 +252,8 @@ def load_judge(cfg, budgets=(), split=Split()):
     prompt = prompt_for(cfg.model, cfg.prompt, cfg.rubric)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant, split)
     sampling = sampling_of(cfg, cfg.votes, tokenizer)
-    return Judge(Sampler(model, cfg.n_slots, cfg.kv_gb, graphs=not cfg.eager), tokenizer, prompt, sampling, budgets)
+    return Judge(Sampler(model, cfg.n_slots, cfg.kv_gb, graphs=not cfg.eager), tokenizer, prompt, sampling, budgets,
+                 rubric=rubric_of(cfg))
 
 
 def prompt_for(folder, given, rubric=None):
@@ -378,9 +381,9 @@ def rank_one(cfg):
     """--question TEXT --answers TEXT TEXT ..."""
     question, = texts_from_options(cfg, ["question"])
     answers = list(cfg.answers) or [text_of_file(file, "--answer-files") for file in cfg.answer_files]
-    question = Question("question", [{"role": "user", "content": question}], answers, rubric_of(cfg))
+    question = named_by_content([{"role": "user", "content": question}], answers, rubric_of(cfg))
     judge = load_judge(cfg)
-    check_prompts([judge.encode(longest_pair(judge, question))], judge.sampler.model)
+    check_prompts([judge.encode(pair) for pair in longest_pairs(judge, question)], judge.sampler.model)
     (_, found), = rank_all(judge, [question], cfg.schedule, cfg.both_orders, cfg.seed)
     record = record_of(question, found)
     print(table(found, answers))
@@ -395,8 +398,8 @@ def rank_file(cfg):
     judge = load_judge(cfg)
     settings = judge_settings(cfg, judge) | {"questions": str(Path(cfg.rank).resolve()), "schedule": cfg.schedule,
                                              "both_orders": cfg.both_orders}
-    kept = encode_all(judge, [longest_pair(judge, question) for question in questions], cfg.skip_bad)
-    kept = {pair.item for pair, _ in kept}
+    longest = [pair for question in questions for pair in longest_pairs(judge, question)]
+    kept = {pair.item for pair, _ in encode_all(judge, longest, cfg.skip_bad)}
     questions = [question for question in questions if question.id in kept]
     file = JudgementFile(cfg.out, settings)
     refuse_others(file.partial, file.done, keys_among(judge, questions, file.done))
@@ -414,11 +417,20 @@ def rank_file(cfg):
     print(f"{len(questions)} questions ranked by {total} judgements: {cfg.out}")
 
 
-def longest_pair(judge, question):
-    """The pair of a question's two longest answers: if the model can read it, it can read all."""
-    lengths = [sum(len(judge.tokenizer.encode(text)) for text in texts_of(answer)) for answer in question.answers]
-    *_, i, j = sorted(range(len(lengths)), key=lambda k: lengths[k])
-    return pair_of(question, i, j)
+def longest_pairs(judge, question):
+    """Pairs of a question's answers: if the prompt can show them, and the model can read them, then also all others.
+
+    They are the two longest; and the longest conversation with the longest other, since that shows the prompt twice.
+    """
+    places = places_of(question.answers)
+    different = [places.index(k) for k in range(1 + max(places))]  # equal ones are not compared
+    different = different if len(different) > 1 else [0, 1]
+    texts = {k: texts_of(question.answers[k]) for k in different}
+    by_length = sorted(different, key=lambda k: sum(len(judge.tokenizer.encode(text)) for text in texts[k]))
+    pairs = [(by_length[-2], by_length[-1])]
+    if talks := [k for k in by_length if len(texts[k]) > 1]:
+        pairs.append(([k for k in by_length if k != talks[-1]][-1], talks[-1]))
+    return [pair_of(question, i, j) for i, j in dict.fromkeys(pairs)]
 
 
 def keys_among(judge, questions, keys):

@@ -209,11 +209,21 @@ def inconsistencies(n, comparisons):
 # -------------------------------------------------------------------------------------------------- questions, judged
 
 
-def rank(judge, question, answers, schedule="all", both_orders=False, seed=0):
-    """The Ranking of the answers to one question; judge: a judge.Judge, question: a text or messages."""
+def rank(judge, question, answers, schedule="all", both_orders=False, seed=0, rubric=""):
+    """The Ranking of 2 to 64 answers to one question, a text or messages; judge: a judge.Judge."""
+    if schedule not in SCHEDULES or not 1 <= len(answers) <= MOST_ANSWERS:
+        raise ValueError(f"{len(answers)} answers by schedule {schedule!r}: give 1 to {MOST_ANSWERS}, and one of "
+                         f"{', '.join(SCHEDULES)}")
     prompt = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    (_, found), = rank_all(judge, [Question("question", prompt, answers)], schedule, both_orders, seed)
+    (_, found), = rank_all(judge, [named_by_content(prompt, list(answers), rubric)], schedule, both_orders, seed)
     return found
+
+
+def named_by_content(prompt, answers, rubric=""):
+    """The Question without a name of its own: it gets one of its texts, since what is drawn depends on it. Else the
+    first of two models, say, would stand at the same place in all questions."""
+    name = f"{zlib.crc32(json.dumps([prompt, answers]).encode()):08x}"
+    return Question(name, prompt, answers, rubric)
 
 
 def rank_all(judge, questions, schedule="all", both_orders=False, seed=0, bar=None):

@@ -28,10 +28,10 @@ from data.pairs import Place, pairs_in, questions_in
 from draw import Sampling
 from ending import asked_to_stop, together
 from files import NotJson, one_line_errors, parse_json
-from judge import Judge, longest_pair, prompt_for
+from judge import Judge, longest_pairs, prompt_for
 from live import Busy, Engine, Live
 from options import check_at_least, check_between, parse_config, refuse_ranks
-from rank import SCHEDULES, n_judgements, rank_all, record_of
+from rank import SCHEDULES, n_judgements, named_by_content, rank_all, record_of
 from reward import parse
 from sample import Sampler, check_model, check_options, load_model, sampling_of
 from tokenizer import StreamDecoder
@@ -310,11 +310,13 @@ def rank_answers(service, exchange, content):
     """A ranking record as the files of judge.py --rank have it."""
     with refusing():
         body, jury = read_object(content), service.judge
-        (question, _), = questions_in({"id": "question"} | body, Place(Path("request"), "question", {}))
+        (question, _), = questions_in(body, Place(Path("request"), "question", {}))
+        if "id" not in body:
+            question = named_by_content(question.prompt, question.answers, question.rubric)
         schedule, both_orders = take(body, "schedule", "all", str), take(body, "both_orders", False, bool)
         if schedule not in SCHEDULES:
             raise Bad(f'"schedule" is {show(schedule)}: it must be {" or ".join(SCHEDULES)}')
-        n_prompt = len(jury.encode(longest_pair(jury, question)))
+        n_prompt = max(len(jury.encode(pair)) for pair in longest_pairs(jury, question))
         sampling = sampling_in(body, "votes", jury.sampling, n_prompt, service.engine.batch)
     n_at_once = min(n_judgements(question, schedule, both_orders), max(1, service.engine.batch.n_slots // sampling.n))
     with room(service, n_at_once * sampling.n):

@@ -128,7 +128,8 @@ def test_a_rubric_is_in_the_prompt_and_the_settings(folder, tmp_path, capsys):
     plain = replace(given, rubric=None)
     judge = load_judge(given)
     told = judge.judge_one("sort 31", "13", "31", rubric=RUBRIC)
-    untold = judge.judge_one("sort 31", "13", "31")
+    untold = load_judge(plain).judge_one("sort 31", "13", "31")
+    assert judge.judge_one("sort 31", "13", "31")["prompt_hash"] == told["prompt_hash"]  # the judge has it, too
     ids = judge.tokenizer.chat([{"role": "user", "content": f"sort 31\nA 13\nB 31\n\nsay {RUBRIC}"}])
     assert told["prompt_hash"] == prompt_hash(ids) != untold["prompt_hash"]
     assert told["votes"][0]["text"] != untold["votes"][0]["text"]

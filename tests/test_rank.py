@@ -364,6 +364,36 @@ def test_bad_questions_are_named_or_skipped(folder, tmp_path, capsys):
     assert list(tmp_path.glob("other*")) == []
 
 
+def test_a_conversation_among_the_answers_is_looked_at_before_the_work(folder, tmp_path, capsys):
+    """The two longest answers are texts, which the prompt can show; the third is a conversation, which it cannot. A
+    long answer that comes twice is never compared with itself."""
+    good = {"id": "good", "question": "sort 321", "answers": ["123", "132"]}
+    talk = [{"role": "assistant", "content": "1"}, {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "2"}]
+    twice = {"id": "twice", "question": "sort 321", "answers": ["1 " * 260, "1 " * 260, "1"]}
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (
+        good, {"id": "talk", "question": "sort 321", "answers": ["123 123 123", talk, "132 132 132"]}, twice)))
+    cfg = config(folder, rank=str(path), out=str(tmp_path / "out.jsonl"), temperature=0.0)
+    with pytest.raises(ValueError, match=r"no section \[user multi-turn\], and pair talk/[0-2]-1 is a conversation"):
+        main(cfg)
+    assert not list(tmp_path.glob("out*"))
+    main(replace(cfg, skip_bad=True))
+    assert "skipped: prompt toy" in capsys.readouterr().err
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").open()] == ["good", "twice"]
+
+
+def test_who_is_shown_first_differs_from_question_to_question():
+    """Two models' answers to 200 questions, and a judge that always says A: a coin decides, not the model's number."""
+    class AlwaysA:
+        def judge(self, pairs, bar=None):
+            return ((k, {"verdict": "a"}) for k in range(len(pairs)))
+    won = sum(rank(AlwaysA(), f"question {k}", ["one", "two"]).order[0] == 0 for k in range(200))
+    assert 70 < won < 130
+    with pytest.raises(ValueError, match="65 answers by schedule 'all': give 1 to 64, and one of all, circular, swiss"):
+        rank(AlwaysA(), "question", [str(k) for k in range(65)])
+
+
 def test_one_question_on_the_command_line(folder, by_text, tmp_path, capsys):
     (tmp_path / "1.txt").write_text("01478\n")
     (tmp_path / "2.txt").write_text("87410")
