@@ -12,11 +12,12 @@ same settings and seed. SIGTERM finishes what has been asked, then ends. docs/se
 import ipaddress
 import os
 import re
+import threading
 import time
 import uuid
 from collections import deque
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -39,12 +40,19 @@ from web import Gone, Limits, Refused, Server
 
 LOOK_S = 0.5  # how often a request that waits looks whether its client is still there
 STREAM_S = 0.1  # how often a stream sends what has been written
+LARGE = 2**16  # bytes of a body from which on its prompt is encoded behind a lock
 PAIR_FIELDS = ("id", "prompt", "answer_a", "answer_b", "winner", "source", "domain", "subset", "item",
                "rubric")
 # What clients may set to these values, since they change nothing; other values are refused.
 NEUTRAL = {"logprobs": (False,), "tools": ([],), "functions": ([],), "logit_bias": ({},), "frequency_penalty": (0,),
            "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "response_format": ({"type": "text"},),
-           "ignore_eos": (False,), "echo": (False,)}
+           "ignore_eos": (False,), "echo": (False,), "min_tokens": (0,), "stop_token_ids": ([],), "best_of": (1,),
+           "top_logprobs": (0,), "tool_choice": ("none", "auto"), "modalities": (["text"],), "chat_template": (),
+           "chat_template_kwargs": ({},), "add_generation_prompt": (True,), "continue_final_message": (False,),
+           "skip_special_tokens": (True,), "include_stop_str_in_output": (False,), "structured_outputs": (),
+           "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": ()}
+# What chats have, but judgements and rankings have not.
+CHAT_ALONE = {"stream": (False,), "n": (1,), "stop": ([],)}
 
 
 @dataclass
@@ -55,6 +63,7 @@ class Service:
     timeout_s: float
     ending: bool = False
     seconds: float = 1.0  # of a request, lately
+    encoding: threading.Lock = field(default_factory=threading.Lock)  # of large prompts, one at a time
 
 
 # ------------------------------------------------------------------------------------------------- fields of a request
@@ -74,6 +83,16 @@ def read_object(body):
         return need_object(parse_json(body))
     except NotJson as e:
         raise Bad(f"the body is not JSON: line {e.line}, {e.fault}") from None
+
+
+def check_fields(service, body, neutral):
+    """Refuses fields that would change the reply and are not there, and another model's name."""
+    for name, values in neutral.items():
+        if body.get(name) is not None and body[name] not in values:
+            raise Refused(400, f'"{name}" is not supported', param=name)
+    if (asked_for := take(body, "model", service.name, str)) != service.name:
+        raise Refused(404, f"there is no model {asked_for!r:.100}; there is {service.name}", "model",
+                      "model_not_found")
 
 
 def take(body, name, default, *kinds, of=()):
@@ -165,6 +184,29 @@ def room(service, n):
     service.seconds += 0.1 * (time.monotonic() - began - service.seconds)
 
 
+@contextmanager
+def encoding(service, exchange, content):
+    """The turn of a large prompt: to encode it takes a hundred times its bytes, so side by side they would take all
+    memory. Small ones need not wait for it."""
+    with ExitStack() as stack:
+        if len(content) > LARGE:
+            until = time.monotonic() + service.timeout_s
+            while not service.encoding.acquire(timeout=LOOK_S):
+                check_wanted(service, exchange, until)
+            stack.callback(service.encoding.release)
+        yield
+
+
+def check_wanted(service, exchange, until):
+    """Is there still somebody who waits, and something to wait for?"""
+    if time.monotonic() > until:
+        raise Refused(504, f"the time for a request is over, {service.timeout_s:g} s")
+    if service.engine.failed:
+        raise Refused(500, "the sampler has failed; the server ends")
+    if exchange.gone():
+        raise Gone
+
+
 def next_done(service, exchange, box, until, pause=LOOK_S):
     """The next request in the box, or None if there is none after the pause."""
     if time.monotonic() > until:
@@ -172,12 +214,8 @@ def next_done(service, exchange, box, until, pause=LOOK_S):
     try:
         return box.get(timeout=pause)
     except Empty:
-        pass
-    if service.engine.failed:
-        raise Refused(500, "the sampler has failed; the server ends")
-    if exchange.gone():
-        raise Gone
-    return None
+        check_wanted(service, exchange, until)
+        return None
 
 
 def write(service, exchange, ids, sampling, stops=()):
@@ -203,14 +241,10 @@ def usage_of(n_prompt, rollouts):
 def chat(service, exchange, content):
     with refusing():
         body = read_object(content)
-        for name, values in NEUTRAL.items():
-            if body.get(name) is not None and body[name] not in values:
-                raise Refused(400, f'"{name}" is not supported', param=name)
-        if (asked_for := take(body, "model", service.name, str)) != service.name:
-            raise Refused(404, f"there is no model {asked_for!r:.100}; there is {service.name}", "model",
-                          "model_not_found")
-        tokenizer = service.judge.tokenizer
-        ids, stops = tokenizer.chat(messages_in(body)), stops_in(body)
+        check_fields(service, body, NEUTRAL)
+        tokenizer, stops = service.judge.tokenizer, stops_in(body)
+        with encoding(service, exchange, content):
+            ids = tokenizer.chat(messages_in(body))
         standard = replace(service.judge.sampling, n=1, temperature=1.0, top_p=1.0, top_k=0)  # OpenAI's
         sampling = sampling_in(body, "n", standard, len(ids), service.engine.batch)
         streamed, options = take(body, "stream", False, bool), take(body, "stream_options", {}, dict)
@@ -292,8 +326,10 @@ def judge_pair(service, exchange, content):
     """A judgement record as judge.py's files have it; beside each vote's text, its parts."""
     with refusing():
         body, jury = read_object(content), service.judge
+        check_fields(service, body, NEUTRAL | CHAT_ALONE)
         pair = pair_in(body)
-        ids = jury.encode(pair)
+        with encoding(service, exchange, content):
+            ids = jury.encode(pair)
         sampling = sampling_in(body, "votes", jury.sampling, len(ids), service.engine.batch)
     with room(service, sampling.n):
         rollouts = write(service, exchange, ids, sampling)
@@ -310,13 +346,15 @@ def rank_answers(service, exchange, content):
     """A ranking record as the files of judge.py --rank have it."""
     with refusing():
         body, jury = read_object(content), service.judge
+        check_fields(service, body, NEUTRAL | CHAT_ALONE)
         (question, _), = questions_in(body, Place(Path("request"), "question", {}))
         if "id" not in body:
             question = named_by_content(question.prompt, question.answers, question.rubric)
         schedule, both_orders = take(body, "schedule", "all", str), take(body, "both_orders", False, bool)
         if schedule not in SCHEDULES:
             raise Bad(f'"schedule" is {show(schedule)}: it must be {" or ".join(SCHEDULES)}')
-        n_prompt = max(len(jury.encode(pair)) for pair in longest_pairs(jury, question))
+        with encoding(service, exchange, content):
+            n_prompt = max(len(jury.encode(pair)) for pair in longest_pairs(jury, question))
         sampling = sampling_in(body, "votes", jury.sampling, n_prompt, service.engine.batch)
     n_at_once = min(n_judgements(question, schedule, both_orders), max(1, service.engine.batch.n_slots // sampling.n))
     with room(service, n_at_once * sampling.n):
@@ -334,13 +372,13 @@ class Several:
 
     def judge(self, pairs, bar=None):
         engine, jury = self.service.engine, self.service.judge
-        prompts = [jury.encode(pair) for pair in pairs]
         coming, box, present = deque(range(len(pairs))), SimpleQueue(), {}
         try:
             while coming or present:
                 while coming and len(present) < self.n_at_once:
                     number = coming.popleft()
-                    present[engine.ask(prompts[number], self.sampling, box=box)] = number
+                    ids = jury.encode(pairs[number])  # not all at once: a client that goes is seen in between
+                    present[engine.ask(ids, self.sampling, box=box)] = number
                 if asked := next_done(self.service, self.exchange, box, self.until):
                     number = present.pop(asked)
                     votes = [jury.vote(rollout) for rollout in asked.rollouts]
@@ -371,7 +409,8 @@ def metrics(service, exchange, _):
                 "prefill_tokens": engine.n_prefilled, "prefill_seconds": engine.prefill_s,
                 "decode_tokens": engine.n_decoded, "decode_seconds": engine.decode_s, "put_back": batch.n_put_back}
     gauges = {"writing": len(batch.slots), "waiting": len(batch.waiting), "slots": batch.n_slots,
-              "pages_free": batch.pool.n_free, "pages": len(batch.pool.free_x), "connections": server.n_connections}
+              "pages_free": batch.pool.n_free, "pages": len(batch.pool.free_x) - 1,  # one is the bin
+              "connections": server.n_connections}
     lines = []
     for name, value in counters.items():
         lines += [f"# TYPE rm_{name}_total counter", f"rm_{name}_total {value}"]
@@ -484,17 +523,20 @@ def main(cfg):
         server.begin(routes_of(service))
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         batch = service.engine.batch
-        print(f"{service.name} at http://{host}:{server.server_address[1]}: {batch.n_slots} slots, room for "
-              f"{batch.pool.n_tokens:,} tokens ({batch.pool.gb:.3g} GB)", flush=True)
-        while not asked_to_stop() and not service.engine.failed:
-            time.sleep(0.1)
-        service.ending = True
-        while server.n_active and not service.engine.failed:
-            time.sleep(0.02)
+        n_tokens = batch.pool.n_tokens - batch.pool.page_size  # without the bin's page
+        try:
+            print(f"{service.name} at http://{host}:{server.server_address[1]}: {batch.n_slots} slots, room for "
+                  f"{n_tokens:,} tokens ({batch.pool.gb:.3g} GB)", flush=True)
+            while not asked_to_stop() and not service.engine.failed:
+                time.sleep(0.1)
+            service.ending = True
+            while server.n_active and not service.engine.failed:
+                time.sleep(0.02)
+        finally:  # at Ctrl-C, too: a thread that computes while Python ends would abort it
+            service.engine.end()
         if service.engine.failed:
             raise service.engine.failed
         server.shutdown()
-        service.engine.end()
     print("ended", flush=True)
 
 

@@ -70,7 +70,10 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"text has half a surrogate pair, {text[error.start]!r}, at character {error.start}; "
                              "it is not Unicode: repair it where it was read") from None
-        return self._plain.encode(text, add_special_tokens=False).ids  # else DeepSeek's post-processor adds BOS
+        # add_special_tokens: else DeepSeek's post-processor adds BOS. As a batch of one: `encode` of one text would let
+        # no other thread run until it is done, for seconds if the text has megabytes.
+        encoding, = self._plain.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
 
     def encode_reply(self, text):
         """Ids of an assistant's reply as the model itself writes it after `chat(prompt)`, without the end of turn.

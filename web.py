@@ -103,6 +103,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     def process_request(self, connection, address):
         if not self.count("n_connections", 1, self.limits.max_connections):
+            with self.lock:
+                self.answered["other", 503] += 1  # before its path could be read
             content = json.dumps(Refused(503, "too many connections").content()).encode()
             head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n" \
                    f"Connection: close\r\nContent-Length: {len(content)}\r\n\r\n"

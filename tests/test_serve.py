@@ -212,6 +212,7 @@ def test_64_clients_at_once_get_what_judge_py_writes(folder):
         n_tokens = sum(vote["n_tokens"] for record in found if isinstance(record, dict) for vote in record["votes"])
         assert metrics["rm_written_tokens_total"] == server.service.engine.n_written > n_tokens
         assert metrics["rm_writing"] == metrics["rm_waiting"] == 0 and metrics["rm_slots"] == 8
+        assert metrics["rm_pages_free"] == metrics["rm_pages"] > 0
 
 
 def read_metrics(server):
@@ -347,6 +348,14 @@ PAIR = {"question": "sort", "answer_a": "1", "answer_b": "2", "max_tokens": 2}
     ("/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}}, "without"),
     ("/v1/chat/completions", CHAT | {"logprobs": True}, "not supported"),
     ("/v1/chat/completions", CHAT | {"model": 3}, '"model" is an integer'),
+    *[("/v1/chat/completions", CHAT | {name: value}, f'"{name}" is not supported') for name, value in (
+        ("min_tokens", 1), ("stop_token_ids", [3]), ("add_generation_prompt", False), ("continue_final_message", True),
+        ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("chat_template", ""), ("best_of", 2),
+        ("chat_template_kwargs", {"enable_thinking": False}), ("top_logprobs", 1), ("tool_choice", "required"),
+        ("modalities", ["audio"]), ("structured_outputs", {}), ("guided_json", {}), ("guided_regex", "a"),
+        ("guided_choice", ["a"]), ("guided_grammar", "a"))],
+    *[(path, PAIR | {"answers": ["1", "2"]} | field, "not supported") for path in ("/judge", "/rank") for field in (
+        {"stream": True}, {"n": 2}, {"stop": "x"}, {"logprobs": True}, {"min_tokens": 1})],
     ("/judge", {"question": "sort", "answer_a": "1"}, '"answer_b"'),
     ("/judge", PAIR | {"answer_a": 1}, '"answer_a" is an integer'),
     ("/judge", PAIR | {"prompt": "sort"}, "both given"),
@@ -356,6 +365,21 @@ PAIR = {"question": "sort", "answer_a": "1", "answer_b": "2", "max_tokens": 2}
 def test_a_wrong_body_is_refused_in_a_line(plain, path, body, words):
     status, message = error_of(plain, path, body)
     assert status == 400 and words in message and len(message) < 600
+
+
+def test_fields_that_change_nothing_are_let_in(plain):
+    """Each value that is neutral, and null, of every field; a judgement is the same with them."""
+    expected = without_seconds(post(plain, "/judge", PAIR)[1])
+    for neutral in ({}, serve.CHAT_ALONE):
+        fields = serve.NEUTRAL | neutral
+        for body in (dict.fromkeys(fields), {name: values[0] for name, values in fields.items() if values}):
+            if neutral:
+                status, record = post(plain, "/judge", PAIR | body | {"model": "toy"})
+                assert status == 200 and without_seconds(record) == expected
+            else:
+                assert post(plain, "/v1/chat/completions", CHAT | body | {"model": "toy"})[0] == 200
+    for path in ("/judge", "/rank"):
+        assert error_of(plain, path, PAIR | {"answers": ["1", "2"], "model": "other"})[0] == 404
 
 
 GOOD = request("/judge", PAIR)
@@ -450,6 +474,51 @@ def test_a_client_that_goes_away_frees_its_slots(folder, slow):
         assert server.answered == {("/v1/chat/completions", 200): 1}  # the stream had begun
 
 
+def test_large_prompts_are_encoded_one_at_a_time_beside_all_others(plain, monkeypatch):
+    """While one large prompt is encoded, for 0.3 s here, small ones are answered, and other large ones wait."""
+    present, most, inner = [], [], Tokenizer.chat
+
+    def chat(self, messages):
+        large = len(messages[-1]["content"]) > serve.LARGE
+        present.append(large)
+        most.append(sum(present))
+        if large:
+            time.sleep(0.3)
+        ids = inner(self, messages)
+        present.remove(large)
+        return ids
+    monkeypatch.setattr(Tokenizer, "chat", chat)
+    large = CHAT | {"messages": [{"role": "user", "content": "sort 1 " * 10_000}]}
+    asked = [threading.Thread(target=error_of, args=(plain, "/v1/chat/completions", large)) for _ in range(3)]
+    for thread in asked:
+        thread.start()
+    until(lambda: present == [True])
+    assert post(plain, "/v1/chat/completions", CHAT)[0] == 200 and present == [True]
+    for thread in asked:
+        thread.join()
+    assert most.count(1) == 4 and max(most) == 1  # three large ones, and the small one beside the first
+
+
+def test_a_large_prompt_that_waits_for_its_turn_is_given_up(plain, monkeypatch):
+    large = CHAT | {"messages": [{"role": "user", "content": "sort 1 " * 10_000}]}
+    monkeypatch.setattr(plain.service, "timeout_s", 0.1)
+    with plain.service.encoding:
+        assert error_of(plain, "/v1/chat/completions", large)[0] == 504
+    assert error_of(plain, "/v1/chat/completions", large)[0] == 400  # too long for the model, once it was read
+
+
+def test_a_ranking_reads_its_pairs_as_they_are_asked(folder, slow, monkeypatch):
+    """28 pairs, two at once: when the first two are written, the others have not been read."""
+    n_read, inner = [], judging.Judge.encode
+    monkeypatch.setattr(judging.Judge, "encode", lambda self, pair: n_read.append(1) or inner(self, pair))
+    with running(folder, n_slots=2, max_new_tokens=900) as server:
+        with connect(server) as connection:
+            connection.sendall(request("/rank", {"question": "x", "answers": [str(i) for i in range(8)]}))
+            until(lambda: len(server.service.engine.batch.slots) == 2)
+            assert len(n_read) == 1 + 2  # the longest, to know whether it can be read, and these two
+        until(lambda: server.service.engine.n_taken == 0)
+
+
 def test_limits_of_queue_time_and_connections(folder, slow):
     openai = pytest.importorskip("openai")
     with running(folder, n_slots=2, max_waiting=1, max_connections=4, max_new_tokens=900) as server:
@@ -478,6 +547,7 @@ def test_limits_of_queue_time_and_connections(folder, slow):
         until(lambda: server.n_connections == 4)
         with connect(server) as connection, connection.makefile("rb") as file:
             assert read_reply(file)[0] == 503
+        assert server.answered["other", 503] == 1
         for connection in open_ones:
             connection.close()
         until(lambda: server.n_connections == 0)
@@ -561,6 +631,24 @@ def test_sigterm_finishes_what_runs(process):
         status, _, reply = read_reply(file)
         assert status == 200 and len(json.loads(reply)["choices"]) == 16
     assert process.wait(30) == 0 and process.stdout.read() == "ended\n"
+
+
+def test_ctrl_c_ends_the_thread_that_computes(folder, slow, monkeypatch, capsys):
+    """Python ends before its threads: one that computes then would abort the process."""
+    services = []
+    monkeypatch.setattr(serve, "load", lambda cfg, inner=load: services.append(inner(cfg)) or services[0])
+
+    def interrupted():
+        engine = services[0].engine
+        engine.ask([5, 6], Sampling(1, 900, 0.0))
+        until(lambda: engine.batch.slots)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(serve, "asked_to_stop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        serve.main(Config(model=str(folder), port=0, n_slots=2, max_new_tokens=900, threads=1))
+    assert not services[0].engine.thread.is_alive() and len(services[0].engine.batch.slots) == 1
+    pool = services[0].engine.batch.pool
+    assert f"room for {64 * (len(pool.free_x) - 1):,} tokens" in capsys.readouterr().out
 
 
 def test_mistakes_on_the_command_line_are_one_line(folder, plain):
