@@ -206,7 +206,8 @@ class Config:
         if one and not is_given(self, "reference"):
             raise ValueError(f"--answer needs --reference: {NO_REFERENCE}")
         if is_given(self, "reference") and (not one or is_given(self, "answer_a") or is_given(self, "answer_b")):
-            raise ValueError("--reference goes with --answer, the one answer to compare with it, and with no other")
+            raise ValueError("--reference goes with --answer, the one answer to compare with it, and with no other" +
+                             ("" if one else "; --answer is missing or empty"))
         if bool(self.pairs or self.rank) != bool(self.out) and not one:
             raise ValueError("--pairs or --rank, the file to judge, and --out, the file to write, need each other")
         if not (self.pairs or self.rank) and (self.limit or self.skip_bad):
@@ -347,8 +348,9 @@ def show_answer(cfg):
     texts, rubric = texts_from_options(cfg, ["question", "answer", "reference"]), rubric_of(cfg)
     if cfg.out:
         refuse_existing(cfg.out)
-    judge, records = load_judge(cfg), []
-    for pair in answer_pairs(*texts, rubric):
+    judge, pairs, records = load_judge(cfg), answer_pairs(*texts, rubric), []
+    check_prompts([judge.encode(pair) for pair in pairs], judge.sampler.model)  # both, before the first is shown
+    for pair in pairs:
         print("reference as A, answer as B:" if records else "answer as A, reference as B:")
         records.append(show_judging(judge, pair))
         print()

@@ -16,8 +16,10 @@ batches are shuffled, and groups may differ in size. Of a judge that counts well
 """
 
 import hashlib
+import inspect
 import json
 import sys
+import typing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parent))  # veRL loads this file by
 from data.fields import Bad, at, clean, keys_of  # noqa: E402
 from data.pairs import ROLES, Question  # noqa: E402
 from judge import Config, Judge, load_judge  # noqa: E402
+from options import has_type  # noqa: E402
 from rank import MOST_ANSWERS, SCHEDULES, pair_of, rank_all  # noqa: E402
 
 UNREADABLE = -1.0  # not 0 or None: to write more than the judge can read must not be a way out
@@ -197,21 +200,36 @@ def read_messages(value):
 # ---- veRL
 
 
+JUDGE_OPTIONS = ("model", "prompt", "votes", "temperature", "top_p", "top_k", "max_new_tokens", "n_slots", "kv_gb",
+                 "eager", "seed", "device", "dtype", "threads", "batch_invariant")  # those that load_judge reads
+
+
+def judge_config(options):
+    """The judge.Config with these options; ValueError names the first that is none, or that has another type."""
+    types = typing.get_type_hints(Config)
+    for name, value in options.items():
+        if name not in JUDGE_OPTIONS:
+            raise ValueError(f"judge.{name}: is no option of a judge, which has {', '.join(JUDGE_OPTIONS)}")
+        if not has_type(value, types[name]):
+            raise ValueError(f"judge.{name}: is {value!r:.60}, need {inspect.formatannotation(types[name])}")
+    return Config(**options)
+
+
 @cache
-def loaded(options, **how):
-    """The reward with a judge of these options of judge.Config, [(name, value)...]; loaded once in a process."""
-    return PolicyReward(load_judge(Config(**dict(options))), **how)
+def loaded(cfg, **how):
+    """The reward with the judge of a judge.Config; loaded once in a process."""
+    return PolicyReward(load_judge(cfg), **how)
 
 
 def compute_score(data_sources, solution_strs, ground_truths, extra_infos, judge, schedule="all", both_orders=False,
                   against_truth=False, prompt_key="prompt", seed=0):
     """A reward for each solution, as veRL's reward manager "batch" asks for them; 0.0 where PolicyReward says None.
 
-    What follows extra_infos comes from reward_kwargs in veRL's configuration. judge: options of judge.Config, such as
-    model and max_new_tokens; against_truth: compare with the ground truths, not within a prompt's group; prompt_key:
-    where in extra_info the prompt stands, as text or messages (veRL hands over no other).
+    What follows extra_infos comes from reward_kwargs in veRL's configuration. judge: JUDGE_OPTIONS, such as model and
+    max_new_tokens; against_truth: compare with the ground truths, not within a prompt's group; prompt_key: where in
+    extra_info the prompt stands, as text or messages (veRL hands over no other).
     """
-    reward = loaded(tuple(sorted(judge.items())), schedule=schedule, both_orders=both_orders, seed=seed,
+    reward = loaded(judge_config(judge), schedule=schedule, both_orders=both_orders, seed=seed,
                     reference="ground_truths" if against_truth else None)
     prompts = []
     for i, info in enumerate(extra_infos):

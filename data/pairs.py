@@ -20,7 +20,8 @@ order: of n such pairs exactly n // 2 have the chosen answer as B, and numpy's d
 constant verdict scores 1/2, and the order in a pair depends on the seed and on the pair's place in the list, not on its
 texts. RM-R1's logs keep the order they record.
 
-Our records, TRL's and those of one answer may have a "rubric": a text by which the pair is to be judged.
+Our records, TRL's, RewardBench's and those of one answer may have a "rubric": a text by which the pair is to be judged.
+The other forms have no place for one.
 
 A record without an id gets "<file>/<its number in the file, from 1>", <file> being relative to the path given.
 """
@@ -437,6 +438,8 @@ def _both_orders(record, place):
         raise Bad(f'"answer" without "reference": {NO_REFERENCE}')
     answer, reference = need(record, "answer", str, list), need(record, "reference", str, list)
     name, prompt = _id(record, place), need(record, "prompt", str, list)
+    if name.endswith(SWAPPED):
+        raise Bad(f'"id" is {show(name)}: ids that end in {SWAPPED} are of the other order, rename it')
     source, domain = text_or(record, "source", place.file.stem), text_or(record, "domain", "")
     pair = _pair(name, prompt, answer, reference, None, source, domain, item=name, rubric=_rubric(record))
     return both_orders(pair)
@@ -453,6 +456,7 @@ def _reward_bench(record, prompt, chosen, rejected, winner):
 
 def rm_bench_pair(record, place, row, column, rejected, winner="a"):
     """The pair of chosen style `row` and rejected style `column`; `rejected` is the text shown beside it."""
+    _refuse_rubric(record, "RM-Bench")
     domain = text_or(record, "domain", place.file.name.split("_")[0])
     if domain not in RM_BENCH_DOMAINS:
         raise Bad(f'{show(domain)} is no domain of RM-Bench: add "domain", or name the file <domain>_..., '
@@ -476,6 +480,7 @@ def _rm_bench(record, place):
 
 def judge_bench_pair(record):
     """A pair of JudgeBench with the better answer as A; its label says whether that is their order, too."""
+    _refuse_rubric(record, "JudgeBench")
     winner = judge_bench_label(record)
     one, other = need(record, "response_A", str), need(record, "response_B", str)
     a, b = (one, other) if winner == "a" else (other, one)
@@ -509,6 +514,7 @@ def judge_bench_category(subset):
 
 def reward_bench_2_answers(record):
     """(subset, name, right answers, wrong answers) of a row of RewardBench 2; its ids repeat across subsets."""
+    _refuse_rubric(record, "RewardBench 2")
     subset = need_text(record, "subset")
     if subset not in REWARD_BENCH_2_SUBSETS:
         raise Bad(f'{show(subset)} is no subset of RewardBench 2: correct it; in other data, take out "num_correct"')
@@ -539,6 +545,7 @@ def _reward_bench_2(record):
 
 
 def _rmb(record, place):
+    _refuse_rubric(record, "RMB")
     domain = _rmb_domain(record, place)
     if "bon_uid" not in record:
         uid = _id(record, key="pair_uid")
@@ -565,6 +572,7 @@ def logged_pair(record, place):
         name = f"{item}/{place.repeats[item] - 1}"
     elif "pair_uid" in record:
         name = _id(record, key="pair_uid")
+    _refuse_rubric(record, "RM-R1's logs")
     one, other = need(record, "text_chosen", list), need(record, "text_rejected", list)
     prompt, chosen, rejected = _split(one, other, "text_chosen", "text_rejected")
     winner = "b" if need(record, "Is_Chosen_Answer_Shuffled_toPositionB", bool) else "a"
@@ -618,6 +626,12 @@ def _rubric(record):
     if "rubric" in record and record["rubric"] is not None and not rubric.strip():
         raise Bad('"rubric" is blank: write one, or leave the key out')
     return rubric
+
+
+def _refuse_rubric(record, form):
+    """Before it would be dropped in silence."""
+    if _rubric(record):
+        raise Bad(f'"rubric" in a record of {form}, a form that has none: convert the record to ours, or remove it')
 
 
 def texts_of(answer):

@@ -104,10 +104,17 @@ def test_a_limit_does_not_cut_an_answer_in_two():
     assert [len(first_pairs(pairs, limit)) for limit in range(7)] == [5, 1, 3, 3, 5, 5, 5]
 
 
+def test_an_answer_too_long_is_told_before_anything_is_shown(folder, tmp_path, capsys):
+    with pytest.raises(ValueError, match="tokens; the model can read 1024, its reply included"):
+        main(config(folder, question="sort 31", answer="13 " * 1100, reference="31", out=str(tmp_path / "one.jsonl")))
+    assert capsys.readouterr().out == "" and not (tmp_path / "one.jsonl").exists()
+
+
 def test_one_answer_alone_says_what_can_be_done(tmp_path, capsys):
     for argv, words in ((["--answer", "x"], "--answer needs --reference: a judge of pairs says which of two"),
                         (["--answer-file", "x"], "a reference answer to compare it with, or rank several answers"),
                         (["--reference", "x"], "--reference goes with --answer"),
+                        (["--answer", "", "--reference", "x"], "--answer is missing or empty"),
                         (["--answer", "x", "--reference", "y", "--answer-b", "z"], "and with no other"),
                         (["--pairs", "x", "--out", "y", "--answer", "x", "--reference", "y"], "--pairs and --answer")):
         with pytest.raises(SystemExit) as e:

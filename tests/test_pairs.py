@@ -29,6 +29,10 @@ LOG = {"text_chosen": USER + [{"role": "assistant", "content": "Hello"}], "resul
 BEST = {"conversation_input": [{**USER[0], "language": "English"}], "bon_uid": 5, "category_path": "BoN/Helpfulness/X",
         "bon_best": {"llm_name": "m", "answer": "Hello"}, "loser_list": [{"answer": "Go"}, {"answer": ""}]}
 RM_BENCH = {"id": 8, "prompt": "Hi", "subset": "x", "chosen": ["c0", "c1", "c2"], "rejected": ["r0", "r1", "r2"]}
+JUDGE_BENCH = {"pair_id": "j", "question": "Hi", "response_A": "Hello", "response_B": "Go", "label": "A>B",
+               "source": "mmlu-pro-law", "response_model": "gpt-4o-2024-05-13"}
+REWARD_BENCH_2 = {"id": 9, "prompt": "Hi", "subset": "Math", "num_correct": 1, "chosen": ["c"],
+                  "rejected": ["r0", "r1", "r2"]}
 RENDERED = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "Q, A, B"}]
 
 
@@ -293,8 +297,15 @@ BAD = {
     "and no rubric there": {**OWN, "prompt": [], "answer_a": "", "answer_b": "", "rendered": RENDERED, "rubric": "r"},
     '"rubric" is blank: write one': {**OWN, "rubric": " \n"},
     '"rubric" is a list': {**TRL, "rubric": ["r"]},
+    '"rubric" in a record of RMB, a form that has none: convert the record to ours': {**BEST, "rubric": "r"},
+    '"rubric" in a record of RM-Bench': {**RM_BENCH, "domain": "chat", "rubric": "r"},
+    '"rubric" in a record of JudgeBench': {**JUDGE_BENCH, "rubric": "r"},
+    '"rubric" in a record of RewardBench 2': {**REWARD_BENCH_2, "rubric": "r"},
+    '"rubric" in a record of RM-R1\'s logs': {**LOG, "rubric": "r"},
     '"rubric" beside "context_messages"': {"context_messages": RENDERED, "winner": "model_a", "rubric": "r"},
     '"answer" without "reference": a judge of pairs': {"prompt": "Hi", "answer": "x"},
+    '"id" is "x/swapped": ids that end in /swapped': {"id": "x/swapped", "prompt": "Hi", "answer": "x",
+                                                       "reference": "y"},
     'no "answer" (found': {"prompt": "Hi", "reference": "x"},
     '"winner" is neither "model_a" nor "model_b"': {"context_messages": RENDERED, "winner": "model_c"},
     '"context_messages" is a string': {"context_messages": "x", "winner": "model_a"},

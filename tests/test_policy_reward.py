@@ -205,6 +205,22 @@ def test_verl_hands_over_arrays(monkeypatch):
     policy_reward.loaded.cache_clear()
 
 
+@pytest.mark.parametrize("options, words", [
+    ({"modle": "DIR"}, "judge.modle: is no option of a judge, which has model, prompt, votes"),
+    ({"model": "DIR", "rubric": "r.txt"}, "judge.rubric: is no option of a judge"),
+    ({"model": "DIR", "max_new_tokens": "7"}, "judge.max_new_tokens: is '7', need int"),
+    ({"model": "DIR", "votes": True}, "judge.votes: is True, need int"),
+    ({"model": ["DIR"]}, "judge.model: is ['DIR'], need str | None"),
+    ({"model": "DIR", "temperature": -1}, "--temperature must be "),
+    ({"votes": 1}, "--model is missing"),
+])
+def test_verl_options_are_checked_before_the_judge_is_loaded(monkeypatch, options, words):
+    monkeypatch.setattr(policy_reward, "load_judge", None)
+    with pytest.raises(ValueError) as e:
+        compute_score(objects("x"), objects("1"), [None], objects({"prompt": "q"}), options)
+    assert str(e.value).startswith(words) and "\n" not in str(e.value)
+
+
 def test_verl_loads_the_file_by_its_path(monkeypatch):
     """Under another name, from another folder: the files beside it are found all the same."""
     monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place).resolve() != ROOT])

@@ -172,6 +172,19 @@ def test_of_an_odd_number_each_sits_out_once_at_most():
         assert found.comparisons.count(len(rounds) - 1) == len(rounds)
 
 
+@pytest.mark.parametrize("n, n_rounds", [(8, 3), (13, 4), (16, 4), (33, 6), (64, 6)])
+def test_swiss_places_under_a_judge_that_always_says_a(n, n_rounds):
+    """The winners of a round were all A and meet each other, so of a power of two one is A in every round."""
+    rounds, _ = play(n, "swiss", lambda i, j: "a", seed=n)
+    balance = Counter()
+    for its_round in rounds:
+        balance.update([i for i, _ in its_round])
+        balance.subtract([j for _, j in its_round])
+    assert len(rounds) == n_rounds and max(map(abs, balance.values())) <= n_rounds
+    if n in (8, 16, 64):
+        assert max(balance.values()) == n_rounds, "the bound that the docstring gives is met"
+
+
 def test_the_seed_decides_places_and_meetings_evenly():
     assert play(8, "swiss", lower, seed=3) == play(8, "swiss", lower, seed=3)
     first_rounds = [play(8, "swiss", lower, seed=seed)[0][0] for seed in range(400)]

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "one_answer": "data rank",
     "judgements": "common draw files one_answer",
     "judge": "data draw files folder judgements one_answer options prompt rank reward sample split tokenizer",
-    "policy_reward": "data judge rank",
+    "policy_reward": "data judge options rank",
     "distill": "checkpoint common data ending files folder judge model options plan plan_table prompt run sample tokenizer",
     # distill: stage 1 of the generated task
     "grpo": "batch checkpoint common data distill draw ending files folder judge model options plan plan_table prompt "

@@ -79,7 +79,7 @@ def run_here(words):
 
 @pytest.fixture(scope="module")
 def tour(tmp_path_factory):
-    """(the folder, [(words or source, status, output, errors)] of each command but make, source, pip, and TRL)."""
+    """(the folder, [(words or source, status, output, errors)] of each command but make, source, mkdir, pip, TRL)."""
     here, port, done, server = tmp_path_factory.mktemp("tour"), free_port(), [], None
     make_demo(here)
     with pytest.MonkeyPatch.context() as patch:
@@ -91,6 +91,8 @@ def tour(tmp_path_factory):
                 with contextlib.redirect_stdout(out):
                     exec(what, {})
                 done.append((what, 0, out.getvalue(), ""))
+            elif what[0] == "mkdir":
+                subprocess.run(what, check=True)
             elif what[-1] == "&":
                 server = subprocess.Popen([sys.executable, str(ROOT / what[1]), *what[2:-1]], text=True,
                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -114,8 +116,9 @@ def outputs(done, *words):
 
 def test_every_command_of_the_page_is_one_that_the_test_knows():
     ran = [what[:2] if what[0] == "python" else what[:1] for kind, what in commands(STEPS) if kind == "run"]
-    assert ran == [["make"], ["source"], *[["python", "judge.py"]] * 3, ["python", "-m"], *[["python", "judge.py"]] * 3,
-                   ["python", "serve.py"], *[["curl"]] * 3, ["kill"], ["pip"], ["python", "-m"]]
+    assert ran == [["make"], ["source"], ["mkdir"], *[["python", "judge.py"]] * 3, ["python", "-m"],
+                   *[["python", "judge.py"]] * 3, ["python", "serve.py"], *[["curl"]] * 3, ["kill"], ["pip"],
+                   ["python", "-m"]]
     assert sum(kind == "python" for kind, _ in commands(STEPS)) == 4
 
 
