@@ -201,7 +201,7 @@ def read_messages(value):
 
 
 JUDGE_OPTIONS = ("model", "prompt", "votes", "temperature", "top_p", "top_k", "max_new_tokens", "n_slots", "kv_gb",
-                 "eager", "seed", "device", "dtype", "threads", "batch_invariant")  # those that load_judge reads
+                 "eager", "seed", "device", "dtype", "threads", "batch_invariant", "rubric")  # that load_judge reads
 
 
 def judge_config(options):

@@ -207,7 +207,7 @@ def test_verl_hands_over_arrays(monkeypatch):
 
 @pytest.mark.parametrize("options, words", [
     ({"modle": "DIR"}, "judge.modle: is no option of a judge, which has model, prompt, votes"),
-    ({"model": "DIR", "rubric": "r.txt"}, "judge.rubric: is no option of a judge"),
+    ({"model": "DIR", "question": "x"}, "judge.question: is no option of a judge"),
     ({"model": "DIR", "max_new_tokens": "7"}, "judge.max_new_tokens: is '7', need int"),
     ({"model": "DIR", "votes": True}, "judge.votes: is True, need int"),
     ({"model": ["DIR"]}, "judge.model: is ['DIR'], need str | None"),
