@@ -293,10 +293,11 @@ def test_the_sections_of_a_prompt(tmp_path):
 # ---- end to end
 
 def shown_rows():
-    """Four items of two subsets, in words of the generated task, and a number of Ties."""
-    words = ["0 1 2 3", "1 2", "3 2 1", "2 1 4"]
-    made = [{"id": str(i), "subset": subset, "prompt": f"sort 2 1 {i}", "num_correct": 1, "chosen": [words[0]],
-             "rejected": words[1:]} for subset in ("Math", "Focus") for i in range(4)]
+    """Four items of two subsets, whose words vary enough for the random judge to change its mind, and a number of Ties.
+    """
+    words = ["yes", "no", "maybe", "none"]
+    made = [{"id": str(i), "subset": subset, "prompt": f"sort 2 1 {i}", "num_correct": 1, "chosen": [words[i]],
+             "rejected": words[i + 1:] + words[:i]} for subset in ("Math", "Focus") for i in range(4)]
     ties = [{"id": f"{kind}:1", "subset": "Ties", "prompt": "sort 1", "num_correct": n, "chosen": words[:n],
              "rejected": words[n:]} for kind, n in (("ref", 1), ("tied", 2))]
     return made + ties
