@@ -264,7 +264,9 @@ def ratings(records):
     groups = grouped(records, lambda r: r["item"])
     items = {name: sorted(members, key=lambda r: r["id"]) for name, members in groups.items()}
     five = whole_items([r for r in records if r["subset"] != "Ties"], 1 + N_WRONG)
-    sections = _sections("section", {name: items[name] for name in five}, rated_result)
+    by_subset = grouped([r for members in five.values() for r in members], lambda r: r["subset"])
+    sections = [row | {"no_verdict": share_unread(by_subset[row["name"]])}
+                for row in _sections("section", {name: items[name] for name in five}, rated_result)]
     ties = {name: members for name, members in items.items() if members[0]["subset"] == "Ties"}
     sections += _ties_rows(ties)
     if not sections:
@@ -272,8 +274,7 @@ def ratings(records):
     official = len(sections) == len(REWARD_BENCH_2_SUBSETS)
     name = "mean of all six, official rule" if official else f"mean of {len(sections)} of six subsets"
     head = mean_row(TITLES[RATINGS], "overall", name, sections, records, sum(SIZE.values()) + TIES_SIZE)
-    unread = [rating_of(r) is None for r in records]
-    return [head | {"no_verdict": sum(unread) / len(unread)}, *sections]
+    return [head | {"no_verdict": share_unread(records)}, *sections]
 
 
 def _ties_rows(items):
@@ -291,9 +292,8 @@ def _ties_rows(items):
         return []
     low, high = ties_interval(rows)
     records = [r for members in items.values() for r in members]
-    unread = [rating_of(r) is None for r in records]
     row = make_row(TITLES[RATINGS], "section", "Ties", result.score, low, high, records, n=len(rows), of=TIES_SIZE)
-    return [row | {"no_verdict": sum(unread) / len(unread)}]
+    return [row | {"no_verdict": share_unread(records)}]
 
 
 def whole_items(records, n=N_WRONG):
@@ -330,6 +330,10 @@ def rated_result(members):
 
 def rating_of(record):
     return rating(record["votes"][0]["text"])
+
+
+def share_unread(records):
+    return sum(rating_of(r) is None for r in records) / len(records)
 
 
 def _means(kind, kind_of_each, name, items, value_of, n_cells=1):
