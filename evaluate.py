@@ -250,7 +250,7 @@ def show(result):
             print(f"{row['benchmark']} is not whole: {row['n']} of {row['of']} items; means are over what is there\n")
     for benchmark, n in result["left_out"].items():
         if n:
-            print(f"{benchmark}: {n} items lack some of their judgements and are left out\n")
+            print(f"{benchmark}: {n} items lack some of their judgements and are left out where those count\n")
     for title in ("positions", "swap"):
         if result[title]:
             print(scores.quantity_table(result[title], title) + "\n")

@@ -26,7 +26,8 @@ TITLES = {"reward-bench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB", *
 DOMAINS = {"rm-bench": RM_BENCH_DOMAINS, "rmb": ("Helpfulness", "Harmlessness"), **judge_bench.SIZE,
            **dict.fromkeys(reward_bench_2.TITLES, REWARD_BENCH_2_SUBSETS)}
 # What follows the item in a pair's id
-ENDINGS = {"rm-bench": "[012][012]", reward_bench_2.PAIRWISE: r"\d+(-\d+)?", reward_bench_2.RATINGS: r"[cr]\d+"}
+ENDINGS = {"rm-bench": "[012][012]", reward_bench_2.PAIRWISE: r"\d+(-\d+of\d{1,4})?",
+           reward_bench_2.RATINGS: r"[cr]\d+of\d{1,4}"}
 SCORE_FILES = ("final_result.json", "final_score.json", "META_RESULT.json")  # RM-R1's, beside its logs
 CHOSEN_IS_B = "Is_Chosen_Answer_Shuffled_toPositionB"
 STYLES = 3  # of each answer in RM-Bench

@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks.rows import grouped, in_first_order, interval, is_right, is_swapped, make_row, mean_row
 from data.fields import LETTERS, SIDES, Bad, need_text
-from data.pairs import (REWARD_BENCH_2_SUBSETS, Pair, balanced_order, pairs_in, read_records, reward_bench_2_answers,
-                        swapped)
+from data.pairs import (REWARD_BENCH_2_SUBSETS, SWAPPED, Pair, balanced_order, pairs_in, read_records,
+                        reward_bench_2_answers, swapped)
 from prompt import render_answers
 
 PAIRWISE, FOUR_WAY, RATINGS = "reward-bench-2", "reward-bench-2-four-way", "reward-bench-2-ratings"
@@ -96,13 +96,13 @@ def as_shown(tasks, prompt):
 
 def read_to_rate(path, skip_bad=False):
     """A Task for each answer of all six subsets, without a label. Its id ends in c0, c1, ... (the right answers of
-    the row) or r0, r1, ... (the wrong ones)."""
+    the row) or r0, r1, ... (the wrong ones), and in how many answers the row has: "Ties/tied:7/r1of9"."""
     def convert(record, place):
         subset, name, right, wrong = row_of(record)
         answers = {f"c{i}": answer for i, answer in enumerate(right)} | {f"r{k}": x for k, x in enumerate(wrong)}
         question = need_text(record, "prompt")
-        return [(Task(f"{name}/{number}", question, [answer], None, RATINGS, subset, subset, name), None)
-                for number, answer in answers.items()]
+        return [(Task(f"{name}/{number}of{len(answers)}", question, [answer], None, RATINGS, subset, subset, name),
+                 None) for number, answer in answers.items()]
 
     return [task for task, _ in read_records(path, convert, skip_bad)]
 
@@ -231,18 +231,18 @@ def ties_interval(rows):
 
 def pairwise(records):
     """Items whose right answer beats all three, by subset, and their mean, the headline; the share of pairs won, which
-    is easier (chance 50); in both orders, if there are two; Ties' shares, if it was judged. Items that lack a pair are
-    left out."""
+    is easier (chance 50); in both orders, if there are two; Ties' shares, if it was judged. Items that lack a pair, and
+    in both orders those that lack one in either, are left out."""
     five = [r for r in records if r["subset"] != "Ties"]
     items = whole_items(in_first_order(five))
     rows = _means("overall", "section", "beats all three, mean without Ties", items, all_won)
     rows += _means("win rate", "win rate", "mean without Ties", items, n_won, N_WRONG)
-    both = whole_items(five, 2 * N_WRONG)
+    both = whole_items(five, n_orders=2)
     first = {name: in_first_order(members) for name, members in both.items()}
     second = {name: [r for r in members if is_swapped(r)] for name, members in both.items()}
     for what, of_it in (("first order", first), ("second order", second), ("all six won", both)):
         rows += _means("both orders", None, f"{what}, mean without Ties", of_it, all_won)
-    ties = grouped([r for r in in_first_order(records) if r["subset"] == "Ties"], lambda r: r["item"])
+    ties = whole_items([r for r in in_first_order(records) if r["subset"] == "Ties"])
     for kind in ("ref", "tied"):
         members = [members for name, members in ties.items() if name.startswith(f"Ties/{kind}:")]
         if members:
@@ -260,20 +260,20 @@ def four_way(records):
 
 def ratings(records):
     """The official results of the ratings, by subset, Ties by its own score, and the mean of all six; no_verdict is the
-    share of ratings that could not be read, which helps a wrong answer of Ties and costs a right one its row."""
-    groups = grouped(records, lambda r: r["item"])
-    items = {name: sorted(members, key=lambda r: r["id"]) for name, members in groups.items()}
-    five = whole_items([r for r in records if r["subset"] != "Ties"], 1 + N_WRONG)
-    sections = _sections("section", {name: items[name] for name in five}, rated_result)
-    ties = {name: members for name, members in items.items() if members[0]["subset"] == "Ties"}
-    sections += _ties_rows(ties)
+    share of ratings that could not be read, which helps a wrong answer of Ties and costs a right one its row. Items
+    that lack a rating are left out."""
+    items = {name: sorted(members, key=lambda r: r["id"]) for name, members in whole_items(records).items()}
+    records = [r for members in items.values() for r in members]
+    by_subset = grouped(records, lambda r: r["subset"])
+    sections = [row | {"no_verdict": share_unread(by_subset[row["name"]])}
+                for row in _sections("section", items, rated_result)]
+    sections += _ties_rows({name: members for name, members in items.items() if members[0]["subset"] == "Ties"})
     if not sections:
         return []
     official = len(sections) == len(REWARD_BENCH_2_SUBSETS)
     name = "mean of all six, official rule" if official else f"mean of {len(sections)} of six subsets"
     head = mean_row(TITLES[RATINGS], "overall", name, sections, records, sum(SIZE.values()) + TIES_SIZE)
-    unread = [rating_of(r) is None for r in records]
-    return [head | {"no_verdict": sum(unread) / len(unread)}, *sections]
+    return [head | {"no_verdict": share_unread(records)}, *sections]
 
 
 def _ties_rows(items):
@@ -291,21 +291,31 @@ def _ties_rows(items):
         return []
     low, high = ties_interval(rows)
     records = [r for members in items.values() for r in members]
-    unread = [rating_of(r) is None for r in records]
     row = make_row(TITLES[RATINGS], "section", "Ties", result.score, low, high, records, n=len(rows), of=TIES_SIZE)
-    return [row | {"no_verdict": sum(unread) / len(unread)}]
+    return [row | {"no_verdict": share_unread(records)}]
 
 
-def whole_items(records, n=N_WRONG):
-    """{item: its n records} of those that have them all."""
-    return {name: members for name, members in grouped(records, lambda r: r["item"]).items() if len(members) == n}
+def whole_items(records, n_orders=1):
+    """{item: its records} of those that have them all."""
+    return {name: members for name, members in grouped(records, lambda r: r["item"]).items()
+            if len(members) == n_orders * n_needed(members[0])}
+
+
+def n_needed(record):
+    """How many pairs or ratings the record's item has: what its id says (r1of4, 0-2of6), else three pairs."""
+    ending = record["id"].removesuffix(SWAPPED).rpartition("/")[2]
+    n = ending.partition("of")[2]
+    return int(n) if n else N_WRONG
 
 
 def n_incomplete(records, source):
-    """How many items of the first five subsets lack one of their three pairs or four ratings."""
-    members = [r for r in in_first_order(records) if r["source"] == source and r["subset"] != "Ties"]
-    n_whole = len(whole_items(members, N_WRONG if source == PAIRWISE else 1 + N_WRONG))
-    return len({r["item"] for r in members}) - n_whole
+    """How many items lack one of their pairs or ratings: in either order, where any was judged in the other; in Ties,
+    whose score is of the first order alone, in that."""
+    members = [r for r in records if r["source"] == source]
+    ties = in_first_order([r for r in members if r["subset"] == "Ties"])
+    five = [r for r in members if r["subset"] != "Ties"]
+    whole = whole_items(five, n_orders=2 if any(map(is_swapped, five)) else 1) | whole_items(ties)
+    return len({r["item"] for r in members}) - len(whole)
 
 
 def all_won(members):
@@ -330,6 +340,10 @@ def rated_result(members):
 
 def rating_of(record):
     return rating(record["votes"][0]["text"])
+
+
+def share_unread(records):
+    return sum(rating_of(r) is None for r in records) / len(records)
 
 
 def _means(kind, kind_of_each, name, items, value_of, n_cells=1):

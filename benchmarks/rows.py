@@ -31,6 +31,14 @@ def in_both_orders(records):
     return [(first[name], second[name]) for name in second if name in first]
 
 
+def n_in_one_order(records):
+    """How many pairs were judged in one order only, where any was judged in the other."""
+    if not any(map(is_swapped, records)):
+        return 0
+    names = {r["id"].removesuffix(SWAPPED) for r in records}
+    return len(names) - len(in_both_orders(records))
+
+
 def output_record(pair, votes, verdict, recorded):
     """The judgement record of somebody else's output, which was counted as right (1) or not (0)."""
     if recorded not in (0, 1):

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import judge_bench, reward_bench_2
 from benchmarks.records import STYLES, TITLES, styles_of
 from benchmarks.rows import (grouped, in_both_orders, in_first_order, interval, is_right, make_row, mean, mean_row,
-                             share_row)
+                             n_in_one_order, share_row)
 from data.pairs import JUDGE_BENCH, OTHER, REWARD_BENCH_SECTIONS
 from intervals import wilson
 from reward import majority
@@ -120,10 +120,12 @@ def rm_bench(records):
 
 
 def n_incomplete(records):
-    """How many items lack some of their pairs or ratings, and are left out."""
-    first = [r for r in in_first_order(records) if r["winner"]]
-    rm_bench = grouped([r for r in first if r["source"] == "rm-bench"], lambda r: r["item"]).values()
+    """How many items lack some of their pairs, ratings or orders, and are left out of the scores that need them."""
+    records = list(filter(counts, records))
+    rm_bench = grouped([r for r in in_first_order(records) if r["source"] == "rm-bench"], lambda r: r["item"]).values()
     return {TITLES["rm-bench"]: sum(len(nine) != STYLES**2 for nine in rm_bench),
+            **{TITLES[source]: n_in_one_order([r for r in records if r["source"] == source])
+               for source in JUDGE_BENCH.values()},
             **{TITLES[source]: reward_bench_2.n_incomplete(records, source)
                for source in (reward_bench_2.PAIRWISE, reward_bench_2.RATINGS)}}
 
@@ -280,7 +282,7 @@ def position_rows(records):
     """Does it matter where an answer stands? Accuracy with the chosen answer as A and as B; the share of A among all
     verdicts (even would be n_a / (n_a + n_b): half, if as many better answers stand at A)."""
     rows = []
-    for source, members in _by_benchmark(in_first_order(records)).items():
+    for source, members in _by_benchmark(_without_ties(in_first_order(records))).items():
         if source in NO_PAIRS:
             continue
         at_a = [is_right(r) for r in members if r["winner"] == "a"]
@@ -297,11 +299,16 @@ def swap_rows(records):
     answer stood there; undecided, no verdict or a tie in one or both (the last four add up to 1). a_share_both_orders:
     of A among all verdicts; every answer stands at A once, so half is even."""
     rows = []
-    for source, members in _by_benchmark(r for r in records if r["votes"]).items():
+    for source, members in _by_benchmark(_without_ties(r for r in records if r["votes"])).items():
         both = in_both_orders(members)
         if both:
             rows.append(_swap_row(TITLES.get(source, "pairs"), both))
     return rows
+
+
+def _without_ties(records):
+    """The pairs of RewardBench 2's Ties are a diagnostic, no part of what its pairwise protocol measures."""
+    return [r for r in records if r["source"] != reward_bench_2.PAIRWISE or r["subset"] != "Ties"]
 
 
 def _swap_row(benchmark, both):

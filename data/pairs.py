@@ -532,13 +532,14 @@ def reward_bench_2_answers(record):
 
 
 def _reward_bench_2(record):
-    """Each right answer with each wrong one; the id ends in their numbers in Ties, else in that of the wrong one."""
+    """Each right answer with each wrong one; the id ends in the wrong one's number, in Ties in both numbers and how
+    many pairs the row has: "Ties/tied:7/0-2of6"."""
     subset, item, chosen, rejected = reward_bench_2_answers(record)
     prompt = need(record, "prompt", str)
     pairs = []
     for i, right in enumerate(chosen):
         for k, wrong in enumerate(rejected):
-            number = f"{i}-{k}" if subset == "Ties" else k
+            number = f"{i}-{k}of{len(chosen) * len(rejected)}" if subset == "Ties" else k
             pairs.append(_pair(f"{item}/{number}", prompt, right, wrong, "a", "reward-bench-2", subset, subset=subset,
                                item=item))
     return pairs

@@ -10,6 +10,7 @@ from test_benchmarks import BENCHMARKS, record, save, scores
 
 from benchmarks.judge_bench import read_judge_bench
 from benchmarks.records import read_benchmark, read_recorded
+from benchmarks.rows import is_swapped
 from data.pairs import read_pairs
 from evaluate import Config, main
 
@@ -158,6 +159,9 @@ def test_recorded_games_by_hand(tmp_path):
     assert found["right in both orders", "all pairs"] == (2, 8)     # 0, 8
     assert found["one order, official", "all pairs"] == (6, 9)      # 0, 2, 4, 5, 7, 8
     assert scores.swap_rows(records)[0]["n"] == 8
+    assert {name: n for name, n in scores.n_incomplete(records).items() if n} == {"JudgeBench (gpt)": 1}   # 7
+    assert not any(scores.n_incomplete([r for r in records if r["id"] != "p7"]).values())
+    assert not any(scores.n_incomplete([r for r in records if not is_swapped(r)]).values())
 
 
 @needs_judge_bench

@@ -127,7 +127,7 @@ def test_pairs_are_the_right_answer_with_each_wrong_one(tmp_path):
     assert [(p.id, *answers, p.item, p.subset) for p, answers in zip(pairs, shown)] == wanted
     assert all(p.domain == p.subset and p.source == "reward-bench-2" for p in pairs)
     more = read_pairwise(path, seed=5, ties=True)
-    assert more[:60] == pairs and len(more) == 60 + 4 * (2 + 3 + 4) and more[60].id == "Ties/ref:0/0-0"
+    assert more[:60] == pairs and len(more) == 60 + 4 * (2 + 3 + 4) and more[60].id == "Ties/ref:0/0-0of2"
     assert sum(p.winner == "b" for p in more[60:]) == 18
     assert {(p.answer_a.split()[-2], p.answer_b.split()[-2]) for p in more} == {("right", "wrong"), ("wrong", "right")}
     assert {p.id for p in read_pairs(path)} == {p.id for p in more}     # as pairs of --data, or to keep out of a pool
@@ -149,9 +149,9 @@ def test_four_answers_change_places_with_a_drawn_letter(tmp_path):
 
 def test_every_answer_is_rated_alone(tmp_path):
     tasks = read_to_rate(save(tmp_path / "rows.jsonl", rows()))
-    assert [t.id for t in tasks[:5]] == ["Factuality/0/c0", "Factuality/0/r0", "Factuality/0/r1", "Factuality/0/r2",
-                                         "Factuality/1/c0"]
-    assert tasks[-1].id == "Ties/tied:2/r3" and len(tasks) == 80 + 2 * 9 + 3 + 9
+    assert [t.id for t in tasks[:5]] == ["Factuality/0/c0of4", "Factuality/0/r0of4", "Factuality/0/r1of4",
+                                         "Factuality/0/r2of4", "Factuality/1/c0of4"]
+    assert tasks[-1].id == "Ties/tied:2/r3of7" and len(tasks) == 80 + 2 * 9 + 3 + 9
     assert all(len(t.answers) == 1 and t.winner is None for t in tasks)
 
 
@@ -187,11 +187,42 @@ def test_the_example_of_the_pairwise_protocol():
 
 
 def test_items_that_lack_a_pair_are_left_out_and_counted():
-    members = judged_pairs(0, "aaa") + judged_pairs(1, "bbb")[:2] + judged_pairs(2, "aab", swapped=True)
+    members = judged_pairs(0, "aaa") + judged_pairs(1, "bbb")[:2]
     assert cells(scores.score(members))["section", "Math"] == 1
-    members += [rated("Math/7/c0", "1"), rated("Math/7/r0", "1")]
-    assert scores.n_incomplete(members) == {"RM-Bench": 0, "RewardBench 2, pairwise (ours)": 1,
-                                            "RewardBench 2, ratings": 1}
+    members += [rated("Math/7/c0of4", "1"), rated("Math/7/r0of4", "1")]
+    assert left_out(members) == {"RewardBench 2, pairwise (ours)": 1, "RewardBench 2, ratings": 1}
+    in_both = members + judged_pairs(0, "aaa", swapped=True)
+    assert left_out(in_both) == left_out(members)
+    lacking = members + judged_pairs(0, "aaa", swapped=True)[1:]    # left out of both orders, not of the first
+    assert cells(scores.score(lacking))["section", "Math"] == 1
+    assert not any(r["kind"] == "both orders" for r in scores.score(lacking))
+    assert left_out(lacking)["RewardBench 2, pairwise (ours)"] == 2
+
+
+def test_rows_of_ties_that_lack_an_answer_are_left_out_and_counted(tmp_path):
+    """Number 0 lacks its worst wrong answer, and would win without it: the score is that of number 1 alone."""
+    tasks = [t for t in read_to_rate(save(tmp_path / "rows.jsonl", rows())) if t.item[-1] in "01"]
+    shown = {"Ties/ref:0": "9 9 1", "Ties/tied:0": "8 8 8 9 1", "Ties/ref:1": "9 3 1 1", "Ties/tied:1": "8 7 6 2 1 1"}
+    text = {name: iter(given.split()) for name, given in shown.items()}
+    members = [rated(t.id, next(text[t.item]), "Ties") for t in tasks if t.subset == "Ties"]
+    whole, = [r for r in scores.score(members) if r["kind"] == "section"]
+    assert whole["n"] == 4 and left_out(members) == {}
+    trimmed = [r for r in members if r["id"] not in ("Ties/ref:0/r0of3", "Ties/tied:0/r0of5")]
+    one, = [r for r in scores.score(trimmed) if r["kind"] == "section"]
+    alone = ties_score({"ref:1": ([9], [3, 1, 1]), "tied:1": ([8, 7, 6], [2, 1, 1])}).score
+    assert (one["n"], one["score"]) == (2, alone) and left_out(trimmed) == {"RewardBench 2, ratings": 2}
+    pairs = [p for p in read_pairwise(tmp_path / "rows.jsonl", ties=True) if p.subset == "Ties"]
+    members = [record(p.id, p.winner, p.winner if p.item != "Ties/tied:1" else "x", p.source, "Ties", "Ties", p.item)
+               for p in pairs]
+    kind = "Ties, every pair won (a diagnostic)"
+    assert cells(scores.score(members)) == {(kind, "ref rows"): 1, (kind, "tied rows"): 2 / 3}
+    trimmed = [r for r in members if r["id"] != "Ties/tied:0/2-1of6"]
+    assert cells(scores.score(trimmed)) == {(kind, "ref rows"): 1, (kind, "tied rows"): 1 / 2}
+    assert left_out(trimmed) == {"RewardBench 2, pairwise (ours)": 1}
+
+
+def left_out(members):
+    return {name: n for name, n in scores.n_incomplete(members).items() if n}
 
 
 def test_both_orders_of_the_pairwise_protocol():
@@ -210,13 +241,19 @@ def test_ties_pairs_are_a_diagnostic_and_no_part_of_the_mean():
     members = judged_pairs(0, "aaa")
     for name, verdicts in (("ref:0", "aa"), ("tied:0", "aaab"), ("tied:1", "aaaa")):
         for i, verdict in enumerate(verdicts):
-            members.append(record(f"Ties/{name}/{i // 2}-{i % 2}", "a", verdict, "reward-bench-2", "Ties", "Ties",
-                                  f"Ties/{name}"))
+            members.append(record(f"Ties/{name}/{i // 2}-{i % 2}of{len(verdicts)}", "a", verdict, "reward-bench-2",
+                                  "Ties", "Ties", f"Ties/{name}"))
     found = scores.score(members)
     assert cells(found) | {("overall", "beats all three, mean without Ties"): 1.0,
                            ("Ties, every pair won (a diagnostic)", "ref rows"): 1.0,
                            ("Ties, every pair won (a diagnostic)", "tied rows"): .5} == cells(found)
-    assert not any(r["name"] == "Ties" for r in found) and scores.n_incomplete(members)["RM-Bench"] == 0
+    assert not any(r["name"] == "Ties" for r in found) and left_out(members) == {}
+    members += judged_pairs(0, "aab", swapped=True)
+    members += [r | {"id": r["id"] + "/swapped", "swapped": True} for r in members if r["subset"] == "Ties"]
+    place, = scores.position_rows(members)
+    assert left_out(members) == left_out(members[:-1]) == {}    # the diagnostic is of the first order
+    assert (place["n_a"], place["n_b"], place["a_share_first_order"]) == (2, 1, 2 / 3)
+    assert [(r["n"], r["both"]) for r in scores.swap_rows(members)] == [(3, 2 / 3)]
 
 
 def test_four_way_scores_are_ours_and_beside_them_the_official_rule():
@@ -233,6 +270,9 @@ def test_four_way_scores_are_ours_and_beside_them_the_official_rule():
     assert scores.position_rows(members) == [] and scores.swap_rows(members) == []
 
 
+NUMBERS = ("c0of4", "r0of4", "r1of4", "r2of4")
+
+
 def rated(name, text, subset="Math"):
     r = record(name, None, "x", "reward-bench-2-ratings", subset, subset, name.rpartition("/")[0])
     return r | {"votes": [r["votes"][0] | {"text": text, "verdict": None}]}
@@ -242,22 +282,23 @@ def test_ratings_count_as_the_official_functions_do():
     """Math: alone best, best with one other, none read. Ties: the worked example, its scores doubled and rounded."""
     texts = {"Math/0": "9 8 7 1", "Math/1": "8 8 7 1", "Math/2": "? ? ? ?"}
     members = [rated(f"{item}/{number}", text) for item, given in texts.items()
-               for number, text in zip(("c0", "r0", "r1", "r2"), given.split())]
+               for number, text in zip(NUMBERS, given.split())]
     random.Random(0).shuffle(members)
     found = scores.score(members)
     assert cells(found) == {("overall", "mean of 1 of six subsets"): (1 + .5 + .25) / 3,
                             ("section", "Math"): (1 + .5 + .25) / 3}
     assert found[0]["no_verdict"] == 4 / 12 and found[0]["of"] == 1865
     ties = {"ref:0": ([9], [3, 1]), "tied:0": ([8, 7, 6], [2, None]), "ref:1": ([None], [2, 1])}
-    members += [rated(f"Ties/{name}/{kind}{i}", "?" if x is None else f"so {x}", "Ties")
+    members += [rated(f"Ties/{name}/{kind}{i}of{sum(map(len, sides))}", "?" if x is None else f"so {x}", "Ties")
                 for name, sides in ties.items() for kind, given in zip("cr", sides) for i, x in enumerate(given)]
     members += [rated(f"{s}/0/{number}", text, s) for s in FIVE if s != "Math"
-                for number, text in zip(("c0", "r0", "r1", "r2"), "4321")]
+                for number, text in zip(NUMBERS, "4321")]
     found = scores.score(members)
     wanted = ties_score({"ref:0": ([9], [3, 1]), "tied:0": ([8, 7, 6], [2, -1]), "ref:1": ([-1], [2, 1])}).score
     assert cells(found)["section", "Ties"] == wanted
     assert cells(found)["overall", "mean of all six, official rule"] == pytest.approx((4 + 1.75 / 3 + wanted) / 6)
-    assert next(r for r in found if r["name"] == "Ties")["no_verdict"] == 2 / 11
+    assert {r["name"]: r["no_verdict"] for r in found} == dict.fromkeys(FIVE, 0) | {
+        "Math": 4 / 12, "Ties": 2 / 11, "mean of all six, official rule": 6 / 39}
 
 
 # ---- prompts
@@ -293,10 +334,11 @@ def test_the_sections_of_a_prompt(tmp_path):
 # ---- end to end
 
 def shown_rows():
-    """Four items of two subsets, in words of the generated task, and a number of Ties."""
-    words = ["0 1 2 3", "1 2", "3 2 1", "2 1 4"]
-    made = [{"id": str(i), "subset": subset, "prompt": f"sort 2 1 {i}", "num_correct": 1, "chosen": [words[0]],
-             "rejected": words[1:]} for subset in ("Math", "Focus") for i in range(4)]
+    """Four items of two subsets, whose words vary enough for the random judge to change its mind, and a number of Ties.
+    """
+    words = ["yes", "no", "maybe", "none"]
+    made = [{"id": str(i), "subset": subset, "prompt": f"sort 2 1 {i}", "num_correct": 1, "chosen": [words[i]],
+             "rejected": words[i + 1:] + words[:i]} for subset in ("Math", "Focus") for i in range(4)]
     ties = [{"id": f"{kind}:1", "subset": "Ties", "prompt": "sort 1", "num_correct": n, "chosen": words[:n],
              "rejected": words[n:]} for kind, n in (("ref", 1), ("tied", 2))]
     return made + ties
@@ -391,6 +433,7 @@ def test_bad_rows(tmp_path, change, message):
 @pytest.mark.parametrize("change, message", [
     ({"domain": "Chat", "subset": "Chat"}, "domain 'Chat'"), ({"subset": "Safety"}, "subset 'Safety' of domain 'Math'"),
     ({"id": "Math/0/x"}, "id 'Math/0/x' of item 'Math/0'"),
+    ({"id": "Math/0/0-0"}, "id 'Math/0/0-0' of item 'Math/0'"),
     ({"winner": "c"}, '"winner" is "c": write "a", "b" or null')])
 def test_judgements_that_have_no_place(tmp_path, change, message):
     path = save(tmp_path / "judgements.jsonl", [judged_pairs(0, "aaa")[0] | change])
