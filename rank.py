@@ -55,8 +55,8 @@ def tournament(n, schedule="all", both_orders=False, seed=0):
     It yields a round, a list of (i, j): answer i is shown as A, j as B; and is sent the list of their verdicts, each
     "a", "b" or None. The seed (any that numpy's default_rng takes) decides who meets whom first, and the places: each
     answer is A as often as B, give or take one. A swiss tournament evens them out as far as its meetings allow: where
-    the judge always says the same letter, those with the same score have had the same places, and the two numbers come
-    to differ by one a round at worst, which is nothing with both_orders.
+    the judge always says the same letter, those of equal score have had the same places, and the two numbers come to
+    differ by up to one a round (6 at 64 answers); take both_orders for such a judge.
     """
     assert schedule in SCHEDULES and 1 <= n <= MOST_ANSWERS, (schedule, n)
     rng = np.random.default_rng(seed)

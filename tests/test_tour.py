@@ -117,7 +117,8 @@ def outputs(done, *words):
 def test_every_command_of_the_page_is_one_that_the_test_knows():
     ran = [what[:2] if what[0] == "python" else what[:1] for kind, what in commands(STEPS) if kind == "run"]
     assert ran == [["make"], ["source"], ["mkdir"], *[["python", "judge.py"]] * 3, ["python", "-m"],
-                   *[["python", "judge.py"]] * 3, ["python", "serve.py"], *[["curl"]] * 3, ["kill"], ["pip"], ["python", "-m"]]
+                   *[["python", "judge.py"]] * 3, ["python", "serve.py"], *[["curl"]] * 3, ["kill"], ["pip"],
+                   ["python", "-m"]]
     assert sum(kind == "python" for kind, _ in commands(STEPS)) == 4
 
 
