@@ -376,8 +376,9 @@ class Several:
         try:
             while coming or present:
                 while coming and len(present) < self.n_at_once:
+                    check_wanted(self.service, self.exchange, self.until)  # long pairs take a while to encode
                     number = coming.popleft()
-                    ids = jury.encode(pairs[number])  # not all at once: a client that goes is seen in between
+                    ids = jury.encode(pairs[number])
                     present[engine.ask(ids, self.sampling, box=box)] = number
                 if asked := next_done(self.service, self.exchange, box, self.until):
                     number = present.pop(asked)

@@ -9,6 +9,8 @@ import json
 import os
 import random
 import shutil
+import threading
+import time
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -429,6 +431,17 @@ def test_saved_truncation_and_padding_are_ignored(tmp_path):
             "pad_token": "!"}
     tokenizer = Tokenizer(write_folder(tmp_path, spec("tiny") | {"truncation": cut, "padding": fill}, {}))
     assert tokenizer.encode(TEXT) == ours("tiny", "chatml").encode(TEXT) and len(tokenizer.encode("x")) == 1
+
+
+def test_other_threads_run_while_a_text_is_encoded():
+    """About 0.5 s; one that held Python's lock would let none of these naps end."""
+    tokenizer, n_naps = ours("tiny", "chatml"), 0
+    thread = threading.Thread(target=tokenizer.encode, args=(TEXT * 2000,))
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        n_naps += 1
+    assert n_naps > 20
 
 
 # ---- streams
