@@ -624,7 +624,7 @@ def test_sigterm_finishes_what_runs(process):
         one.sendall(request("/v1/chat/completions", body))
         until(lambda: read_metrics(process)[2]["rm_writing"] > 0)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.15)
+        until(lambda: exchange(process, request("/health"))[0] == 503)
         other.sendall(request("/judge", PAIR))
         status, headers, _ = read_reply(file2)
         assert status == 503 and "Retry-After" in headers
