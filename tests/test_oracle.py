@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -435,10 +436,12 @@ def test_interrupted_it_waits_for_what_is_under_way(config, tmp_path):
         cfg = config(server, 240)
         command = [sys.executable, ROOT / "oracle.py", "--data", cfg.data, "--out", cfg.out, "--teacher", "great-1"]
         process = subprocess.Popen([*command, "--endpoint", cfg.endpoint, "--concurrency", "4"], text=True,
-                                   stderr=subprocess.PIPE, env=os.environ | {"TQDM_DISABLE": "1"})
+                                   stderr=subprocess.PIPE, env=os.environ | {"TQDM_DISABLE": "1"},
+                                   # what a shell starts in the background ignores Ctrl-C, and so does what it starts
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while len(server.asked) < 9:
             time.sleep(0.005)
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=10)
     n = len(Path(cfg.out, "answers.jsonl").read_text().splitlines())
     assert process.returncode == 130 and n == len(server.asked) < 240

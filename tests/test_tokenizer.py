@@ -244,9 +244,11 @@ def test_chat_equals_transformers_on_the_published_qwen25_folder():
     assert tokenizer.encode(TEXT) == reference.encode(TEXT)
 
 
-def test_every_benchmark_pair_renders_as_in_transformers():
-    """Oracle: apply_chat_template of the published Qwen2.5 folder on all 3,022 pairs, file by file because the logs
-    repeat ids. Where a content spells an added token, transformers makes it a control token: there the texts count."""
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.long)])
+def test_every_benchmark_pair_renders_as_in_transformers(step):
+    """Oracle: apply_chat_template of the published Qwen2.5 folder on the 3,022 pairs (every sixth, or all), file by
+    file because the logs repeat ids. Where a content spells an added token, transformers makes it a control token:
+    there the texts count."""
     transformers = pytest.importorskip("transformers")
     spec("real")
     if not BENCHMARKS.is_dir():
@@ -267,12 +269,12 @@ def test_every_benchmark_pair_renders_as_in_transformers():
             conversation = messages[1]["content"].startswith("=== conversation with chatbot A ===")
             seen.update(pairs=1, conversations=conversation, spelled=spelled)
             assert [message["role"] for message in messages] == ["system", "user"]
-            if texts not in same:
+            if texts not in same and seen["pairs"] % step == 0:
                 want = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=not spelled,
                                                      return_dict=False)
                 got = tokenizer.chat(messages)
                 same[texts] = (tokenizer.decode(got, skip_control=False) == nfc(want)) if spelled else got == want
-            assert same[texts], f"{name}: {pair.id}"
+            assert same.get(texts, True), f"{name}: {pair.id}"
     assert seen == {"pairs": 3022, "conversations": 134, "spelled": 0, "unreadable": 2}
 
 
