@@ -141,6 +141,13 @@ def refuse_existing(path):
     refuse_file(Path(path).absolute().parent)
 
 
+def refuse_existing_folder(path):
+    """Before a folder is written that must be new."""
+    refuse_file(path)
+    if Path(path).exists():
+        raise ValueError(f"{path}: is already there; choose another --out")
+
+
 def refuse_file(path):
     """Before a folder is written: neither its name nor the folders above it may be a file's."""
     for place in (Path(path), *Path(path).parents):

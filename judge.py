@@ -250,11 +250,11 @@ def load_judge(cfg, budgets=(), split=Split()):
     """The Judge that a script's options describe (this script's Config or evaluate.py's)."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    prompt = prompt_for(cfg.model, cfg.prompt, cfg.rubric)
+    rubric, prompt = rubric_of(cfg), prompt_for(cfg.model, cfg.prompt, cfg.rubric)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype, cfg.batch_invariant, split)
     sampling = sampling_of(cfg, cfg.votes, tokenizer)
     return Judge(Sampler(model, cfg.n_slots, cfg.kv_gb, graphs=not cfg.eager), tokenizer, prompt, sampling, budgets,
-                 rubric=rubric_of(cfg))
+                 rubric=rubric)
 
 
 def prompt_for(folder, given, rubric=None):
@@ -338,17 +338,16 @@ def judge_pairs(cfg):
 
 def show_one(cfg):
     """A question and two answers."""
-    texts, rubric = texts_from_options(cfg), rubric_of(cfg)
-    judge = load_judge(cfg)
-    show_judging(judge, pair_of_texts(*texts, rubric))
+    texts = texts_from_options(cfg)
+    show_judging(load_judge(cfg), pair_of_texts(*texts))
 
 
 def show_answer(cfg):
     """A question, one answer and a reference."""
-    texts, rubric = texts_from_options(cfg, ["question", "answer", "reference"]), rubric_of(cfg)
+    texts = texts_from_options(cfg, ["question", "answer", "reference"])
     if cfg.out:
         refuse_existing(cfg.out)
-    judge, pairs, records = load_judge(cfg), answer_pairs(*texts, rubric), []
+    judge, pairs, records = load_judge(cfg), answer_pairs(*texts), []
     check_prompts([judge.encode(pair) for pair in pairs], judge.sampler.model)  # both, before the first is shown
     for pair in pairs:
         print("reference as A, answer as B:" if records else "answer as A, reference as B:")
@@ -383,7 +382,7 @@ def rank_one(cfg):
     """--question TEXT --answers TEXT TEXT ..."""
     question, = texts_from_options(cfg, ["question"])
     answers = list(cfg.answers) or [text_of_file(file, "--answer-files") for file in cfg.answer_files]
-    question = named_by_content([{"role": "user", "content": question}], answers, rubric_of(cfg))
+    question = named_by_content([{"role": "user", "content": question}], answers)
     judge = load_judge(cfg)
     check_prompts([judge.encode(pair) for pair in longest_pairs(judge, question)], judge.sampler.model)
     (_, found), = rank_all(judge, [question], cfg.schedule, cfg.both_orders, cfg.seed)

@@ -197,10 +197,14 @@ def encoding(service, exchange, content):
         yield
 
 
-def check_wanted(service, exchange, until):
-    """Is there still somebody who waits, and something to wait for?"""
+def check_time(service, until):
     if time.monotonic() > until:
         raise Refused(504, f"the time for a request is over, {service.timeout_s:g} s")
+
+
+def check_wanted(service, exchange, until):
+    """Is there still somebody who waits, and something to wait for?"""
+    check_time(service, until)
     if service.engine.failed:
         raise Refused(500, "the sampler has failed; the server ends")
     if exchange.gone():
@@ -209,8 +213,7 @@ def check_wanted(service, exchange, until):
 
 def next_done(service, exchange, box, until, pause=LOOK_S):
     """The next request in the box, or None if there is none after the pause."""
-    if time.monotonic() > until:
-        raise Refused(504, f"the time for a request is over, {service.timeout_s:g} s")
+    check_time(service, until)  # even where there is always one
     try:
         return box.get(timeout=pause)
     except Empty:

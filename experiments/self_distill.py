@@ -29,7 +29,7 @@ import oracle
 from data import toy
 from data.pairs import read_chains, read_pairs, write_pairs
 from demo import judge_all, percent
-from files import one_line_errors, refuse_file
+from files import one_line_errors, refuse_existing_folder
 from options import check_at_least, check_between, parse_config, refuse_ranks
 
 
@@ -70,9 +70,7 @@ def main(cfg):
     began = time.perf_counter()
     refuse_ranks("self_distill.py")
     out = Path(cfg.out)
-    refuse_file(out)
-    if out.exists():
-        raise ValueError(f"{out}: is already there; choose another --out")
+    refuse_existing_folder(out)
     base = Path(cfg.base) if cfg.base else out / "base"
     if not cfg.base:
         make_base(base, cfg.seed)

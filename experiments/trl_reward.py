@@ -30,7 +30,7 @@ import torch
 import distill
 import judge as judging
 from data import toy
-from files import one_line_errors, refuse_file, write_records
+from files import one_line_errors, refuse_existing_folder, write_records
 from options import check_at_least, check_between, check_choice, parse_config, refuse_ranks
 from policy_reward import PolicyReward
 from rank import SCHEDULES
@@ -217,9 +217,7 @@ def main(cfg):
     began = time.perf_counter()
     refuse_ranks("trl_reward.py")
     out = Path(cfg.out)
-    refuse_file(out)
-    if out.exists():
-        raise ValueError(f"{out}: is already there; choose another --out")
+    refuse_existing_folder(out)
     try:
         import trl
         from transformers import AutoModelForCausalLM, AutoTokenizer
