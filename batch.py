@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from draw import choose, prompt_key, uniforms
-from kernels import attention, decode_attention, linear_logp, logits, store, use_triton
+from kernels import attention, decode_attention, linear_logp, logits, pack_weight, store, use_triton
 from model import pack
 from pages import BIN, PAGE_SIZE, Pool, StepInputs, affordable, pages_for
 
@@ -80,6 +80,7 @@ class Batch:
         most = bucket(self.n_slots) if self.graphs else self.n_slots
         n_members = min(sampling.n, self.n_slots)
         self.inputs = StepInputs(most, self.own_pages, prompt_pages, n_members, n_pages, page_size, self.device)
+        self.packed_head_vd = pack_weight(model.padded_head_vd, model.impl)  # None: it is read as it is
         self.out_2b = torch.zeros(2, most, dtype=torch.float64, device=self.device)  # drawn ids and their logps
         self.waiting = deque((i, sample) for i in range(len(prompts)) for sample in range(sampling.n))
         self.slots = []
@@ -297,7 +298,8 @@ class Batch:
         how, impl = self.sampling, self.model.impl
         uniform_a = uniforms(how.seed, key_a, sample_a, drawn_a)
         # all rows of the head, padding included: their number suits the matrix units better than the tokenizer's
-        logits_av = logits(hidden_ad, self.model.padded_head_vd, impl)[:, :self.model.n_vocab]
+        head_vd = self.model.padded_head_vd if self.packed_head_vd is None else self.packed_head_vd
+        logits_av = logits(hidden_ad, head_vd, impl)[:, :self.model.n_vocab]
         id_a, logp_a = choose(logits_av, uniform_a, how.temperature, how.top_p, how.top_k)
         if impl == "invariant" and how.top_k == 0 and how.top_p == 1:  # the trainer's own operation: equal bits
             logp_a, _ = linear_logp(hidden_ad, self.model.head_vd, id_a, how.temperature or 1.0, impl=impl)

@@ -7,7 +7,8 @@
 What counts is the sum of all tensors' storages, operation by operation, not the process's memory. In the simulation the
 process group is PyTorch's "fake" one, every Triton launch is left out, and a value that the host would read is made up;
 the tensors that the kernels' autograd functions allocate and save are the real ones. What no simulation sees: the
-allocator's gaps, other streams' buffers, CUDA and NCCL. Keys and values are what is left, so they are left out here.
+allocator's gaps, other streams' buffers, CUDA and NCCL. Keys and values are what is left, so they are left out here; so
+is the copy of the head that a sampler on a CPU has in oneDNN's order.
 """
 
 import argparse
@@ -72,7 +73,7 @@ class Live(TorchDispatchMode):
             return {torch.bool: False, torch.int64: 1}.get(args[0].dtype, 0.5)
         out = function(*args, **kwargs or {})
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.device.type == "cpu" and not self.paused:
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu" and not x.is_mkldnn and not self.paused:
                 self.see(x.untyped_storage())
         return out
 

@@ -32,7 +32,7 @@ from kernels.decode import NOBODY, Tables  # noqa: F401
 from kernels.decode import decode_attention_ref, decode_invariant, decode_triton, store_ref, store_triton
 from kernels.logp import LinearInvariant, LinearLogpChunked, LinearLogpTriton, launch_linear, logits_ref
 from kernels.logp import linear_logp_ref  # noqa: F401
-from kernels.logp import linear_ref
+from kernels.logp import linear_ref, pack_weight_ref
 from kernels.pointwise import AddRmsNormTriton, RopeTriton, SwigluTriton, add_rms_norm_ref, rope_ref, swiglu_ref
 from kernels.pointwise import launch_add_rms_norm, launch_rope, launch_swiglu
 from kernels.tiles import INTERPRETED, wide  # noqa: F401
@@ -115,6 +115,11 @@ def linear(x_nd, weight_vd, bias_v=None, impl=None):
     if not torch.is_grad_enabled():
         return launch_linear(x_nd, weight_vd, bias_v, x_nd.dtype)
     return LinearInvariant.apply(x_nd, weight_vd, bias_v)
+
+
+def pack_weight(weight_vd, impl=None):
+    """A copy of the weight for many calls of `linear` or `logits` with it, which are faster so on a CPU; or None."""
+    return None if impl == "invariant" else pack_weight_ref(weight_vd)
 
 
 def logits(hidden_nd, weight_vd, impl=None):

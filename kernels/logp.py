@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from kernels.tiles import POINTWISE, check_launch, jit, product_tiling, tl, triton, wide
 
-BLOCK_ROWS = 1024  # of a weight, see linear_ref
+ONEDNN_ELEMENTS = 2**18  # weights of more than these go to oneDNN, see linear_ref
 LOGIT_CHUNK = 2**24  # elements of the [N, columns] float32 blocks that linear_logp holds at once, two of 64 MB
 GRADIENT_CHUNK = 2**27  # elements of the [N, columns] logit gradients, in the inputs' dtype, that the Triton path holds
 
@@ -108,14 +108,23 @@ def logits_ref(hidden_nd, weight_vd):
 
 
 def linear_ref(x_nd, weight_vd, bias_v):
-    """x weight^T + bias. Without gradient, in float32 on a CPU, in blocks of weights that stay in its cache: a decode
-    step of 56 slots takes 0.86 to 0.95 of the time."""
-    if torch.is_grad_enabled() or x_nd.is_cuda or x_nd.dtype != torch.float32 or len(weight_vd) <= BLOCK_ROWS:
-        return F.linear(x_nd, weight_vd, bias_v)
-    out_nv = x_nd.new_empty(len(x_nd), len(weight_vd))
-    for block_vd, block_nv in zip(weight_vd.split(BLOCK_ROWS), out_nv.split(BLOCK_ROWS, 1)):
-        torch.mm(x_nd, block_vd.t(), out=block_nv)
-    return out_nv if bias_v is None else out_nv.add_(bias_v)
+    """x weight^T + bias. Without gradient, in float32 on a CPU, large weights go to oneDNN, where torch.compile sends
+    them: F.linear would take MKL's product, which on an AMD processor needs up to twice as long for a decode step's few
+    rows. Small ones do not: oneDNN prepares a product of each new number of rows, which takes a millisecond."""
+    if weight_vd.is_mkldnn or suits_onednn(weight_vd) and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x_nd, weight_vd, bias_v, "none", [], "")
+    return F.linear(x_nd, weight_vd, bias_v)
+
+
+def pack_weight_ref(weight_vd):
+    """The weight in oneDNN's own order, in which a step of 7 rows reads a head in half of the time; None where oneDNN
+    does not multiply it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight_vd.detach()) if suits_onednn(weight_vd) else None
+
+
+def suits_onednn(weight_vd):
+    return (weight_vd.dtype == torch.float32 and weight_vd.device.type == "cpu" and weight_vd.numel() > ONEDNN_ELEMENTS
+            and torch.backends.mkldnn.is_available())
 
 
 @jit

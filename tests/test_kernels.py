@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import (NOBODY, Tables, add_rms_norm, attention, decode_attention, linear, linear_logp, linear_logp_ref,
-                     logits, rms_norm, rope, store, swiglu, wide)
+                     logits, pack_weight, rms_norm, rope, store, swiglu, wide)
 from kernels.attention import _key_tiles, _padded_segments, _query_tiles
 
 DEVICE = os.environ["RM_TEST_DEVICE"]
@@ -864,6 +864,29 @@ def test_logits(impl, dtype):
     assert out.dtype == wide(dtype) and not out.requires_grad
     rounded = dtype in (F16, BF16) and impl != "invariant" and DEVICE == "cpu"
     assert_within([out], [exact], [sqrt(50) * unit(wide(dtype)) + (unit(dtype) if rounded else 0)])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="oneDNN's products are the CPU's")
+@pytest.mark.parametrize("N", [0, 1, 7, 56])
+def test_large_products_without_gradient(N):
+    """Oracle: float64. Rows and weights that are parts of a tensor, or transposed; with bias and without; packed. They
+    are oneDNN's where this PyTorch has it; NaN and infinity stay in their row."""
+    with torch.no_grad():
+        whole, bias = randn(2100, 300, seed=1).to(F32), randn(2100, seed=2).to(F32)
+        for x in (randn(N, 300), randn(2 * N, 300)[::2], randn(300, N).t(), randn(N, 600)[:, 300:]):
+            for weight in (whole, whole[50:2000], randn(300, 2100, seed=1).to(F32).t()):
+                weights = [w for w in (weight, pack_weight(weight)) if w is not None]
+                for b in (None, bias[:len(weight)]):
+                    exact = F.linear(x.double(), weight.double(), b if b is None else b.double())
+                    assert_within([linear(x.to(F32), w, b) for w in weights], [exact] * len(weights),
+                                  [sqrt(302) * unit(F32)] * len(weights))
+        if N > 1:
+            x = randn(N, 300).to(F32)
+            x[0, 3], x[1, 4] = math.nan, math.inf
+            for out in linear(x, whole), logits(x, whole):
+                assert not out[:2].isfinite().any() and out[2:].isfinite().all()
+    assert (pack_weight(whole) is not None) == torch.backends.mkldnn.is_available()
+    assert pack_weight(whole, "invariant") is None and pack_weight(whole[:9]) is None
 
 
 @pytest.mark.parametrize("impl,dtype", KERNELS, ids=shown)

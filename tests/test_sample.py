@@ -37,6 +37,7 @@ QWEN2 = dict(model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_siz
 QWEN3 = QWEN2 | dict(model_type="qwen3", num_attention_heads=6, head_dim=8, tie_word_embeddings=False)
 ONE_LAYER = QWEN2 | dict(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                          num_key_value_heads=1)
+LARGE = dict(vocab_size=4200, hidden_size=64, intermediate_size=4200)  # weights above kernels.logp.ONEDNN_ELEMENTS
 PROMPTS = [[7] * 3, [1], list(range(40)), [5, 9, 2, 60, 3], [11, 12], list(range(60, 20, -2)), [3] * 9, [44, 1, 8, 30]]
 
 
@@ -149,11 +150,11 @@ def test_logps_are_those_of_the_sampling_distribution(raw, options):
             np.testing.assert_allclose(r.logps, np.log(p), atol=1e-10)
 
 
-@pytest.mark.parametrize("raw", [QWEN2, QWEN3], ids=["Qwen2", "Qwen3"])
+@pytest.mark.parametrize("raw", [QWEN2, QWEN3, QWEN2 | LARGE], ids=["Qwen2", "Qwen3", "Qwen2-large"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_and_trainer_agree(raw, temperature):
-    """DESIGN: within 1e-4 in float32, of the same tokens; the trainer sees one forest, the sampler a cache and refilled
-    slots."""
+    """DESIGN: within 1e-4 in float32, of the same tokens; the trainer sees one forest, the sampler a cache, refilled
+    slots, and, of large weights, other products (kernels.logp.linear_ref)."""
     model, n_new = tiny(raw), 80
     groups = Sampler(model, n_slots=8).generate(PROMPTS, Sampling(4, n_new, temperature=temperature, stop={17}, seed=5))
     forest = pack([(prompt, [r.ids for r in rollouts]) for prompt, rollouts in zip(PROMPTS, groups)])
