@@ -3,7 +3,7 @@
     python demo.py                        what `make demo` runs
     python demo.py --seed 1 --out runs/demo-1
 
-A 0.66M-parameter model learns to judge generated pairs (data/toy.py): half are reasoning tasks with one right answer,
+A 0.49M-parameter model learns to judge generated pairs (data/toy.py): half are reasoning tasks with one right answer,
 half are chats to be judged by a weighted rubric. Stages: supervised fine-tuning on the bare verdicts; distillation of
 an oracle's chains, most of which do not check the answers; GRPO from the distilled model, paid by verdicts alone. The
 last line is JSON.

@@ -1,4 +1,4 @@
-"""The generated task, which the demo and the scripts without options train on: small enough for a 0.66M-parameter
+"""The generated task, which the demo and the scripts without options train on: small enough for a 0.49M-parameter
 model, verifiable, worth thinking.
 
     python data/toy.py --out runs/toy/data --seed 0
@@ -50,8 +50,8 @@ SPLITS = {"distill": range(0, 60), "rl": range(60, 80), "heldout": range(80, 100
 CAREFUL = {"sort": 0.3, "flip": 0.3, "step": 0.6, "chat, Must opens": 0.6, "chat": 0.3}  # share of careful chains
 FLAT = 0.75  # share of flat rubrics, before those that would not find the winner are written anew
 
-MODEL = {  # a Qwen3: 0.66M parameters
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384,
+MODEL = {  # a Qwen3: 0.49M parameters
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 256,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rope_theta": 1000.0,
     "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "hidden_act": "silu",
     "attention_bias": False,

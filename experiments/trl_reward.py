@@ -1,6 +1,6 @@
 """Does a policy that TRL trains against the demo's judge learn to write right answers, and what else does it learn?
 
-The policy is a random 0.66M-parameter model of the judge's shape, taught the answers of a careless writer by
+The policy is a random 0.49M-parameter model of the judge's shape, taught the answers of a careless writer by
 distill.py (which notes that these "judgements" hold no verdict). 40 % of them are right. 50 % have the writer's slip,
 its likeliest answer: digits are handed back as they came, a greeting closes with Thanks. The others are wrong in places
 drawn at random. So to do the likeliest thing more often would not help. Then TRL's GRPOTrainer trains the policy on
