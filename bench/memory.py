@@ -2,6 +2,7 @@
 
     python -m bench.memory                                three sizes, 1 and 2 ranks: rollout, score, update, optimizer
     python -m bench.memory --simulate 32b --gpus 8        the real code, rank 0 of 8, on tensors without memory
+    python -m bench.memory --distill [--simulate 32b]     either, of a step of distill.py and an evaluation
     python -m bench.memory --tables                       the recipes' plans, as docs/memory.md has them
 
 What counts is the sum of all tensors' storages, operation by operation, not the process's memory. In the simulation the
@@ -144,16 +145,26 @@ def rollouts_of(n_prompts, work, n_vocab):
     return groups
 
 
-def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
-    """Bytes of each phase of a GRPO step, the second (in the first AdamW has no moments yet); with what begins it."""
+def chains_of(work, n_vocab):
+    """A micro-batch of the longest chains: its forest, and which tokens are scored."""
+    length = work.prompt_tokens + work.new_tokens
+    forest = pack([(np.random.default_rng(i).integers(n_vocab, size=length), []) for i in range(work.n // length)])
+    return forest, (forest.positions_n >= work.prompt_tokens).nonzero()[:, 0]
+
+
+def step_of(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
+    """Bytes of each phase of a training step, the second (in the first AdamW has no moments yet); with what begins it.
+    GRPO's; without a reference (work.reference) distill.py's, where the sampler writes for an evaluation."""
     def made(dtype):
         with torch.device("meta"):
             model = Model(config).to(dtype)
         model.n_vocab, model.impl, model.gradient_checkpointing = n_vocab, impl, work.checkpointing
         return shard(model, ranks, work.dtype)
     waits = work.offload and ranks.world == 1  # the reference, on the host, as in grpo.main; here each time a new one
-    policy, references = made(torch.float32), [made(work.dtype).requires_grad_(False) for _ in range(3)]
+    policy = made(torch.float32)
+    references = [made(work.dtype).requires_grad_(False) for _ in range(3)] if work.reference else []
     cfg, tally, bytes_of = grpo.Config(model="-", data="-", kl_coef=1e-3), Tally(), {}
+    chains, scored_m = chains_of(work, n_vocab)
     live = Live()
 
     def filled(model):
@@ -161,9 +172,14 @@ def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
         for x in model.parameters():
             common.local(x.detach()).normal_(std=0.02)
         return model
+
+    def sft_update():
+        for _ in range(2):  # the second finds gradients there
+            logp_m, _ = policy(chains, scored_m)  # as distill.sft_loss
+            (-logp_m.sum() / len(scored_m)).backward()
     with mode, live, torch.random.fork_rng():
         filled(policy)
-        reference = filled(references.pop())
+        reference = filled(references.pop()) if work.reference else None
         optimizers = make_optimizers(policy, "adamw", 1e-6, (0.9, 0.999), 0.01, work.offload)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups] if work.triton else []:
             group["fused"] = True  # as on a GPU
@@ -183,10 +199,13 @@ def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
             phase("rollout", write, live, copy)
             bytes_of["rollout"] = max(bytes_of["rollout"], filling)
             del copy
-            reference = filled(references.pop()) if waits else reference
-            phase("score", grpo.score, reference, [mini_batch], 1.0, ranks.device)
-            reference = None if waits else reference
-            phase("update", grpo.accumulate_gradients, cfg, ranks, policy, mini_batch, tally, True)
+            if work.reference:
+                reference = filled(references.pop()) if waits else reference
+                phase("score", grpo.score, reference, [mini_batch], 1.0, ranks.device)
+                reference = None if waits else reference
+                phase("update", grpo.accumulate_gradients, cfg, ranks, policy, mini_batch, tally, True)
+            else:
+                phase("update", sft_update)
             phase("optimizer", optimizer_step, policy, optimizers, 1e-6, 1.0, 0.5)
             # as checkpoint.own_weights does, but for the copies on the host
             phase("save", lambda: [common.full(x.to(torch.float32)).nbytes for x in policy.parameters()])
@@ -200,6 +219,10 @@ def grpo_step(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
 FULL = Work(micro_tokens=12288, longest=12288, dtype=torch.bfloat16, checkpointing=True, offload=False, reference=True,
             sequences=1024, updates=8, group_size=7, prompt_tokens=512, new_tokens=1682, n_slots=252, kv_gb=8.0,
             sampler_ranks=1)
+
+
+DISTILL = dict(reference=False, updates=1, group_size=1)
+FULL_DISTILL = replace(FULL, **DISTILL, sequences=128, prompt_tokens=128, new_tokens=1920)
 
 
 def qwen(size, n_layers=None):
@@ -235,9 +258,11 @@ def fake_world(world):
 def simulate(config, work, world):
     """Bytes of each phase on rank 0 of `world`."""
     ranks = Ranks(0, world, torch.device("cpu"), together=work.sampler_ranks)
-    mini_batch = grpo.make_mini_batch(grpo.Config(model="-", data="-", micro_tokens=work.n), ranks,
-                                      rollouts_of(2 * world, work, 1000))
-    mini_batch.micros[:] = mini_batch.micros[:1] * 2  # a later one finds gradients there
+    mini_batch = None
+    if work.reference:
+        cfg = grpo.Config(model="-", data="-", micro_tokens=work.n)
+        mini_batch = grpo.make_mini_batch(cfg, ranks, rollouts_of(2 * world, work, 1000))
+        mini_batch.micros[:] = mini_batch.micros[:1] * 2  # a later one finds gradients there
     with fake_world(world) as fakes:
         def write(live, copy):
             n_prompts = -(-work.n_slots // work.group_size)
@@ -254,7 +279,7 @@ def simulate(config, work, world):
                 made.admit()
                 made.inputs.fill(made.slots, made.pages, {i: work.prompt_tokens for i in made.pages})
                 made.compute_step(work.n_slots, whole=True)
-        return grpo_step(fakes, config, min(N_TOKENIZER, config.vocab_size), work, ranks, "triton", write, mini_batch)
+        return step_of(fakes, config, min(N_TOKENIZER, config.vocab_size), work, ranks, "triton", write, mini_batch)
 
 
 # ------------------------------------------------------------------------------------------------------------- measured
@@ -263,6 +288,7 @@ N_GROUPS = 4  # of each rank: two micro-batches
 WORK = Work(micro_tokens=1024, longest=152, dtype=torch.float32, checkpointing=True, offload=False, reference=True,
             sequences=N_GROUPS, updates=1, group_size=4, prompt_tokens=32, new_tokens=120, n_slots=16, kv_gb=4.0,
             sampler_ranks=1, triton=False)
+WORK_DISTILL = replace(WORK, **DISTILL, longest=128, prompt_tokens=8)
 
 
 def measure(config, work, ranks):
@@ -271,9 +297,11 @@ def measure(config, work, ranks):
         prompts = [[1 + i] * work.prompt_tokens for i in range(N_GROUPS)]
         sampling = Sampling(n=work.group_size, max_new_tokens=work.new_tokens)
         Sampler(copy, work.n_slots, work.kv_gb, work.n).generate(prompts, sampling)
-    cfg = grpo.Config(model="-", data="-", micro_tokens=work.n)
-    mini_batch = grpo.make_mini_batch(cfg, ranks, rollouts_of(N_GROUPS * ranks.world, work, config.vocab_size))
-    return grpo_step(contextlib.nullcontext(), config, config.vocab_size, work, ranks, None, write, mini_batch)
+    mini_batch = None
+    if work.reference:
+        cfg = grpo.Config(model="-", data="-", micro_tokens=work.n)
+        mini_batch = grpo.make_mini_batch(cfg, ranks, rollouts_of(N_GROUPS * ranks.world, work, config.vocab_size))
+    return step_of(contextlib.nullcontext(), config, config.vocab_size, work, ranks, None, write, mini_batch)
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -331,6 +359,7 @@ def tables():
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--simulate", choices=QWEN)
+    parser.add_argument("--distill", action="store_true")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--layers", type=int, help="so many of the model's")
@@ -340,27 +369,29 @@ def main():
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
+    script = ", distill.py" * args.distill
     if args.tables:
         return print(tables(), end="")
     if args.simulate:
-        work = replace(FULL, offload=args.offload, sampler_ranks=args.sampler_ranks)
+        work = replace(FULL_DISTILL if args.distill else FULL, offload=args.offload, sampler_ranks=args.sampler_ranks)
         config = qwen(args.simulate, args.layers)
-        what = f"{args.simulate} on {args.gpus}, simulated" + (f", {args.layers} layers" if args.layers else "")
+        what = f"{args.simulate} on {args.gpus}, simulated{script}" + (f", {args.layers} layers" if args.layers else "")
         show(what, compared(config, work, args.gpus, simulate(config, work, args.gpus)))
         return
     if "RANK" not in os.environ:  # each number of ranks in processes of its own
         for world in args.ranks:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-            again = ["-m", "bench.memory", "--sizes", *args.sizes] + ["--offload"] * args.offload
-            subprocess.run(torchrun + again, check=True)
+            flags = ["--offload"] * args.offload + ["--distill"] * args.distill
+            subprocess.run([*torchrun, "-m", "bench.memory", "--sizes", *args.sizes, *flags], check=True)
         return
     ranks = init_ranks()
     for size in args.sizes:
-        config, work = geometry(*SHAPES[size]), replace(WORK, offload=args.offload, sequences=N_GROUPS * ranks.world)
+        config = geometry(*SHAPES[size])
+        work = replace(WORK_DISTILL if args.distill else WORK, offload=args.offload, sequences=N_GROUPS * ranks.world)
         bytes_of = measure(config, work, ranks)
         if ranks.main:
             n = sum(x.numel() for x in Model(config).parameters())
-            show(f"{size} ({n / 1e6:.0f}M), {ranks.world} ranks", compared(config, work, ranks.world, bytes_of))
+            show(f"{size} ({n / 1e6:.0f}M), {ranks.world} ranks{script}", compared(config, work, ranks.world, bytes_of))
 
 
 if __name__ == "__main__":
