@@ -1,6 +1,6 @@
 """Runs that are killed, told to stop, or fail on one rank; then what `--resume` makes of what they left.
 
-    python tests/faults.py [--kills 20] [--seed 0]      five to eight minutes: a command of its own, not part of the tests
+    python tests/faults.py [--kills 20] [--seed 0]      up to eight minutes: a command of its own, not part of the tests
 
 The oracle is the uninterrupted run on as many ranks: the metrics but for the seconds, the samples, and every bit of the
 final weights. Two ranks on the CPU, a tiny model, a checkpoint a step; each fault at a random moment.
