@@ -80,7 +80,8 @@ class Batch:
         most = bucket(self.n_slots) if self.graphs else self.n_slots
         n_members = min(sampling.n, self.n_slots)
         self.inputs = StepInputs(most, self.own_pages, prompt_pages, n_members, n_pages, page_size, self.device)
-        self.packed_head_vd = pack_weight(model.padded_head_vd, model.impl)  # None: it is read as it is
+        # of a few rows a step: for one it would not pay
+        self.packed_head_vd = pack_weight(model.padded_head_vd, model.impl) if self.n_slots > 2 else None
         self.out_2b = torch.zeros(2, most, dtype=torch.float64, device=self.device)  # drawn ids and their logps
         self.waiting = deque((i, sample) for i in range(len(prompts)) for sample in range(sampling.n))
         self.slots = []
@@ -297,15 +298,18 @@ class Batch:
         """Samples a token for each row: ids and log-probabilities, [2, A] float64."""
         how, impl = self.sampling, self.model.impl
         uniform_a = uniforms(how.seed, key_a, sample_a, drawn_a)
-        # all rows of the head, padding included: their number suits the matrix units better than the tokenizer's
-        head_vd = self.model.padded_head_vd if self.packed_head_vd is None else self.packed_head_vd
-        logits_av = logits(hidden_ad, head_vd, impl)[:, :self.model.n_vocab]
+        logits_av = self.logits(hidden_ad)
         id_a, logp_a = choose(logits_av, uniform_a, how.temperature, how.top_p, how.top_k)
         if impl == "invariant" and how.top_k == 0 and how.top_p == 1:  # the trainer's own operation: equal bits
             logp_a, _ = linear_logp(hidden_ad, self.model.head_vd, id_a, how.temperature or 1.0, impl=impl)
         # of ranks that sample as one the first decides, or a rounding would part them; all they do besides is the same
         # because it follows from the same prompts, settings and draws
         return self.model.split.first(torch.stack([id_a.double(), logp_a.double()]))
+
+    def logits(self, hidden_ad):
+        # all rows of the head, padding included: their number suits the matrix units better than the tokenizer's
+        head_vd = self.model.padded_head_vd if self.packed_head_vd is None else self.packed_head_vd
+        return logits(hidden_ad, head_vd, self.model.impl)[:, :self.model.n_vocab]
 
     def record(self, slots, drawn):
         """Writes down what the slots have drawn, and ends the rollouts that end with it."""

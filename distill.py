@@ -200,7 +200,7 @@ def work_of(cfg):
     return Work(micro_tokens=cfg.micro_tokens, longest=cfg.max_length, dtype=getattr(torch, cfg.dtype),
                 checkpointing=cfg.gradient_checkpointing, offload=cfg.offload, reference=False,
                 sequences=cfg.batch_size, updates=1, group_size=1, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-                n_slots=cfg.n_slots, kv_gb=cfg.kv_gb, sampler_ranks=cfg.sampler_ranks)
+                n_slots=cfg.n_slots, kv_gb=cfg.kv_gb, sampler_ranks=cfg.sampler_ranks, evaluated=cfg.eval_pairs)
 
 
 def main(cfg):

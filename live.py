@@ -21,7 +21,6 @@ import torch
 
 from batch import Batch, Rollout
 from draw import Sampling, choose, prompt_key, uniforms
-from kernels import logits
 from pages import PAGE_SIZE
 from tokenizer import StreamDecoder
 
@@ -116,7 +115,7 @@ class Live(Batch):
         how = [self.asked[slot.prompt].sampling for slot in slots]
         seed_a = torch.tensor([sampling.seed for sampling in how], device=self.device)
         uniform_a = uniforms(seed_a, key_a, sample_a, drawn_a)
-        logits_av = logits(hidden_ad, self.model.padded_head_vd, self.model.impl)[:, :self.model.n_vocab]
+        logits_av = self.logits(hidden_ad)
         rows_of = {}
         for row, sampling in enumerate(how):
             rows_of.setdefault((sampling.temperature, sampling.top_p, sampling.top_k), []).append(row)

@@ -47,6 +47,7 @@ class Work:
     kv_gb: float
     sampler_ranks: int
     triton: bool = True  # the kernels, or PyTorch's own operations
+    evaluated: int = 0   # prompts that the sampler gets at once, where they are not the step's: distill.py's
 
     @property
     def n(self):
@@ -177,7 +178,7 @@ def optimizer_moments(config, work, sizes, world):
 
 def n_prompts(work, world):
     """That a sampler gets at once."""
-    return min(work.n_slots, work.sequences * work.sampler_ranks / world)
+    return min(work.n_slots, (work.evaluated or work.sequences) * work.sampler_ranks / world)
 
 
 def sampler_parts(config, work, sizes, world):

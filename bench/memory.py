@@ -146,7 +146,7 @@ def rollouts_of(n_prompts, work, n_vocab):
 
 
 def chains_of(work, n_vocab):
-    """A micro-batch of the longest chains: its forest, and which tokens are scored."""
+    """A micro-batch of chains of one length, as distill.sft_loss packs it: its forest, and which tokens are scored."""
     length = work.prompt_tokens + work.new_tokens
     forest = pack([(np.random.default_rng(i).integers(n_vocab, size=length), []) for i in range(work.n // length)])
     return forest, (forest.positions_n >= work.prompt_tokens).nonzero()[:, 0]
@@ -164,7 +164,7 @@ def step_of(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
     policy = made(torch.float32)
     references = [made(work.dtype).requires_grad_(False) for _ in range(3)] if work.reference else []
     cfg, tally, bytes_of = grpo.Config(model="-", data="-", kl_coef=1e-3), Tally(), {}
-    chains, scored_m = chains_of(work, n_vocab)
+    chains = None if work.reference else chains_of(work, n_vocab)
     live = Live()
 
     def filled(model):
@@ -173,9 +173,9 @@ def step_of(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
             common.local(x.detach()).normal_(std=0.02)
         return model
 
-    def sft_update():
+    def sft_update(chains, scored_m):
         for _ in range(2):  # the second finds gradients there
-            logp_m, _ = policy(chains, scored_m)  # as distill.sft_loss
+            logp_m, _ = policy(chains, scored_m)
             (-logp_m.sum() / len(scored_m)).backward()
     with mode, live, torch.random.fork_rng():
         filled(policy)
@@ -205,7 +205,7 @@ def step_of(mode, config, n_vocab, work, ranks, impl, write, mini_batch):
                 reference = None if waits else reference
                 phase("update", grpo.accumulate_gradients, cfg, ranks, policy, mini_batch, tally, True)
             else:
-                phase("update", sft_update)
+                phase("update", sft_update, *chains)
             phase("optimizer", optimizer_step, policy, optimizers, 1e-6, 1.0, 0.5)
             # as checkpoint.own_weights does, but for the copies on the host
             phase("save", lambda: [common.full(x.to(torch.float32)).nbytes for x in policy.parameters()])

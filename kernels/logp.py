@@ -108,9 +108,10 @@ def logits_ref(hidden_nd, weight_vd):
 
 
 def linear_ref(x_nd, weight_vd, bias_v):
-    """x weight^T + bias. Without gradient, in float32 on a CPU, large weights go to oneDNN, where torch.compile sends
-    them: F.linear would take MKL's product, which on an AMD processor needs up to twice as long for a decode step's few
-    rows. Small ones do not: oneDNN prepares a product of each new number of rows, which takes a millisecond."""
+    """x weight^T + bias. Without gradient, in float32 on a CPU, large weights go to oneDNN, by an operation that PyTorch
+    has for its compiler: F.linear takes MKL's product, which on an AMD processor needs two to four times as long for a
+    decode step's few rows (Intel's were not measured). Small ones do not: oneDNN prepares a product of each new number
+    of rows, which takes a millisecond."""
     if weight_vd.is_mkldnn or suits_onednn(weight_vd) and not torch.is_grad_enabled():
         return torch.ops.mkldnn._linear_pointwise(x_nd, weight_vd, bias_v, "none", [], "")
     return F.linear(x_nd, weight_vd, bias_v)
