@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "grpo": "batch checkpoint common data distill draw ending files folder judge model options plan plan_table prompt "
             "reward run sample tokenizer",
     "web": "",
-    "live": "batch draw kernels pages tokenizer",
+    "live": "batch draw pages tokenizer",
     "serve": "data draw ending files judge live options rank reward sample tokenizer web",
     "benchmarks": "data intervals prompt reward",
     "evaluate": "benchmarks common data ending files folder judge judgements options sample",
