@@ -80,7 +80,7 @@ class Batch:
         most = bucket(self.n_slots) if self.graphs else self.n_slots
         n_members = min(sampling.n, self.n_slots)
         self.inputs = StepInputs(most, self.own_pages, prompt_pages, n_members, n_pages, page_size, self.device)
-        # of a few rows a step: for one it would not pay
+        # read by many steps, of several rows: for one row a step it would not pay
         self.packed_head_vd = pack_weight(model.padded_head_vd, model.impl) if self.n_slots > 2 else None
         self.out_2b = torch.zeros(2, most, dtype=torch.float64, device=self.device)  # drawn ids and their logps
         self.waiting = deque((i, sample) for i in range(len(prompts)) for sample in range(sampling.n))
@@ -161,7 +161,7 @@ class Batch:
 
     def check_logits(self, hidden_1d):
         """ValueError if they are all equal: a norm of weights that are too large has overflowed."""
-        row_v = logits(hidden_1d, self.model.head_vd, self.model.impl)[0]
+        row_v = self.logits(hidden_1d)[0]
         largest, smallest = self.model.split.first(torch.stack([row_v.max(), row_v.min()]))
         if largest == smallest and len(row_v) > 1:
             raise ValueError(f"{self.model.name}: its logits are all equal: {DAMAGED}")

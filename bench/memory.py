@@ -145,6 +145,12 @@ def rollouts_of(n_prompts, work, n_vocab):
     return groups
 
 
+def mini_batch_of(n_prompts, work, n_vocab, ranks):
+    """GRPO's, of such groups; None for distill.py's step."""
+    cfg = grpo.Config(model="-", data="-", micro_tokens=work.n)
+    return grpo.make_mini_batch(cfg, ranks, rollouts_of(n_prompts, work, n_vocab)) if work.reference else None
+
+
 def chains_of(work, n_vocab):
     """A micro-batch of chains of one length, as distill.sft_loss packs it: its forest, and which tokens are scored."""
     length = work.prompt_tokens + work.new_tokens
@@ -258,10 +264,8 @@ def fake_world(world):
 def simulate(config, work, world):
     """Bytes of each phase on rank 0 of `world`."""
     ranks = Ranks(0, world, torch.device("cpu"), together=work.sampler_ranks)
-    mini_batch = None
-    if work.reference:
-        cfg = grpo.Config(model="-", data="-", micro_tokens=work.n)
-        mini_batch = grpo.make_mini_batch(cfg, ranks, rollouts_of(2 * world, work, 1000))
+    mini_batch = mini_batch_of(2 * world, work, 1000, ranks)
+    if mini_batch:
         mini_batch.micros[:] = mini_batch.micros[:1] * 2  # a later one finds gradients there
     with fake_world(world) as fakes:
         def write(live, copy):
@@ -297,10 +301,7 @@ def measure(config, work, ranks):
         prompts = [[1 + i] * work.prompt_tokens for i in range(N_GROUPS)]
         sampling = Sampling(n=work.group_size, max_new_tokens=work.new_tokens)
         Sampler(copy, work.n_slots, work.kv_gb, work.n).generate(prompts, sampling)
-    mini_batch = None
-    if work.reference:
-        cfg = grpo.Config(model="-", data="-", micro_tokens=work.n)
-        mini_batch = grpo.make_mini_batch(cfg, ranks, rollouts_of(N_GROUPS * ranks.world, work, config.vocab_size))
+    mini_batch = mini_batch_of(N_GROUPS * ranks.world, work, config.vocab_size, ranks)
     return step_of(contextlib.nullcontext(), config, config.vocab_size, work, ranks, None, write, mini_batch)
 
 
